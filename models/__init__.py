@@ -1,0 +1,1 @@
+"""Language models as flax.nnx modules: arrays in, arrays out."""
