@@ -106,7 +106,8 @@ class Role(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one instance can hold. max_batch: sequences a decode step; max_chunk: prompt tokens a
-    prefill step; max_context: tokens of a sequence; pages of `page_size` tokens."""
+    prefill step; max_context: tokens of a sequence; pages of `page_size` tokens.
+    """
 
     max_batch: int
     max_chunk: int
@@ -128,7 +129,8 @@ class Limits:
 class Batch:
     """A decision. work: tokens to compute, by request id (more than one: prefill or a chunk of it).
     fetch: requests to reserve room for, and whose KV to bring here. predicted_s: the cost model's
-    own figure for `work`, before the instance's pace; `Instance.end` holds it against the clock."""
+    own figure for `work`, before the instance's pace; `Instance.end` holds it against the clock.
+    """
 
     work: Mapping[str, int] = field(default_factory=dict)
     fetch: tuple[str, ...] = ()
@@ -220,7 +222,8 @@ class Instance:
 
     def end(self, batch: Batch, tokens: Mapping[str, int], now: float) -> list[Seq]:
         """Books a step that ran: `tokens` holds the id sampled for each sequence that is now
-        computed to its end. Returns those sequences. Ids cancelled meanwhile are passed over."""
+        computed to its end. Returns those sequences. Ids cancelled meanwhile are passed over.
+        """
         self._anchor(batch, now)
         produced = []
         for id, count in batch.work.items():
@@ -240,7 +243,8 @@ class Instance:
 
     def release(self, id: str) -> None:
         """The decode side has the KV of `id`: frees its pages. Unknown ids are passed over, since
-        a cancel may have come first."""
+        a cancel may have come first.
+        """
         self._drop(self.parked, id)
 
     def cancel(self, id: str) -> bool:
@@ -292,5 +296,3 @@ Policy = Callable[[Instance, float], Batch]
 A ledger that holds work gets a batch, unless it waits for `parked` pages to be released, for a
 fetch under way, or for a running sequence to give back its pages.
 """
-
-
