@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup lock
+.PHONY: setup lock proto
 
 setup: $(VENV)/.installed
 
@@ -18,3 +18,8 @@ lock:
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-annotate \
 	  --custom-compile-command "make lock" --quiet --output-file requirements.lock
+
+# The paths inside the generated imports follow from running this at the root.
+proto: setup
+	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. \
+	  --grpc_python_out=. kairos_jax/rpc/kairos.proto

@@ -1,0 +1,252 @@
+"""Talks to a server: one prompt, or a whole workload.
+
+python -m kairos_jax.client --prompt="What is the capital of France?" --chat
+python -m kairos_jax.client --prompt_token_ids=1,2,3 --max_tokens=8 --temperature=0 --output=json
+python -m kairos_jax.client --trace=synthetic --rate=2 --num_requests=50
+
+Exit codes: 0; 1 for what the server could not do; 2 for what it was wrong to ask; 130 for Ctrl-C.
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+from absl import app, flags
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kairos_jax.replay import Received, Record, error_line, fit_to_model, replay
+from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
+from schedulers.core import Slo
+from schedulers.workload import (
+    Arrival,
+    read_azure_csv,
+    read_mooncake_jsonl,
+    rescale,
+    synthetic,
+)
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "logprobs", "ignore_eos")
+
+
+class UsageError(Exception):
+    """The flags don't make a request."""
+
+
+def define_flags() -> None:
+    """Not at import: other binaries have flags of the same names."""
+    flags.DEFINE_string("address", "127.0.0.1:50051", "host:port of the server.")
+    flags.DEFINE_float("timeout", 600.0, "Seconds after which to give a request up.", 0.0)
+    flags.DEFINE_enum("output", None, ["json"], "json: one line when done, instead of a stream.")
+    # What is not given is not sent, so that the server's own defaults and checks apply.
+    flags.DEFINE_string("prompt", None, "Text to go on from.")
+    flags.DEFINE_list("prompt_token_ids", None, "Token ids to go on from, instead of text.")
+    flags.DEFINE_boolean("chat", False, "Send the prompt as a user's chat message.")
+    flags.DEFINE_string("model", None, "Refuse to talk to any other model.")
+    flags.DEFINE_string("request_id", None, "Names the request in the server's logs.")
+    flags.DEFINE_integer("max_tokens", None, "Tokens to generate at most.")
+    flags.DEFINE_float("ttft", None, "SLO: seconds to the first token.")
+    flags.DEFINE_float("tpot", None, "SLO: seconds per token after the first.")
+    flags.DEFINE_float("temperature", None, "0 is greedy.")
+    flags.DEFINE_integer("top_k", None, "Sample among the k likeliest tokens.")
+    flags.DEFINE_float("top_p", None, "Sample among the likeliest tokens that reach p.")
+    flags.DEFINE_float("min_p", None, "Drop tokens less likely than p times the likeliest.")
+    flags.DEFINE_integer("seed", None, "Of sampling; with --trace, of the workload.")
+    flags.DEFINE_integer("logprobs", None, "Log-probabilities, and of how many alternatives.")
+    flags.DEFINE_list("stop_token_ids", [], "Token ids that end the output.")
+    flags.DEFINE_boolean("ignore_eos", None, "Go on past end of sequence. Default with --trace.")
+    flags.DEFINE_string("trace", None, "'synthetic', an Azure .csv or a Mooncake .jsonl to replay.")
+    flags.DEFINE_float("rate", None, "Requests a second; else a trace's own, 1 for synthetic.")
+    flags.DEFINE_integer("num_requests", 100, "Of the workload, at most.", 1)
+    flags.DEFINE_integer("max_prompt", None, "Shrink the workload's prompts to so many tokens.", 1)
+    flags.DEFINE_integer("max_output", None, "Shrink the workload's outputs to so many tokens.", 1)
+
+
+def build_request(values: Any) -> kairos_pb2.GenerateRequest:
+    """The request that flags ask for.
+
+    Raises:
+      UsageError: a flag's value can't be sent. Ranges are left to the server.
+    """
+    if (values.prompt is None) == (values.prompt_token_ids is None):
+        raise UsageError("give either --prompt or --prompt_token_ids, or --trace")
+    if values.chat and values.prompt is None:
+        raise UsageError("--chat goes with --prompt")
+    try:
+        request = kairos_pb2.GenerateRequest(
+            request_id=values.request_id,
+            model=values.model,
+            max_tokens=values.max_tokens,
+            sampling=kairos_pb2.Sampling(
+                **{name: getattr(values, name) for name in _SAMPLING},
+                stop_token_ids=[int(id) for id in values.stop_token_ids],
+            ),
+            slo=kairos_pb2.Slo(ttft_s=values.ttft, tpot_s=values.tpot),
+        )
+        if values.prompt is None:
+            ids = [int(id) for id in values.prompt_token_ids]
+            request.token_ids.CopyFrom(kairos_pb2.TokenIds(ids=ids))
+        elif values.chat:
+            request.chat.messages.add(role="user", content=values.prompt)
+        else:
+            request.text = values.prompt
+    except (ValueError, TypeError) as error:  # Not a number, or past 32 bits.
+        raise UsageError(f"a flag has a value that can't be sent: {error}") from error
+    return request
+
+
+async def generate(
+    address: str, request: kairos_pb2.GenerateRequest, timeout_s: float, stream: bool
+) -> dict[str, Any]:
+    """Sends one request; with `stream`, prints its text as it comes.
+
+    Returns:
+      What --output=json prints. Times are seconds: ttft_s and tpot_s as the client saw them (None
+      where there was no such token), timing as the server did.
+
+    Raises:
+      grpc.aio.AioRpcError, EOFError: as Received.read.
+    """
+
+    def show(delta: str) -> None:
+        print(delta, end="", flush=True)
+
+    received = Received()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = kairos_pb2_grpc.KairosStub(channel)
+        begin = asyncio.get_running_loop().time()  # time.monotonic(), like the receiver's.
+        await received.read(stub, request, timeout_s, show if stream else lambda delta: None)
+    if stream:
+        # A server without a tokenizer sends no text.
+        print("" if received.text else " ".join(map(str, received.token_ids)))
+    last = received.last or kairos_pb2.GenerateResponse()
+    reason = kairos_pb2.FinishReason.Name(last.finish_reason)
+    outcome = received.outcome(Slo(1, 1), begin)
+    answer = {
+        "request_id": last.request_id,
+        "text": received.text,
+        "token_ids": received.token_ids,
+        "finish_reason": reason.removeprefix("FINISH_REASON_").lower(),
+        "ttft_s": outcome.ttft_s,
+        "tpot_s": outcome.tpot_s,
+        "usage": _to_dict(last.usage),
+        "timing": _to_dict(last.timing),
+    }
+    if request.sampling.HasField("logprobs"):
+        answer["logprobs"] = [_to_dict(entry) for entry in received.logprobs]
+    return answer
+
+
+async def run_workload(values: Any) -> None:
+    """Replays --trace, then prints the summary."""
+    # Matplotlib comes with it: not worth the wait for a single prompt.
+    from kairos_jax.report import Run, print_table
+
+    async with grpc.aio.insecure_channel(values.address) as channel:
+        stub = kairos_pb2_grpc.KairosStub(channel)
+        model = await stub.GetModel(kairos_pb2.GetModelRequest(), timeout=values.timeout)
+    arrivals = fit_to_model(_read_arrivals(values), model, values.max_prompt, values.max_output)
+    default = model.default_slo
+    try:
+        slo = Slo(
+            default.ttft_s if values.ttft is None else values.ttft,
+            default.tpot_s if values.tpot is None else values.tpot,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(arrivals))
+        records = await replay(
+            values.address,
+            arrivals,
+            slo,
+            seed=values.seed or 0,
+            ignore_eos=values.ignore_eos is not False,
+            timeout_s=values.timeout,
+            on_done=lambda record: progress.advance(task),
+        )
+    label = f"{model.prefill_policy} + {model.decode_policy}"
+    run = Run(label, [record.outcome for record in records])
+    if values.output == "json":
+        print(json.dumps({"policy": label, **run.summary, "errors": _count_errors(records)}))
+    else:
+        print_table([run])
+        for error, count in _count_errors(records).items():
+            print(f"{count} failed: {error}")
+
+
+def _read_arrivals(values: Any) -> list[Arrival]:
+    count, rate, trace = values.num_requests, values.rate, values.trace
+    readers = {".csv": read_azure_csv, ".jsonl": read_mooncake_jsonl}
+    try:
+        if trace == "synthetic":
+            return synthetic(count, 1.0 if rate is None else rate, values.seed or 0)
+        if Path(trace).suffix not in readers:
+            raise UsageError(f"--trace={trace} is not 'synthetic', a .csv or a .jsonl file")
+        arrivals = readers[Path(trace).suffix](trace)[:count]
+        return arrivals if rate is None else rescale(arrivals, rate)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--trace={trace}: {error}") from error
+
+
+def _count_errors(records: list[Record]) -> dict[str, int]:
+    errors = [record.error for record in records if record.error]
+    return {error: errors.count(error) for error in dict.fromkeys(errors)}
+
+
+def _to_dict(message: Any) -> dict[str, Any]:
+    return MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+async def _run(values: Any) -> None:
+    if values.trace is not None:
+        if values.prompt is not None or values.prompt_token_ids is not None:
+            raise UsageError("--trace makes its own prompts; leave --prompt out")
+        return await run_workload(values)
+    stream = values.output is None
+    answer = await generate(values.address, build_request(values), values.timeout, stream)
+    if not stream:
+        print(json.dumps(answer, ensure_ascii=False))
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    try:
+        if len(argv) > 1:
+            raise UsageError(f"unexpected argument {argv[1]!r}")
+        asyncio.run(_run(flags.FLAGS))
+    except KeyboardInterrupt:
+        return 130
+    except UsageError as error:
+        return _fail(f"INVALID_ARGUMENT: {error}", 2)
+    except grpc.aio.AioRpcError as error:
+        usage = error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        return _fail(error_line(error), 2 if usage else 1)
+    except EOFError as error:
+        return _fail(error_line(error), 1)
+    return 0
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Like absl's own, which exits with 1."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(_fail(f"INVALID_ARGUMENT: {error}", 2))
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,1 @@
+"""The wire format: kairos.proto and the code generated from it (`make proto`)."""

@@ -1,0 +1,129 @@
+"""Llama and its kin (Mistral, Qwen2, Qwen3): weights as a flat dict, and one forward step.
+
+Dimension letters: R rows, Q queries a row, D hidden size, V vocabulary.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from models.config import ModelConfig
+from models.kv_cache import Cache, LayerCache, StepInput
+from models.layers import AttentionOp, Block, RMSNorm, rope_angles, weight
+from models.sharding import Rules
+
+Params = Mapping[str, Array]
+"""Weights by path: "embed", "layers.0.attention.q", ..., "norm.scale", and "head" if not tied."""
+
+
+class Llama(nnx.Module):
+    """The whole model. Build it under `nnx.eval_shape` unless random weights are wanted."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.config = config
+        self.embed = weight(rngs, ("vocab", "embed"), (vocab, hidden), dtype, 0.02)
+        blocks = [Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
+        self.layers = nnx.List(blocks)
+        self.norm = RMSNorm(hidden, "embed", eps=config.norm_eps, dtype=dtype)
+        if not config.tie_embeddings:
+            self.head = weight(rngs, ("embed", "vocab"), (hidden, vocab), dtype, hidden**-0.5)
+
+    def __call__(
+        self, cache: Cache, step: StepInput, attention: AttentionOp
+    ) -> tuple[Float[Array, "R V"], Cache]:
+        """Logits after each row's last real token. Layers are unrolled: with a donated cache a scan
+        over them took 105 ms where this takes 88 (SmolLM2-135M, batch 16, CPU).
+        """
+        with jax.named_scope("embed"):
+            x = self.embed[...].at[step.tokens].get(mode="clip")
+            positions = step.start[:, None] + jnp.arange(step.tokens.shape[1])[None, :]
+            rope = rope_angles(self.config, positions)
+        written: list[LayerCache] = []
+        for index, (block, layer) in enumerate(zip(self.layers, cache, strict=True)):
+
+            def attend(q, k, v, layer=layer):
+                out, layer = attention(q, k, v, layer, step)
+                written.append(layer)
+                return out
+
+            with jax.named_scope(f"layer_{index}"):
+                x = block(x, rope, attend)
+        with jax.named_scope("head"):
+            return self._logits(x, step), tuple(written)
+
+    def _logits(self, x: Float[Array, "R Q D"], step: StepInput) -> Float[Array, "R V"]:
+        last = jnp.maximum(step.count - 1, 0)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        x = self.norm(x)
+        if self.config.tie_embeddings:
+            equation, head = "rd,vd->rv", self.embed[...]
+        else:
+            equation, head = "rd,dv->rv", self.head[...]
+        return jnp.einsum(equation, x, head, preferred_element_type=jnp.float32)
+
+
+def abstract_params(
+    config: ModelConfig, dtype: DTypeLike, mesh: Mesh, rules: Rules
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every weight, by path. Allocates nothing.
+
+    Raises:
+        ValueError: a dimension cannot be split as the rules ask.
+    """
+    _, state = _declare(config, jnp.dtype(dtype))
+    shapes = {}
+    for path, param in state:
+        try:
+            sharding = rules.sharding(mesh, param.axes, param.shape)
+        except ValueError as error:
+            raise ValueError(f"weight {_name(path)!r}: {error}") from None
+        shapes[_name(path)] = jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=sharding)
+    return shapes
+
+
+def init_params(
+    config: ModelConfig, key: Array, dtype: DTypeLike, mesh: Mesh, rules: Rules
+) -> dict[str, Array]:
+    """Random weights, each made on the devices that hold it. For tests and benchmarks."""
+
+    def init(key):
+        model = Llama(config, dtype=dtype, rngs=nnx.Rngs(key))
+        return {_name(path): param[...] for path, param in nnx.to_flat_state(nnx.state(model))}
+
+    abstract = abstract_params(config, dtype, mesh, rules)
+    shardings = {path: leaf.sharding for path, leaf in abstract.items()}
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def forward(
+    config: ModelConfig, params: Params, cache: Cache, step: StepInput, attention: AttentionOp
+) -> tuple[Float[Array, "R V"], Cache]:
+    """One step: f32 logits after each row's last real token, and the cache with its tokens in.
+
+    Computes in the dtype of the weights. Rows with count 0 give logits that mean nothing. To be
+    jitted by the caller, with `config` and `attention` static and the cache donated.
+    """
+    graph, declared = _declare(config, params["embed"].dtype)
+    state = [(path, param.replace(params[_name(path)])) for path, param in declared]
+    model = nnx.merge(graph, nnx.from_flat_state(state))
+    return model(cache, step, attention)
+
+
+@functools.cache
+def _declare(config: ModelConfig, dtype: jnp.dtype):
+    """The model's structure and its abstract weights as (path, Param)."""
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    return graph, tuple(nnx.to_flat_state(state))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))

@@ -1,0 +1,154 @@
+"""Sampling on the device. One packed array comes back, so that a step costs one copy to the host.
+
+Dimension letters: R rows, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request samples. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+
+    seed: 32 unsigned bits. logprobs: None for none, else how many alternatives to report.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    logprobs: int | None = None
+
+
+class SamplingInput(NamedTuple):
+    """How each row samples.
+
+    A row's random numbers depend on its seed and on the position of the sampled token alone: not
+    on the batch around it, nor on which server runs the step.
+    """
+
+    temperature: Float[Array | np.ndarray, "R"]  # 0: greedy
+    top_k: Int[Array | np.ndarray, "R"]  # 0: off
+    top_p: Float[Array | np.ndarray, "R"]  # 1: off
+    min_p: Float[Array | np.ndarray, "R"]  # 0: off
+    seed: UInt[Array | np.ndarray, "R"]
+    position: Int[Array | np.ndarray, "R"]
+    logprobs: Bool[Array | np.ndarray, "R"]
+
+
+class Sampled(NamedTuple):
+    """What was sampled: log-probabilities are those of the model, before temperature and filters,
+    and zeros where no row of the batch asked for them.
+    """
+
+    token: Int[Array, "R"]
+    logprob: Float[Array, "R"]
+    top_tokens: Int[Array, "R 20"]
+    top_logprobs: Float[Array, "R 20"]
+
+
+def sample(logits: Float[Array, "R V"], how: SamplingInput) -> Int[Array, "R 42"]:
+    """Samples a token a row from f32 logits. The result is packed: see `unpack`."""
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = jax.lax.cond(
+        jnp.any(how.temperature > 0),
+        lambda: jnp.where(how.temperature > 0, _draw(logits, how), greedy),
+        lambda: greedy,
+    )
+    rows = logits.shape[0]
+    top = min(MAX_TOP_LOGPROBS, logits.shape[1])
+    pad = ((0, 0), (0, MAX_TOP_LOGPROBS - top))
+
+    def with_logprobs():
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+        best, ids = jax.lax.top_k(logprobs, top)
+        return chosen, jnp.pad(ids, pad), jnp.pad(best, pad)
+
+    def without():
+        shape = (rows, MAX_TOP_LOGPROBS)
+        return jnp.zeros(rows), jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+
+    chosen, ids, best = jax.lax.cond(jnp.any(how.logprobs), with_logprobs, without)
+    bits = [token[:, None], _bits(chosen)[:, None], ids, _bits(best)]
+    return jnp.concatenate(bits, axis=1)
+
+
+def unpack(packed) -> Sampled:
+    """Takes apart what `sample` gave, once it is a NumPy array on the host."""
+    top = 2 + MAX_TOP_LOGPROBS
+    return Sampled(
+        token=packed[:, 0],
+        logprob=packed[:, 1].view("float32"),
+        top_tokens=packed[:, 2:top],
+        top_logprobs=packed[:, top:].view("float32"),
+    )
+
+
+def _bits(values: Float[Array, "..."]) -> Int[Array, "..."]:
+    return jax.lax.bitcast_convert_type(values, jnp.int32)
+
+
+def _draw(logits: Float[Array, "R V"], how: SamplingInput) -> Int[Array, "R"]:
+    """One token a row by the Gumbel-max trick, after temperature and filters."""
+    scaled = logits / jnp.maximum(how.temperature, 1e-6)[:, None]
+    filtered = (how.top_k > 0) | (how.top_p < 1) | (how.min_p > 0)
+    kept = jax.lax.cond(
+        jnp.any(filtered & (how.temperature > 0)), lambda: _filter(scaled, how), lambda: scaled
+    )
+
+    def noise(seed, position):
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.gumbel(key, (logits.shape[1],), jnp.float32)
+
+    gumbel = jax.vmap(noise)(how.seed, how.position)
+    return jnp.argmax(kept + gumbel, axis=-1).astype(jnp.int32)
+
+
+def _filter(scaled: Float[Array, "R V"], how: SamplingInput) -> Float[Array, "R V"]:
+    """Minus infinity for what top-k, then top-p, and min-p leave out. Ties at a border stay in.
+
+    Sort-free: the smallest kept logit is found bit by bit in an order-preserving integer form of
+    the logits, 32 passes of compare and sum over the vocabulary for each filter.
+    """
+    keys = _ordered(scaled)
+    vocab = scaled.shape[1]
+    k = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, vocab), vocab)
+    floor = _largest(lambda t: jnp.sum(keys >= t[:, None], axis=1) >= k, keys)
+    weights = jnp.exp(scaled - scaled.max(axis=1, keepdims=True))
+    weights = jnp.where(keys >= floor[:, None], weights, 0.0)
+    # A hair below the target: the sum of all the weights may round to less than itself.
+    target = jnp.where(how.top_p < 1, how.top_p, 0.0) * weights.sum(axis=1) * (1 - 1e-6)
+
+    def holds_top_p(t):
+        return jnp.sum(jnp.where(keys >= t[:, None], weights, 0.0), axis=1) >= target
+
+    nucleus = jnp.where(how.top_p < 1, _largest(holds_top_p, keys), floor)
+    keep = (keys >= jnp.maximum(floor, nucleus)[:, None]) & (weights >= how.min_p[:, None])
+    return jnp.where(keep, scaled, -jnp.inf)
+
+
+def _ordered(values: Float[Array, "R V"]) -> UInt[Array, "R V"]:
+    """Unsigned integers in the order of the floats."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _largest(holds, keys: UInt[Array, "R V"]) -> UInt[Array, "R"]:
+    """The largest threshold a row for which `holds` (true for 0, and monotone) is still true."""
+
+    def one_bit(index, threshold):
+        raised = threshold | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
+        return jnp.where(holds(raised), raised, threshold)
+
+    return jax.lax.fori_loop(0, 32, one_bit, jnp.zeros(keys.shape[0], jnp.uint32))

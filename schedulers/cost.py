@@ -1,0 +1,248 @@
+"""Predicts how long a prefill step, a decode step and a KV transfer take, from a profile.
+
+The policies ask it for urgency and slack; in the simulator it is the engine. `fit` makes the
+coefficients from measured samples. All times are seconds, all lengths tokens.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCost:
+    """base_s a step; per_token_s and per_token_sq_s for its tokens. row_tokens: the engine pads
+    each chunk to a multiple of it.
+    """
+
+    base_s: float
+    per_token_s: float
+    per_token_sq_s: float
+    row_tokens: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCost:
+    """base_s a step; per_seq_s and per_context_token_s for its sequences.
+
+    form: "ragged" reads each context as long as it is; "padded" reads every context as long as
+    the longest, and rounds the number of sequences up to one of `buckets`, if any.
+    """
+
+    base_s: float
+    per_seq_s: float
+    per_context_token_s: float
+    form: str = "ragged"
+    buckets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TransferCost:
+    """base_s a request; per_token_s for each token whose KV moves."""
+
+    base_s: float
+    per_token_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Step and transfer times of one model on one device. kv_capacity_tokens: KV that one decode
+    instance holds.
+    """
+
+    prefill: PrefillCost
+    decode: DecodeCost
+    transfer: TransferCost
+    kv_capacity_tokens: int
+
+    @classmethod
+    def from_profile(cls, profile: Mapping[str, Any]) -> "CostModel":
+        """Reads a profile (DESIGN: "Profile file").
+
+        Raises ValueError that names a coefficient which is missing, negative or not finite.
+        """
+        prefill, decode, transfer = (_table(profile, n) for n in ("prefill", "decode", "transfer"))
+        form = decode.get("form", "ragged")
+        if form not in ("ragged", "padded"):
+            raise ValueError(f'profile decode.form must be "ragged" or "padded", got {form!r}')
+        buckets = decode.get("buckets", ())
+        if not isinstance(buckets, list | tuple):
+            raise ValueError(f"profile decode.buckets must be a list, got {buckets!r}")
+        return cls(
+            PrefillCost(
+                *_coefficients(prefill, "prefill", "base_s", "per_token_s", "per_token_sq_s"),
+                row_tokens=_count(prefill.get("row_tokens", 1), "prefill.row_tokens"),
+            ),
+            DecodeCost(
+                *_coefficients(decode, "decode", "base_s", "per_seq_s", "per_context_token_s"),
+                form=form,
+                buckets=tuple(sorted(_count(size, "decode.buckets") for size in buckets)),
+            ),
+            TransferCost(*_coefficients(transfer, "transfer", "base_s", "per_token_s")),
+            _count(profile.get("kv_capacity_tokens"), "kv_capacity_tokens"),
+        )
+
+    def prefill_s(self, num_tokens: int, computed: int = 0) -> float:
+        """A step of one chunk of `num_tokens`, after `computed` tokens of the same prompt."""
+        return self.prefill.base_s + self.chunk_s(num_tokens, computed)
+
+    def chunk_s(self, num_tokens: int, computed: int = 0) -> float:
+        """What one more chunk adds to a prefill step that runs anyway."""
+        cost = self.prefill
+        n = -(-num_tokens // cost.row_tokens) * cost.row_tokens
+        return n * (cost.per_token_s + cost.per_token_sq_s * (2 * computed + n))
+
+    def prefill_step_s(self, chunks: Iterable[tuple[int, int]]) -> float:
+        """A step of several chunks, each (num_tokens, computed). No chunks take no time."""
+        parts = [self.chunk_s(num_tokens, computed) for num_tokens, computed in chunks]
+        return self.prefill.base_s + sum(parts) if parts else 0.0
+
+    def prompt_s(self, num_tokens: int, computed: int, max_chunk: int) -> float:
+        """All `num_tokens` that remain of a prompt, in chunks of `max_chunk`.
+
+        Closed form: only the last chunk is taken to be padded, so it is exact where max_chunk is a
+        multiple of row_tokens.
+        """
+        num_steps = -(-num_tokens // max_chunk)
+        return num_steps * self.prefill.base_s + self.chunk_s(num_tokens, computed)
+
+    def decode_s(self, contexts: Sequence[int]) -> float:
+        """A step of one token for each sequence, given their context lengths."""
+        if not contexts:
+            return 0.0
+        return self.decode_step_s(len(contexts), sum(contexts), max(contexts))
+
+    def decode_step_s(self, batch: int, sum_context: int, max_context: int) -> float:
+        """`decode_s` from its aggregates, for loops that grow a batch one sequence at a time."""
+        cost = self.decode
+        if cost.form == "ragged":
+            per_batch = cost.per_seq_s * batch + cost.per_context_token_s * sum_context
+        else:
+            padded = next((size for size in cost.buckets if size >= batch), batch)
+            per_batch = padded * (cost.per_seq_s + cost.per_context_token_s * max_context)
+        return cost.base_s + per_batch
+
+    def transfer_s(self, num_tokens: int) -> float:
+        """Bringing the KV of one request over."""
+        return self.transfer.base_s + self.transfer.per_token_s * num_tokens
+
+
+def fit(
+    prefill: Sequence[tuple[int, int, float]],
+    decode: Sequence[tuple[int, int, float]],
+    transfer: Sequence[tuple[int, float]],
+    *,
+    form: str = "ragged",
+    buckets: Sequence[int] = (),
+    row_tokens: int = 1,
+) -> dict[str, Any]:
+    """Fits a profile's coefficients to measured samples, by relative error.
+
+    Args:
+        prefill: (num_tokens, computed, seconds) of steps of one chunk.
+        decode: (batch, context, seconds) of steps whose sequences all have `context` tokens.
+        transfer: (num_tokens, seconds).
+        form, buckets: see DecodeCost.
+        row_tokens: see PrefillCost.
+
+    Returns:
+        "prefill", "decode" and "transfer" as a profile has them, and in "fit" for each of them
+        r2 (None where all samples are equal), p50_rel_error and p90_rel_error.
+
+    Raises:
+        ValueError: no samples of a kind, or a time that is not positive.
+    """
+
+    def padded(batch: int) -> int:
+        sizes = [size for size in buckets if size >= batch]
+        return min(sizes) if form == "padded" and sizes else batch
+
+    rows = [(-(-n // row_tokens) * row_tokens, computed) for n, computed, _ in prefill]
+    batches = [(padded(batch), context) for batch, context, _ in decode]
+    fitted, residuals = {}, {}
+    for kind, features, names, seconds in (
+        (
+            "prefill",
+            [(1, n, n * (2 * computed + n)) for n, computed in rows],
+            ("base_s", "per_token_s", "per_token_sq_s"),
+            [sample[-1] for sample in prefill],
+        ),
+        (
+            "decode",
+            [(1, batch, batch * context) for batch, context in batches],
+            ("base_s", "per_seq_s", "per_context_token_s"),
+            [sample[-1] for sample in decode],
+        ),
+        (
+            "transfer",
+            [(1, n) for n, _ in transfer],
+            ("base_s", "per_token_s"),
+            [sample[-1] for sample in transfer],
+        ),
+    ):
+        if not seconds or min(seconds) <= 0:
+            raise ValueError(f"{kind} needs samples with positive times, got {seconds[:3]}")
+        x, y = np.array(features, dtype=float), np.array(seconds, dtype=float)
+        coefficients = _relative_nnls(x, y)
+        fitted[kind] = dict(zip(names, coefficients.tolist(), strict=True))
+        residuals[kind] = _residuals(x @ coefficients, y)
+    fitted["prefill"]["row_tokens"] = row_tokens
+    fitted["decode"] |= {"form": form, "buckets": list(buckets)}
+    return fitted | {"fit": residuals}
+
+
+def _relative_nnls(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Least squares of (x @ c - y) / y with every c >= 0: exact, by trying each active set (at most
+    three columns, so at most eight).
+    """
+    scale = np.maximum(np.abs(x).max(axis=0), 1e-300)
+    weighted, ones = x / scale / y[:, None], np.ones_like(y)
+    best, best_error = np.zeros(x.shape[1]), math.inf
+    columns = range(x.shape[1])
+    for size in range(len(columns) + 1):
+        for active in map(list, itertools.combinations(columns, size)):
+            candidate = np.zeros(x.shape[1])
+            if active:
+                candidate[active] = np.linalg.lstsq(weighted[:, active], ones, rcond=None)[0]
+            error = float(np.sum((weighted @ candidate - ones) ** 2))
+            if candidate.min() >= 0 and error < best_error:
+                best, best_error = candidate, error
+    return best / scale
+
+
+def _residuals(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float | None]:
+    spread = float(np.sum((measured - measured.mean()) ** 2))
+    relative = np.abs(predicted - measured) / measured
+    return {
+        "r2": 1 - float(np.sum((predicted - measured) ** 2)) / spread if spread else None,
+        "p50_rel_error": float(np.quantile(relative, 0.5)),
+        "p90_rel_error": float(np.quantile(relative, 0.9)),
+    }
+
+
+def _table(profile: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = profile.get(name)
+    if not isinstance(table, Mapping):
+        raise ValueError(f"profile {name} must be a table of coefficients, got {table!r}")
+    return table
+
+
+def _coefficients(table: Mapping[str, Any], prefix: str, *names: str) -> list[float]:
+    values = []
+    for name in names:
+        value = table.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and value >= 0):
+            raise ValueError(f"profile {prefix}.{name} must be finite and at least 0, got {value}")
+        values.append(float(value))
+    return values
+
+
+def _count(value: Any, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"profile {name} must be a whole number of at least 1, got {value!r}")
+    return value
