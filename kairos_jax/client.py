@@ -10,6 +10,8 @@ Exit codes: 0; 1 for what the server could not do; 2 for what it was wrong to as
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +39,44 @@ class UsageError(Exception):
     """The flags don't make a request."""
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues) -> None:
     """Not at import: other binaries have flags of the same names."""
-    flags.DEFINE_string("address", "127.0.0.1:50051", "host:port of the server.")
-    flags.DEFINE_float("timeout", 600.0, "Seconds after which to give a request up.", 0.0)
-    flags.DEFINE_enum("output", None, ["json"], "json: one line when done, instead of a stream.")
+    boolean, enum, integer, listing, number, string = (
+        partial(define, flag_values=values)
+        for define in (
+            flags.DEFINE_boolean,
+            flags.DEFINE_enum,
+            flags.DEFINE_integer,
+            flags.DEFINE_list,
+            flags.DEFINE_float,
+            flags.DEFINE_string,
+        )
+    )
+    string("address", "127.0.0.1:50051", "host:port of the server.")
+    number("timeout", 600.0, "Seconds after which to give a request up.", 0.0)
+    enum("output", None, ["json"], "json: one line when done, instead of a stream.")
     # What is not given is not sent, so that the server's own defaults and checks apply.
-    flags.DEFINE_string("prompt", None, "Text to go on from.")
-    flags.DEFINE_list("prompt_token_ids", None, "Token ids to go on from, instead of text.")
-    flags.DEFINE_boolean("chat", False, "Send the prompt as a user's chat message.")
-    flags.DEFINE_string("model", None, "Refuse to talk to any other model.")
-    flags.DEFINE_string("request_id", None, "Names the request in the server's logs.")
-    flags.DEFINE_integer("max_tokens", None, "Tokens to generate at most.")
-    flags.DEFINE_float("ttft", None, "SLO: seconds to the first token.")
-    flags.DEFINE_float("tpot", None, "SLO: seconds per token after the first.")
-    flags.DEFINE_float("temperature", None, "0 is greedy.")
-    flags.DEFINE_integer("top_k", None, "Sample among the k likeliest tokens.")
-    flags.DEFINE_float("top_p", None, "Sample among the likeliest tokens that reach p.")
-    flags.DEFINE_float("min_p", None, "Drop tokens less likely than p times the likeliest.")
-    flags.DEFINE_integer("seed", None, "Of sampling; with --trace, of the workload.")
-    flags.DEFINE_integer("logprobs", None, "Log-probabilities, and of how many alternatives.")
-    flags.DEFINE_list("stop_token_ids", [], "Token ids that end the output.")
-    flags.DEFINE_boolean("ignore_eos", None, "Go on past end of sequence. Default with --trace.")
-    flags.DEFINE_string("trace", None, "'synthetic', an Azure .csv or a Mooncake .jsonl to replay.")
-    flags.DEFINE_float("rate", None, "Requests a second; else a trace's own, 1 for synthetic.")
-    flags.DEFINE_integer("num_requests", 100, "Of the workload, at most.", 1)
-    flags.DEFINE_integer("max_prompt", None, "Shrink the workload's prompts to so many tokens.", 1)
-    flags.DEFINE_integer("max_output", None, "Shrink the workload's outputs to so many tokens.", 1)
+    string("prompt", None, "Text to go on from.")
+    listing("prompt_token_ids", None, "Token ids to go on from, instead of text.")
+    boolean("chat", False, "Send the prompt as a user's chat message.")
+    string("model", None, "Refuse to talk to any other model.")
+    string("request_id", None, "Names the request in the server's logs.")
+    integer("max_tokens", None, "Tokens to generate at most.")
+    number("ttft", None, "SLO: seconds to the first token.")
+    number("tpot", None, "SLO: seconds per token after the first.")
+    number("temperature", None, "0 is greedy.")
+    integer("top_k", None, "Sample among the k likeliest tokens.")
+    number("top_p", None, "Sample among the likeliest tokens that reach p.")
+    number("min_p", None, "Drop tokens less likely than p times the likeliest.")
+    integer("seed", None, "Of sampling; with --trace, of the workload.")
+    integer("logprobs", None, "Log-probabilities, and of how many alternatives.")
+    listing("stop_token_ids", [], "Token ids that end the output.")
+    boolean("ignore_eos", None, "Go on past end of sequence. Default with --trace.")
+    string("trace", None, "'synthetic', an Azure .csv or a Mooncake .jsonl to replay.")
+    number("rate", None, "Requests a second; else a trace's own, 1 for synthetic.")
+    integer("num_requests", 100, "Of the workload, at most.", 1)
+    integer("max_prompt", None, "Shrink the workload's prompts to so many tokens.", 1)
+    integer("max_output", None, "Shrink the workload's outputs to so many tokens.", 1)
 
 
 def build_request(values: Any) -> kairos_pb2.GenerateRequest:
@@ -143,13 +156,14 @@ async def generate(
 
 async def run_workload(values: Any) -> None:
     """Replays --trace, then prints the summary."""
+    arrivals = _read_arrivals(values)
     # Matplotlib comes with it: not worth the wait for a single prompt.
     from kairos_jax.report import Run, print_table
 
     async with grpc.aio.insecure_channel(values.address) as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)
         model = await stub.GetModel(kairos_pb2.GetModelRequest(), timeout=values.timeout)
-    arrivals = fit_to_model(_read_arrivals(values), model, values.max_prompt, values.max_output)
+    arrivals = fit_to_model(arrivals, model, values.max_prompt, values.max_output)
     default = model.default_slo
     try:
         slo = Slo(
@@ -216,12 +230,12 @@ async def _run(values: Any) -> None:
         print(json.dumps(answer, ensure_ascii=False))
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit code."""
+def run(arguments: Sequence[str], values: flags.FlagValues) -> int:
+    """Does what the flags in `values` say; returns the exit code."""
     try:
-        if len(argv) > 1:
-            raise UsageError(f"unexpected argument {argv[1]!r}")
-        asyncio.run(_run(flags.FLAGS))
+        if arguments:
+            raise UsageError(f"unexpected argument {arguments[0]!r}")
+        asyncio.run(_run(values))
     except KeyboardInterrupt:
         return 130
     except UsageError as error:
@@ -232,6 +246,10 @@ def main(argv: list[str]) -> int:
     except EOFError as error:
         return _fail(error_line(error), 1)
     return 0
+
+
+def main(argv: list[str]) -> int:
+    return run(argv[1:], flags.FLAGS)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -248,5 +266,5 @@ def _fail(line: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    define_flags()
+    define_flags(flags.FLAGS)
     app.run(main, flags_parser=parse_flags)

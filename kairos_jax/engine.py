@@ -6,7 +6,7 @@ An engine owns its weights and its page pool on one mesh. One thread drives it.
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -100,12 +100,18 @@ class Shapes:
         yield from ((rows, 1) for rows in self.decode_rows)
 
 
-class _Row(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Row:
     """Up to Q consecutive tokens of one sequence."""
 
     seq: Seq
     start: int
     count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether it is its sequence's last: the next token is sampled from it."""
+        return self.start + self.count == self.seq.length
 
 
 class JaxEngine:
@@ -157,7 +163,8 @@ class JaxEngine:
     @property
     def num_compiled(self) -> int:
         """Programs compiled so far; it stays where it is after `warm_up`."""
-        return sum(fn._cache_size() for fn in (self._step, self._read, self._write))
+        programs: tuple[Any, ...] = (self._step, self._read, self._write)
+        return sum(program._cache_size() for program in programs)
 
     def warm_up(self, progress: Callable[[str], None] = lambda what: None) -> None:
         """Compiles every shape, by a run of each over padding rows alone."""
@@ -166,6 +173,10 @@ class JaxEngine:
             self.run_rows([], rows, queries)
         progress("page moves")
         self.write_pages([], [self._read(self._cache, self._block_ids([], 0))])
+        self.wait()
+
+    def wait(self) -> None:
+        """Returns when all that was dispatched has run."""
         jax.block_until_ready(self._cache)
 
     def step(self, work: Sequence[tuple[Seq, int]]) -> dict[str, Token]:
@@ -204,10 +215,11 @@ class JaxEngine:
             count=np.zeros(size, np.int32),
             page_table=np.zeros((size, self._table_pages), np.int32),
         )
-        for index, (seq, start, count) in enumerate(rows):
-            inputs.tokens[index, :count] = seq.token_ids(start, start + count)
-            inputs.start[index], inputs.count[index] = start, count
-            inputs.page_table[index, : len(seq.pages)] = seq.pages
+        for index, row in enumerate(rows):
+            ids = row.seq.token_ids(row.start, row.start + row.count)
+            inputs.tokens[index, : row.count] = ids
+            inputs.start[index], inputs.count[index] = row.start, row.count
+            inputs.page_table[index, : len(row.seq.pages)] = row.seq.pages
         how = _sampling_input(rows, size)
         self._cache, packed = self._step(self.params, self._cache, inputs, how)
         return packed
@@ -244,13 +256,13 @@ def _sampling_input(rows: Sequence[_Row], size: int) -> SamplingInput:
         position=np.zeros(size, np.int32),
         logprobs=np.zeros(size, np.bool_),
     )
-    for index, (seq, start, count) in enumerate(rows):
-        if start + count < seq.length:
+    for index, row in enumerate(rows):
+        if not row.samples:
             continue  # not the sequence's last row: nothing is sampled from it
-        params: SamplingParams = seq.request.sampling or SamplingParams()
+        params: SamplingParams = row.seq.request.sampling or SamplingParams()
         how.temperature[index], how.seed[index] = params.temperature, params.seed
         how.top_k[index], how.top_p[index] = params.top_k, params.top_p
-        how.min_p[index], how.position[index] = params.min_p, start + count
+        how.min_p[index], how.position[index] = params.min_p, row.seq.length
         how.logprobs[index] = params.logprobs is not None
     return how
 
@@ -258,16 +270,16 @@ def _sampling_input(rows: Sequence[_Row], size: int) -> SamplingInput:
 def _tokens(rows: Sequence[_Row], packed: np.ndarray) -> Mapping[str, Token]:
     sampled = sampling.unpack(packed)
     tokens = {}
-    for index, (seq, start, count) in enumerate(rows):
-        if start + count < seq.length:
+    for index, row in enumerate(rows):
+        if not row.samples:
             continue
-        params: SamplingParams = seq.request.sampling or SamplingParams()
+        params: SamplingParams = row.seq.request.sampling or SamplingParams()
         id = int(sampled.token[index])
         if params.logprobs is None:
-            tokens[seq.request.id] = Token(id)
+            tokens[row.seq.request.id] = Token(id)
             continue
         ids = sampled.top_tokens[index, : params.logprobs].tolist()
         values = sampled.top_logprobs[index, : params.logprobs].tolist()
         top = tuple(zip(ids, values, strict=True))
-        tokens[seq.request.id] = Token(id, float(sampled.logprob[index]), top)
+        tokens[row.seq.request.id] = Token(id, float(sampled.logprob[index]), top)
     return tokens

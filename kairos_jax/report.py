@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -97,7 +98,7 @@ def print_table(runs: Sequence[Run], console: Console | None = None) -> None:
     """Prints a row per run, the best of each column bold; without p90 if the terminal is narrow."""
     console = console or Console()
     kept = [j for j, column in enumerate(_COLUMNS) if console.width >= 100 or column.name != "p90"]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("policy", vertical="bottom", overflow="fold")
     for column in (_COLUMNS[j] for j in kept):
         group = "" if column.group == "Rate" else column.group.replace("attainment ", "")
@@ -283,6 +284,8 @@ def _svg(title: str, draw: Callable[[Axes], None]) -> str:
         )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace("<svg", '<svg role="img"', 1)
+    # Names such as "patch_1" come again in each figure, and nothing refers to them.
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
     return svg

@@ -120,7 +120,10 @@ class Detokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         """Takes the next tokens; returns the text that is now certain."""
-        self._window += [id for id in ids if self._tokenizer.has_text(id)]
+        return "".join(self._push(id) for id in ids if self._tokenizer.has_text(id))
+
+    def _push(self, id: int) -> str:
+        self._window.append(id)
         text = self._tokenizer.decode(self._window)
         held = len(text) - len(text.rstrip(_REPLACEMENT))
         if len(self._window) > self._LIMIT:
@@ -129,9 +132,18 @@ class Detokenizer:
         delta = text[self._sent : end]
         self._sent = max(self._sent, end)
         if len(self._window) > self._WINDOW and held <= self._UNFINISHED:
-            self._window = self._window[-self._CONTEXT :]
-            self._sent = max(len(self._tokenizer.decode(self._window)) - held, 0)
+            self._shorten(held)
         return delta
+
+    def _shorten(self, held: int) -> None:
+        # One cut of four lies between characters, unless the bytes are broken. Within one, some
+        # decoders would take the whole run of bytes after the cut for broken.
+        for size in (*range(self._CONTEXT, self._CONTEXT + 4), self._CONTEXT):
+            text = self._tokenizer.decode(self._window[-size:])
+            if not text.startswith(_REPLACEMENT):
+                break
+        self._window = self._window[-size:]
+        self._sent = max(len(text) - held, 0)
 
     def flush(self) -> str:
         """Returns what was held back, at the end of the output."""

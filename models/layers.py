@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig, rope_frequencies
-from models.kv_cache import LayerCache, StepInput
 from models.sharding import Axes
 
 Rope = tuple[Float[Array, "R Q 1 H/2"], Float[Array, "R Q 1 H/2"]]
@@ -23,17 +22,6 @@ Attend = Callable[
     [Float[Array, "R Q N H"], Float[Array, "R Q K H"], Float[Array, "R Q K H"]],
     Float[Array, "R Q N H"],
 ]
-AttentionOp = Callable[
-    [
-        Float[Array, "R Q N H"],
-        Float[Array, "R Q K H"],
-        Float[Array, "R Q K H"],
-        LayerCache,
-        StepInput,
-    ],
-    tuple[Float[Array, "R Q N H"], LayerCache],
-]
-"""(q, k, v, layer, step) -> (out, layer): appends k and v to the pages, then attends to them."""
 
 
 def weight(

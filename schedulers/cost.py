@@ -234,9 +234,9 @@ def _table(profile: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _coefficients(table: Mapping[str, Any], prefix: str, *names: str) -> list[float]:
     values = []
     for name in names:
-        value = table.get(name)
+        value: Any = table.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and value >= 0):
+        if not number or not math.isfinite(value) or value < 0:
             raise ValueError(f"profile {prefix}.{name} must be finite and at least 0, got {value}")
         values.append(float(value))
     return values

@@ -5,7 +5,8 @@ ready) or here (ready). Only the last may step; the first may be fetched, which 
 pages it can ever need, so no admitted request waits for another's pages.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from schedulers.core import Batch, Instance, Policy, Seq
@@ -82,7 +83,7 @@ class Kairos:
 
     def __call__(self, instance: Instance, now: float) -> Batch:
         plan = Plan(self.cost, instance)
-        tpot = float("inf")
+        tpot = math.inf
         for seq in instance.running.values():
             plan.step(seq)
             tpot = min(tpot, seq.request.slo.tpot)
@@ -114,27 +115,36 @@ class Load:
 
     cost: CostModel
     pace: float
-    tpot: float = float("inf")
+    tpot: float = math.inf
     rate: float = 0.0
     context_rate: float = 0.0
     max_context: int = 0
 
-    def add(self, context: int, period: float, tpot: float) -> None:
-        self.tpot = min(self.tpot, tpot)
+    def add(self, seq: Seq, period: float) -> None:
+        context = seq.length
+        self.tpot = min(self.tpot, seq.request.slo.tpot)
         self.rate += 1 / period
         self.context_rate += context / period
         self.max_context = max(self.max_context, context)
 
-    def with_one(self, context: int, period: float, tpot: float) -> float:
-        """The load if this one were added."""
-        cost = self.cost.decode
+    def with_one(self, seq: Seq, period: float) -> float:
+        """The load if `seq` were added."""
+        cost, context = self.cost.decode, seq.length
         rate = self.rate + 1 / period
         if cost.form == "ragged":
             context_rate = self.context_rate + context / period
         else:
             context_rate = rate * max(self.max_context, context)
         own = cost.per_seq_s * rate + cost.per_context_token_s * context_rate
-        return self.pace * (cost.base_s / min(self.tpot, tpot) + own)
+        return self.pace * (cost.base_s / min(self.tpot, seq.request.slo.tpot) + own)
+
+
+@dataclass(slots=True)
+class Outlook:
+    """One set of sequences, judged. feasible: (slack, period, seq), seconds each."""
+
+    feasible: list[tuple[float, float, Seq]] = field(default_factory=list)
+    hopeless: list[Seq] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,117 +152,118 @@ class KairosPlus:
     """Admission by load, steps by slack; hopeless requests fill what is left.
 
     Slack is how far a sequence is ahead of its TPOT line. A feasible one must step once in its
-    period: its TPOT, stretched by the slack that it has banked. Feasible requests are admitted,
-    cheapest first, while the load stays within `target`, and fetched ahead up to `fetch_load`.
-    Each step takes the feasible of least slack, the longest prefix within `target` of their least
-    TPOT. A request is hopeless if it missed its TTFT or can no longer make its TPOT; it counts in
-    no minimum. The `hopeless_slots` oldest of them step always, so that each comes to its end.
+    period: its TPOT, stretched by the slack that it has banked. Feasible requests are fetched and
+    admitted shortest first while the load stays within `target`. Each step takes the feasible of
+    least slack, the longest prefix within `target` of their least TPOT. A request is hopeless if
+    it missed its TTFT or can no longer make its TPOT; it counts in no minimum.
 
-    hopeless_pages: share of all pages that hopeless requests are given while others come.
+    hopeless_slots: so many of the hopeless, the oldest, step always: each comes to its end.
+    hopeless_pages: share of all pages that hopeless requests are given beyond the first.
     patience_s: a request this late whose pages do not fit holds back all other fetches.
     """
 
     cost: CostModel
     target: float = 0.95
-    fetch_load: float = 1.0
     hopeless_slots: int = 4
     hopeless_pages: float = 0.25
     patience_s: float = 60.0
-    order: str = "ctx"
-    floor: float = 0.5
-    minp: float = 0.3
 
     def __call__(self, instance: Instance, now: float) -> Batch:
+        running = instance.running.values()
+        step_s = instance.pace * self.cost.decode_s([seq.length for seq in running])
+        residents = self._judge(running, now, step_s, instance.mean_output)
+        waiting = self._judge(instance.waiting.values(), now, step_s, instance.mean_output)
         plan = Plan(self.cost, instance)
-        load = Load(self.cost, instance.pace)
-        step_s = instance.pace * self.cost.decode_s([s.length for s in instance.running.values()])
-        residents, waiting, hopeless = [], [], []
-        for place, feasible in ((instance.running, residents), (instance.waiting, waiting)):
-            for seq in place.values():
-                view = self._judge(seq, now, step_s, instance.mean_output)
-                if view is None:
-                    hopeless.append(seq)
-                else:
-                    feasible.append(view)
-        for slack, period, seq in residents:
-            load.add(seq.length, period, seq.request.slo.tpot)
-        if self._let_overdue_in(instance, now, plan):
-            admitted, crowded = self._admit(waiting, load, plan)
+        blocked = not self._overdue_fits(plan, now)
+        admitted, crowded = self._admit(residents, waiting, plan, blocked)
+        hopeless = sorted(residents.hopeless + waiting.hopeless, key=_arrival)
+        if not blocked:
             self._fetch_hopeless(hopeless, crowded, plan)
-        else:
-            admitted, crowded = [view for view in waiting if view[2].ready], True
-        self._fill(residents + admitted, hopeless, crowded, plan)
+        self._fill(residents.feasible + admitted, hopeless, crowded, plan)
         return plan.batch()
 
-    def _judge(self, seq: Seq, now: float, step_s: float, mean_output: float | None):
-        """(slack, period, seq), or None for a hopeless one. Slack is until its next token is due."""
-        request = seq.request
-        tpot = request.slo.tpot
-        count = len(seq.tokens)
-        first_at = seq.first_token_at
-        if first_at > request.deadline:
-            return None
-        expected = request.max_tokens - count
-        if mean_output is not None:
-            # Outputs are long-tailed: one that outlived the mean is not about to end.
-            expected = min(expected, max(mean_output - count, self.floor * mean_output))
-        slack = first_at + count * tpot - now
-        period = (slack + (expected - 1) * tpot) / expected
-        if period < min(step_s, self.target * tpot):
-            return None
-        return slack, max(period, self.minp * tpot), seq
-
-    def _let_overdue_in(self, instance: Instance, now: float, plan: Plan) -> bool:
-        """False while the oldest request is overdue and its pages do not fit."""
-        oldest = min(instance.waiting.values(), key=_arrival, default=None)
-        overdue = oldest is not None and now - oldest.request.deadline > self.patience_s
-        return not overdue or plan.try_fetch(oldest)
-
-    def _admit(self, waiting, load: Load, plan: Plan):
-        """The ready ones to admit, and whether any had to be left out. Fetches ahead."""
-        admitted, crowded = [], False
-        for view in sorted(waiting, key={'ctx':lambda view: view[2].length,'slack':lambda v:v[0],'fcfs':lambda v:0,'period':lambda v:-v[1]}[self.order]):
-            _, period, seq = view
-            tpot = seq.request.slo.tpot
-            after = load.with_one(seq.length, period, tpot) if load.rate else 0.0
-            if after > self.fetch_load or not plan.try_fetch(seq):
-                crowded = True
+    def _judge(
+        self, seqs: Iterable[Seq], now: float, step_s: float, mean_output: float | None
+    ) -> Outlook:
+        outlook = Outlook()
+        for seq in seqs:
+            request, first_at, count = seq.request, seq.first_token_at, len(seq.tokens)
+            if first_at is None or first_at > request.deadline:
+                outlook.hopeless.append(seq)
                 continue
-            load.add(seq.length, period, tpot)
-            if after > self.target:
+            tpot, expected = request.slo.tpot, request.max_tokens - count
+            if mean_output is not None:
+                # Outputs are long-tailed: one that outlived the mean is not about to end.
+                expected = min(expected, max(mean_output - count, 0.5 * mean_output))
+            slack = first_at + count * tpot - now
+            period = tpot + (slack - tpot) / max(expected, 1)
+            if period < min(step_s, self.target * tpot):
+                outlook.hopeless.append(seq)
+            else:
+                # Not far below the TPOT: one about to end late would otherwise look like a crowd.
+                outlook.feasible.append((slack, max(period, 0.3 * tpot), seq))
+        return outlook
+
+    def _overdue_fits(self, plan: Plan, now: float) -> bool:
+        """False while the oldest waiting request is overdue and its pages do not fit."""
+        oldest = min(plan.instance.waiting.values(), key=_arrival, default=None)
+        if oldest is None or now - oldest.request.deadline <= self.patience_s:
+            return True
+        return plan.try_fetch(oldest)
+
+    def _admit(
+        self, residents: Outlook, waiting: Outlook, plan: Plan, blocked: bool
+    ) -> tuple[list[tuple[float, float, Seq]], bool]:
+        """The ready ones to admit, and whether any feasible one is left out. Fetches the others
+        that the load allows, so they hold their place in it while their KV is under way.
+        """
+        load = Load(self.cost, plan.instance.pace)
+        for _, period, seq in residents.feasible:
+            load.add(seq, period)
+        admitted, crowded = [], blocked
+        for view in sorted(waiting.feasible, key=lambda view: view[2].length):
+            _, period, seq = view
+            if load.rate and load.with_one(seq, period) > self.target:
                 crowded = True
-            elif seq.ready:
-                admitted.append(view)
+            elif seq.ready or (not blocked and plan.try_fetch(seq)):
+                load.add(seq, period)
+                if seq.ready:
+                    admitted.append(view)
+            else:
+                crowded = True
         return admitted, crowded
 
     def _fetch_hopeless(self, hopeless: list[Seq], crowded: bool, plan: Plan) -> None:
-        hopeless.sort(key=_arrival)
+        """Fetches the oldest; beyond the reserved slots only if no feasible one is left out."""
+        instance = plan.instance
         held = sum(len(seq.pages) for seq in hopeless)
         here = sum(bool(seq.pages) for seq in hopeless)
-        instance = plan.instance
         most = self.hopeless_pages * instance.limits.num_pages
         for seq in hopeless:
-            if seq.pages or seq.ready:
+            if seq.ready or seq.pages:
                 continue
-            needed = instance.pages_needed(seq)
-            if here and (held + needed > most or (crowded and here >= self.hopeless_slots)):
+            held, here = held + instance.pages_needed(seq), here + 1
+            too_many = held > most or (crowded and here > self.hopeless_slots)
+            if (here > 1 and too_many) or not plan.try_fetch(seq):
                 break
-            if not plan.try_fetch(seq):
-                break
-            held, here = held + needed, here + 1
 
-    def _fill(self, feasible, hopeless: list[Seq], crowded: bool, plan: Plan) -> None:
-        """Steps the longest prefix of the oldest hopeless, the feasible, the other hopeless."""
+    def _fill(
+        self,
+        feasible: list[tuple[float, float, Seq]],
+        hopeless: list[Seq],
+        crowded: bool,
+        plan: Plan,
+    ) -> None:
+        """Steps the longest prefix of: the oldest hopeless, the feasible, the other hopeless."""
         instance = plan.instance
         ready = [seq for seq in hopeless if seq.ready]
         oldest, others = ready[: self.hopeless_slots], ready[self.hopeless_slots :]
         if crowded:
             others = [seq for seq in others if seq.request.id in instance.running]
         others.sort(key=_length)
-        feasible.sort(key=lambda view: view[0])
-        order = [*oldest, *(view[2] for view in feasible), *others]
-        counted = [view[2] for view in feasible] or order
-        limit_s = self.target * min((seq.request.slo.tpot for seq in counted), default=0.0)
+        urgent = [seq for _, _, seq in sorted(feasible, key=lambda view: view[0])]
+        order = [*oldest, *urgent, *others]
+        limit_s = self.target * min((s.request.slo.tpot for s in urgent or order), default=0.0)
         for seq in order[: instance.limits.max_batch]:
             count, total = len(plan.work) + 1, plan.sum_context + seq.length
             longest = max(plan.max_context, seq.length)

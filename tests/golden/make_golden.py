@@ -23,8 +23,8 @@ HERE = Path(__file__).parent
 # 24 q heads, 12 kv heads, and vocab and mlp sizes to match: divides by 1, 2, 3, 4, 6 and 12.
 _LLAMA = {
     "vocab_size": 264,
-    "hidden_size": 40,
-    "intermediate_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 24,
     "num_key_value_heads": 12,
@@ -137,7 +137,8 @@ def make_tiny() -> None:
         model.save_pretrained(directory)
         (directory / "generation_config.json").unlink()  # holds nothing but the version
         generator = torch.Generator().manual_seed(7)
-        model = model.float().eval()
+        # Read back, and not cast: a cast to bf16 and back also rounds the rope frequencies.
+        model = type(model).from_pretrained(directory, dtype=torch.float32).eval()
         cases = []
         for length in (5, 17, 33, 60):
             shape = (length,)

@@ -31,7 +31,8 @@ _MACHINES = (
     "The time that a request waits is often longer than the time that it is worked on.",
     "Adding a second server halves the load on each, yet the wait falls by much more than half.",
     "A scheduler that knows the deadlines can reorder the queue without losing any throughput.",
-    "The price is fairness: someone with a loose deadline stands aside for someone with a tight one.",
+    "The price is fairness: someone with a loose deadline stands aside "
+    "for someone with a tight one.",
     "Engineers measure the slowest one percent, since that is what their users remember.",
     "Memory is the other limit, because each open conversation holds on to its share.",
     "When it runs out, something has to be paused, moved or computed again.",
@@ -58,7 +59,8 @@ SMOLLM2 = (
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. Übersetzung ins Englische:",
     "Weather today: ☀️ 24°C 🌬️ 12 km/h. Weather tomorrow: 🌧️",
     "春は桜、夏は花火、秋は紅葉、冬は雪。日本の四季は",
-    "Shopping list:\n- 2 litres of milk\n- 6 eggs\n- 500 g of flour\n- 1 lemon\n\nWith these I can bake",
+    "Shopping list:\n- 2 litres of milk\n- 6 eggs\n- 500 g of flour\n- 1 lemon\n\n"
+    "With these I can bake",
     '{"name": "Ada", "age": 36, "languages": ["en", "fr"], "address": {"city": "London", "zip":',
     "SELECT customers.name, SUM(orders.total) AS spent\nFROM customers\nJOIN orders ON "
     "orders.customer_id = customers.id\nWHERE orders.created_at >= '2023-01-01'\nGROUP BY",
@@ -86,7 +88,13 @@ SMOLLM2 = (
         ("user", "Summarise this in one sentence.\n\n" + _join(_HARBOUR[:8], _KITCHEN[:4])),
     ),
     _join(_KITCHEN, _MACHINES) + "\n\nThe two texts above have in common that",
-    _chat(("user", "Which of these sentences are about food?\n\n" + _join(_MACHINES, _KITCHEN, _HARBOUR[:4]))),
+    _chat(
+        (
+            "user",
+            "Which of these sentences are about food?\n\n"
+            + _join(_MACHINES, _KITCHEN, _HARBOUR[:4]),
+        )
+    ),
     _join(_HARBOUR, _KITCHEN, _MACHINES, _HARBOUR[3:7]) + " And at the end of the day,",
 )
 

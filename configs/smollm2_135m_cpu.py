@@ -1,0 +1,39 @@
+"""SmolLM2-135M-Instruct on a CPU: prefill on one CPU device, decode on another, one process.
+
+  python -m kairos_jax.serve --config=configs/smollm2_135m_cpu.py --port=50051
+
+Expect, on two AVX-512 cores: ready within a minute the first time (it fetches 93 MB, compiles and
+measures the step times; later starts reuse all three), 3.5 GB of memory, about 700 prompt tokens a
+second and 35 ms a token for a lone request.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Every key can be overridden: --config.decode.policy=continuous, --config.slo.ttft=2."""
+    return ConfigDict(
+        {
+            "model": "smollm2-135m-instruct",
+            "dtype": "float32",
+            "attention": "cpu",
+            "max_context": 2048,
+            "max_tokens": 1024,
+            "max_requests": 1024,
+            "page_size": 64,
+            "prefill": {
+                "devices": 1,
+                "policy": "kairos_plus",
+                "kv_tokens": 16384,
+                "max_chunk": 512,
+                "row_tokens": 64,
+            },
+            "decode": {
+                "devices": 1,
+                "policy": "kairos_plus",
+                "kv_tokens": 32768,
+                "max_batch": 32,
+            },
+            "slo": {"ttft": 2.0, "tpot": 0.15},
+        }
+    )

@@ -1,0 +1,168 @@
+"""What is served: a config file's values, checked and frozen.
+
+A config file (configs/NAME.py) returns a ConfigDict with every key of `ServerConfig`; flags
+override single keys. Whatever is unknown, missing or out of range is refused by its name.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.ops import ATTENTION
+from schedulers import decode, prefill
+from schedulers.core import Limits, Slo
+
+DTYPES = ("float32", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """A config value that cannot be served; the message names key, value and limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceConfig:
+    """One instance. devices: size of its mesh; kv_tokens: tokens whose KV its pool holds."""
+
+    devices: int
+    policy: str
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig(InstanceConfig):
+    """max_chunk: prompt tokens a step; row_tokens: a chunk is padded to a multiple of it."""
+
+    max_chunk: int
+    row_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig(InstanceConfig):
+    """max_batch: sequences a step."""
+
+    max_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SloConfig:
+    """The SLO of requests that state none, seconds."""
+
+    ttft: float
+    tpot: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """A server: a model on a prefill and a decode mesh.
+
+    model: path, hub id or the default model's name. max_context: prompt and output together, at
+    most; max_tokens: output, at most. max_requests: in progress at once; more are rejected.
+    """
+
+    model: str
+    dtype: str
+    attention: str
+    max_context: int
+    max_tokens: int
+    max_requests: int
+    page_size: int
+    prefill: PrefillConfig
+    decode: DecodeConfig
+    slo: SloConfig
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ServerConfig":
+        """Raises ConfigError for an unknown or missing key, a wrong type or a bad value."""
+        config = _build(cls, values, "")
+        _check(config)
+        return config
+
+    @property
+    def default_slo(self) -> Slo:
+        return Slo(self.slo.ttft, self.slo.tpot)
+
+    def limits(self, instance: PrefillConfig | DecodeConfig) -> Limits:
+        """The ledger's limits of the prefill or the decode instance."""
+        is_prefill = isinstance(instance, PrefillConfig)
+        return Limits(
+            max_batch=1 if is_prefill else instance.max_batch,
+            max_chunk=instance.max_chunk if is_prefill else 1,
+            max_context=self.max_context,
+            page_size=self.page_size,
+            num_pages=instance.kv_tokens // self.page_size,
+        )
+
+
+def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError(f"config.{path}{unknown[0]} is not a key; known: {', '.join(fields)}")
+    missing = [name for name in fields if name not in values]
+    if missing:
+        raise ConfigError(f"config.{path}{missing[0]} is missing")
+    made = {name: _value(kind, values[name], path + name) for name, kind in fields.items()}
+    return cls(**made)
+
+
+def _value(kind: Any, value: Any, path: str) -> Any:
+    if isinstance(kind, type) and issubclass(kind, InstanceConfig | SloConfig):
+        return _build(kind, dict(value), path + ".")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    assert isinstance(kind, type)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"config.{path} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def _check(config: ServerConfig) -> None:
+    at_least_one = {
+        "max_context": config.max_context,
+        "max_tokens": config.max_tokens,
+        "max_requests": config.max_requests,
+        "page_size": config.page_size,
+        "prefill.devices": config.prefill.devices,
+        "prefill.max_chunk": config.prefill.max_chunk,
+        "prefill.row_tokens": config.prefill.row_tokens,
+        "decode.devices": config.decode.devices,
+        "decode.max_batch": config.decode.max_batch,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ConfigError(f"config.{name} must be at least 1, got {value}")
+    choices = {
+        "dtype": (config.dtype, DTYPES),
+        "attention": (config.attention, tuple(ATTENTION)),
+        "prefill.policy": (config.prefill.policy, tuple(prefill.POLICIES)),
+        "decode.policy": (config.decode.policy, tuple(decode.POLICIES)),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ConfigError(f"config.{name} must be one of {', '.join(known)}, got {value!r}")
+    for name, value in (("slo.ttft", config.slo.ttft), ("slo.tpot", config.slo.tpot)):
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"config.{name} must be a positive number of seconds, got {value}")
+    if config.max_tokens >= config.max_context:
+        raise ConfigError(
+            f"config.max_tokens must be below max_context {config.max_context}, "
+            f"got {config.max_tokens}"
+        )
+    # Else the longest request could never get its pages, and would wait for ever.
+    for name, tokens in (
+        ("prefill.kv_tokens", config.prefill.kv_tokens),
+        ("decode.kv_tokens", config.decode.kv_tokens),
+    ):
+        pages = -(-config.max_context // config.page_size)
+        if tokens // config.page_size < pages:
+            raise ConfigError(
+                f"config.{name} must hold max_context {config.max_context} in whole pages of "
+                f"{config.page_size}, got {tokens}"
+            )
+    if config.prefill.max_chunk % config.prefill.row_tokens:
+        raise ConfigError(
+            f"config.prefill.max_chunk must be a multiple of row_tokens "
+            f"{config.prefill.row_tokens}, got {config.prefill.max_chunk}"
+        )

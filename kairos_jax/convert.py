@@ -1,0 +1,52 @@
+"""Turns any model that we read into a sharded Orbax checkpoint with its tokenizer beside it.
+
+  python -m kairos_jax.convert --source=smollm2-135m-instruct --output=checkpoints/smollm2
+
+Every binary takes the result as --model, on a mesh of any shape.
+"""
+
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from kairos_jax import launch
+from kairos_jax.config import DTYPES
+from kairos_jax.hub import resolve_model
+from kairos_jax.tokenizer import load_tokenizer
+from models.checkpoint import open_checkpoint, save_orbax
+from models.sharding import Rules, make_mesh
+
+
+def convert(source: str, output: Path, dtype: str) -> str:
+    """Converts and says what was written. Raises UsageError or ModelNotAvailable."""
+    if output.exists() and any(output.iterdir()):
+        raise launch.UsageError(f"--output={output} is not empty")
+    path = resolve_model(source)
+    try:
+        checkpoint = open_checkpoint(path)
+        params = checkpoint.load(make_mesh(jax.devices()), Rules(), dtype)
+    except ValueError as error:
+        raise launch.UsageError(str(error)) from error
+    save_orbax(output, checkpoint.config, params)
+    try:
+        load_tokenizer(path).save(output)
+    except FileNotFoundError:
+        return f"wrote {output}: {len(params)} weights, no tokenizer (the source has none)"
+    return f"wrote {output}: {len(params)} weights and the tokenizer"
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    if not flags.FLAGS.source or not flags.FLAGS.output:
+        raise launch.UsageError("--source and --output are both needed")
+    launch.start_jax(1)
+    print(convert(flags.FLAGS.source, Path(flags.FLAGS.output), flags.FLAGS.dtype))
+    return 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("source", None, "Path, hub id or name of a model.")
+    flags.DEFINE_string("output", None, "Directory to write; must be empty or new.")
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the written weights.")
+    launch.run(main)

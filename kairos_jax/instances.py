@@ -1,0 +1,169 @@
+"""Builds what a config describes: the model on both meshes, the compiled engines, the workers."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+
+from kairos_jax.config import DecodeConfig, PrefillConfig, ServerConfig
+from kairos_jax.engine import JaxEngine, Shapes
+from kairos_jax.hub import resolve_model
+from kairos_jax.launch import UsageError
+from kairos_jax.tokenizer import Tokenizer, load_tokenizer
+from kairos_jax.transfer import LocalTransport
+from kairos_jax.worker import Event, Worker
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.sharding import Rules, make_mesh
+from schedulers import decode, prefill
+from schedulers.core import Instance, Role
+from schedulers.cost import CostModel
+
+Progress = Callable[[str, int, int], None]
+"""(stage, steps done, steps in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model on disk. tokenizer: None if it came without one."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        ids = frozenset(self.checkpoint.config.eos_token_ids)
+        return ids | self.tokenizer.eos_ids if self.tokenizer else ids
+
+
+def open_model(config: ServerConfig) -> Model:
+    """Finds the model and reads its description.
+
+    Raises:
+        ModelNotAvailable, UsageError: it is not to be had, or cannot be served so.
+    """
+    path = resolve_model(config.model)
+    try:
+        checkpoint = open_checkpoint(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        tokenizer = load_tokenizer(path)
+    except FileNotFoundError:
+        tokenizer = None
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if config.max_context > checkpoint.config.max_context:
+        raise UsageError(
+            f"config.max_context must be at most the model's {checkpoint.config.max_context}, "
+            f"got {config.max_context}"
+        )
+    return Model(checkpoint, tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """The two engines of a disaggregated server, on disjoint devices."""
+
+    prefill: JaxEngine
+    decode: JaxEngine
+
+
+def build_engines(
+    config: ServerConfig, model: Model, devices: Sequence[jax.Device], progress: Progress
+) -> Engines:
+    """Loads the weights onto both meshes and compiles every shape. Raises UsageError."""
+    split = config.prefill.devices
+    made = []
+    for role, instance, part in (
+        (Role.PREFILL, config.prefill, devices[:split]),
+        (Role.DECODE, config.decode, devices[split : split + config.decode.devices]),
+    ):
+        progress(f"load {role.value} weights", 0, 1)
+        try:
+            made.append(_build_engine(config, model, role, instance, part))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        progress(f"load {role.value} weights", 1, 1)
+    # XLA compiles on one thread each: two at once take little longer than one.
+    parallel(
+        [
+            lambda engine=engine, name=name: _warm_up(engine, name, progress)
+            for engine, name in zip(made, ("prefill", "decode"), strict=True)
+        ]
+    )
+    return Engines(*made)
+
+
+def build_workers(
+    config: ServerConfig,
+    engines: Engines,
+    cost: CostModel,
+    transport: LocalTransport,
+    emit: Callable[[Event], None],
+) -> tuple[Worker, Worker]:
+    """The prefill and the decode worker, not yet started."""
+    prefill_policy = prefill.POLICIES[config.prefill.policy](cost)
+    decode_policy = decode.POLICIES[config.decode.policy](cost)
+    prefill_ledger = Instance("prefill-0", Role.PREFILL, engines.prefill.limits)
+    decode_ledger = Instance("decode-0", Role.DECODE, engines.decode.limits)
+    return (
+        Worker(prefill_ledger, prefill_policy, engines.prefill, transport, emit, time.monotonic),
+        Worker(decode_ledger, decode_policy, engines.decode, transport, emit, time.monotonic),
+    )
+
+
+def _build_engine(
+    config: ServerConfig,
+    model: Model,
+    role: Role,
+    instance: PrefillConfig | DecodeConfig,
+    devices: Sequence[jax.Device],
+) -> JaxEngine:
+    mesh, rules, limits = make_mesh(devices), Rules(), config.limits(instance)
+    return JaxEngine(
+        model.checkpoint.config,
+        model.checkpoint.load(mesh, rules, config.dtype),
+        mesh,
+        rules,
+        limits,
+        Shapes.for_role(role, limits, config.prefill.row_tokens),
+        config.dtype,
+        config.attention,
+    )
+
+
+def _warm_up(engine: JaxEngine, name: str, progress: Progress) -> None:
+    total = len(list(engine.shapes)) + 1
+    started = 0
+
+    def step(what: str) -> None:
+        nonlocal started
+        progress(f"compile {name} steps", started, total)
+        started += 1
+
+    engine.warm_up(step)
+    progress(f"compile {name} steps", total, total)
+
+
+def parallel(jobs: Sequence[Callable[[], None]]) -> None:
+    """Runs the jobs on a thread each; the first error of any is raised here.
+
+    Daemon threads, so that a Ctrl-C need not wait for a compilation.
+    """
+    errors: list[BaseException] = []
+
+    def run(job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(job,), daemon=True) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

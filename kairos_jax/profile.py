@@ -1,0 +1,205 @@
+"""Measures the jitted steps and fits the profile that policies, simulator and reports use.
+
+python -m kairos_jax.profile --config=configs/smollm2_135m_cpu.py --output=profile.json
+"""
+
+import datetime
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from kairos_jax import __version__, launch
+from kairos_jax.config import ServerConfig
+from kairos_jax.engine import JaxEngine
+from kairos_jax.instances import Engines, Model, Progress, build_engines, open_model
+from schedulers import cost
+from schedulers.core import Request, Seq, Slo
+
+# Long enough to even out a noisy machine, short enough to measure the whole grid in a minute.
+_REPEATS = 5
+_POINT_BUDGET_S = 1.0
+_TRANSFER_TOKENS = (64, 256, 1024)
+
+
+def measure(engines: Engines, config: ServerConfig, name: str, progress: Progress) -> dict:
+    """Times each kind of step over its shapes, with the other mesh idle, and fits the profile.
+
+    Returns:
+        The profile (DESIGN: "Profile file"); "samples" are medians in seconds.
+    """
+    prefill, decode = engines.prefill, engines.decode
+    points: list[tuple[str, tuple[int, ...], Callable[[], Any]]] = [
+        *(("prefill", p, lambda p=p: _prefill(prefill, *p)) for p in _prefill_points(prefill)),
+        *(("decode", p, lambda p=p: _decode(decode, *p)) for p in _decode_points(decode)),
+        *(("transfer", (n,), lambda n=n: _transfer(engines, n)) for n in _transfer_points(prefill)),
+    ]
+    samples: dict[str, list[tuple]] = {"prefill": [], "decode": [], "transfer": []}
+    for index, (kind, point, run) in enumerate(points):
+        progress("measure step times", index, len(points))
+        samples[kind].append((*point, _median_s(run)))
+    progress("measure step times", len(points), len(points))
+    fitted = cost.fit(
+        **samples,
+        form="padded",
+        buckets=decode.shapes.decode_rows,
+        row_tokens=prefill.shapes.row_tokens,
+    )
+    device = prefill.mesh.devices.flat[0]
+    return {
+        "name": f"{name} {config.prefill.devices}P:{config.decode.devices}D",
+        "model": name,
+        "device": f"{device.device_kind} ({os.cpu_count()} cores)"
+        if device.platform == "cpu"
+        else device.device_kind,
+        "dtype": config.dtype,
+        "source": "measured",
+        "date": datetime.date.today().isoformat(),
+        "versions": {"kairos_jax": __version__, "jax": jax.__version__},
+        **fitted,
+        "kv_capacity_tokens": config.decode.kv_tokens,
+        "samples": samples,
+    }
+
+
+def load_or_measure(
+    path: Path | None,
+    config: ServerConfig,
+    model: Model,
+    engines: Engines,
+    progress: Progress,
+) -> dict:
+    """The profile at `path`; without one, that of the user's cache, measured now if need be."""
+    if path is not None:
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise launch.UsageError(f"--profile={path}: {error}") from error
+    cached = _cached_path(config, model, engines)
+    if cached.exists():
+        return json.loads(cached.read_text())
+    profile = measure(engines, config, config.model, progress)
+    write(profile, cached)
+    return profile
+
+
+def write(profile: dict, path: Path) -> None:
+    """Writes a profile as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(profile, indent=1) + "\n")
+    partial.replace(path)
+
+
+def fit_line(profile: dict) -> str:
+    """The fit's residuals in one line."""
+    return ", ".join(
+        f"{kind} R2 {fit['r2']:.3f}, p90 error {fit['p90_rel_error']:.0%}"
+        for kind, fit in profile.get("fit", {}).items()
+        if fit["r2"] is not None
+    )
+
+
+def _cached_path(config: ServerConfig, model: Model, engines: Engines) -> Path:
+    """Named by all that step times depend on."""
+    device = engines.prefill.mesh.devices.flat[0]
+    facts = (
+        model.checkpoint.config,
+        config.dtype,
+        config.attention,
+        config.page_size,
+        config.max_context,
+        (config.prefill.devices, engines.prefill.shapes, config.prefill.kv_tokens),
+        (config.decode.devices, engines.decode.shapes, config.decode.kv_tokens),
+        (device.device_kind, os.cpu_count(), jax.__version__, __version__),
+    )
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    return launch.cache_dir("profiles") / f"{Path(config.model).stem}-{digest}.json"
+
+
+def _prefill_points(engine: JaxEngine) -> Iterable[tuple[int, int]]:
+    """(tokens, tokens computed before) of one chunk."""
+    room = engine.limits.max_context - 1
+    for rows in engine.shapes.prefill_rows:
+        tokens = rows * engine.shapes.row_tokens
+        for computed in (0, engine.limits.max_chunk, 2 * engine.limits.max_chunk):
+            if computed + tokens <= room:
+                yield tokens, computed
+
+
+def _decode_points(engine: JaxEngine) -> Iterable[tuple[int, int]]:
+    """(sequences, context of each)."""
+    longest = engine.limits.max_context - 1
+    contexts = sorted({min(context, longest) for context in (64, 256, 1024)})
+    return itertools.product(engine.shapes.decode_rows, contexts)
+
+
+def _transfer_points(engine: JaxEngine) -> list[int]:
+    return sorted({min(tokens, engine.limits.max_context) for tokens in _TRANSFER_TOKENS})
+
+
+def _seq(engine: JaxEngine, index: int, computed: int, tokens: int) -> Seq:
+    """A sequence on the pool's first pages: what they hold does not change a step's time."""
+    slo = Slo(1.0, 1.0)
+    seq = Seq(Request(str(index), 0.0, [0] * (computed + tokens), 1, slo), computed=computed)
+    pages = engine.limits.pages_for(computed + tokens)
+    seq.pages = [(index * pages + page) % engine.limits.num_pages for page in range(pages)]
+    return seq
+
+
+def _prefill(engine: JaxEngine, tokens: int, computed: int) -> None:
+    engine.step([(_seq(engine, 0, computed, tokens), tokens)])
+
+
+def _decode(engine: JaxEngine, batch: int, context: int) -> None:
+    engine.step([(_seq(engine, index, context, 1), 1) for index in range(batch)])
+
+
+def _transfer(engines: Engines, tokens: int) -> None:
+    pages = list(range(engines.prefill.limits.pages_for(tokens)))
+    kv = engines.prefill.read_pages(pages)
+    moved = [jax.device_put(block, engines.decode.wire_sharding) for block in kv]
+    engines.decode.write_pages(pages, moved)
+    engines.decode.wait()
+
+
+def _median_s(run: Callable[[], Any]) -> float:
+    run()
+    times: list[float] = []
+    while len(times) < _REPEATS and (len(times) < 2 or sum(times) < _POINT_BUDGET_S):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def main(argv: list[str]) -> int:
+    """Measures and writes. Returns the exit code."""
+    from kairos_jax.progress import bars
+
+    config = launch.read_config()
+    devices = launch.start_jax(
+        config.prefill.devices + config.decode.devices, flags.FLAGS.cpu_devices
+    )
+    model = open_model(config)
+    with bars() as progress:
+        engines = build_engines(config, model, devices, progress)
+        profile = measure(engines, config, config.model, progress)
+    output = Path(flags.FLAGS.output)
+    write(profile, output)
+    print(f"wrote {output}: {fit_line(profile)}")
+    return 0
+
+
+if __name__ == "__main__":
+    launch.define_config_flag()
+    flags.DEFINE_string("output", "profile.json", "File to write.")
+    launch.run(main)

@@ -1,0 +1,175 @@
+"""The server: router, prefill and decode workers in one process, on disjoint meshes.
+
+  python -m kairos_jax.serve --config=configs/smollm2_135m_cpu.py --port=50051
+
+It listens at once and answers UNAVAILABLE (health: NOT_SERVING) until every shape is compiled.
+SIGTERM and Ctrl-C drain it; a second Ctrl-C ends it at once.
+
+Exit codes: 0 after a drain; 1 if an instance died; 2 for a wrong flag, config or model.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from kairos_jax import launch, profile
+from kairos_jax.config import ServerConfig
+from kairos_jax.edge import Edge
+from kairos_jax.instances import Engines, Model, build_engines, build_workers, open_model
+from kairos_jax.progress import bars
+from kairos_jax.rpc import kairos_pb2 as pb
+from kairos_jax.service import Backend, Server
+from kairos_jax.streams import Router
+from kairos_jax.transfer import LocalTransport
+from schedulers.cost import CostModel
+
+log = logging.getLogger(__name__)
+
+
+def define_flags() -> None:
+    """Not at import: other binaries have flags of the same names."""
+    launch.define_config_flag()
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
+    flags.DEFINE_integer("port", 50051, "Port to listen on; 0: any free one.", 0, 65535)
+    flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
+    flags.DEFINE_float("grace_s", 30.0, "Seconds that a drain waits for requests.", 0.0)
+
+
+def prepare(config: ServerConfig, profile_path: Path | None) -> tuple[Model, Engines, dict]:
+    """All that takes long: fetch, load, compile, measure."""
+    num_devices = config.prefill.devices + config.decode.devices
+    devices = launch.start_jax(num_devices, flags.FLAGS.cpu_devices)
+    with bars() as progress:
+        model = open_model(config)
+        engines = build_engines(config, model, devices, progress)
+        measured = profile.load_or_measure(profile_path, config, model, engines, progress)
+    return model, engines, measured
+
+
+async def serve(config: ServerConfig, host: str, port: int, profile_path: Path | None) -> int:
+    """Serves until a signal, or until an instance dies. Returns the exit code."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(sign, _on_signal, sign, stop)
+    try:
+        server = Server(host, port, time.monotonic)
+    except OSError as error:
+        raise launch.UsageError(str(error)) from error
+    await server.start()
+    print(f"starting {config.model}: gRPC on {host}:{server.port}", flush=True)
+    prepared = _in_daemon(lambda: prepare(config, profile_path))
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({prepared, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not prepared.done():
+        # A compilation cannot be interrupted: leave it, and the process with it.
+        print("stopped while starting", flush=True)
+        os._exit(0)
+    model, engines, measured = prepared.result()
+    try:
+        cost = CostModel.from_profile(measured)
+    except ValueError as error:
+        raise launch.UsageError(f"--profile={profile_path}: {error}") from error
+    router = Router(loop, config.max_requests)
+    transport = LocalTransport()
+    workers = build_workers(config, engines, cost, transport, router.emit)
+    router.connect(*workers)
+    for worker in workers:
+        worker.start()
+    await server.open(_backend(config, model, router))
+    print(_ready_line(config, engines, measured, f"{host}:{server.port}"), flush=True)
+    await asyncio.wait({router.died, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    died = router.died.done()
+    print("an instance died: ending" if died else "draining", flush=True)
+    drained = await server.drain(0.0 if died else flags.FLAGS.grace_s)
+    if died:
+        return 1
+    for worker in workers:
+        worker.stop()
+    transport.close()
+    print("drained" if drained else "ended requests that outlasted --grace_s", flush=True)
+    return 0
+
+
+def _backend(config: ServerConfig, model: Model, router: Router) -> Backend:
+    description, tokenizer = model.checkpoint.config, model.tokenizer
+    name = config.model if "/" not in config.model else Path(config.model).name
+    return Backend(
+        edge=Edge(name, description.vocab_size, model.eos_ids, config, tokenizer),
+        router=router,
+        model=pb.Model(
+            name=name,
+            max_context=config.max_context,
+            vocab_size=description.vocab_size,
+            max_tokens=config.max_tokens,
+            default_slo=pb.Slo(ttft_s=config.slo.ttft, tpot_s=config.slo.tpot),
+            prefill_policy=config.prefill.policy,
+            decode_policy=config.decode.policy,
+            prefill_mesh_size=config.prefill.devices,
+            decode_mesh_size=config.decode.devices,
+            device_kind=jax.devices()[0].device_kind,
+            has_tokenizer=tokenizer is not None,
+            has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
+        ),
+    )
+
+
+def _ready_line(config: ServerConfig, engines: Engines, measured: dict, address: str) -> str:
+    compiled = engines.prefill.num_compiled + engines.decode.num_compiled
+    return (
+        f"ready: {config.model} on {config.prefill.devices} prefill + {config.decode.devices} "
+        f"decode {jax.devices()[0].device_kind} devices, {config.prefill.policy} + "
+        f"{config.decode.policy}, SLO TTFT {config.slo.ttft:g} s TPOT {config.slo.tpot:g} s, "
+        f"{compiled} programs compiled, step times {measured.get('source', 'of unknown source')} "
+        f"({profile.fit_line(measured)}); gRPC on {address}"
+    )
+
+
+def _on_signal(sign: signal.Signals, stop: asyncio.Event) -> None:
+    if stop.is_set() and sign is signal.SIGINT:
+        os._exit(130)
+    stop.set()
+
+
+def _in_daemon(job: Callable[[], Any]) -> asyncio.Future:
+    """Runs a job on a thread that does not keep the process alive."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def finish(method: Callable[[Any], None], value: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(method, value)
+
+    def run() -> None:
+        try:
+            result = job()
+        except BaseException as error:
+            finish(done.set_exception, error)
+        else:
+            finish(done.set_result, result)
+
+    threading.Thread(target=run, name="prepare", daemon=True).start()
+    return done
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    config = launch.read_config()
+    path = Path(flags.FLAGS.profile) if flags.FLAGS.profile else None
+    return asyncio.run(serve(config, flags.FLAGS.host, flags.FLAGS.port, path))
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch.run(main)

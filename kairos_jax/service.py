@@ -1,0 +1,180 @@
+"""The gRPC service kairos.v1.Kairos, with health and reflection beside it."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kairos_jax.edge import BadField, Edge, UnknownModel
+from kairos_jax.engine import Token
+from kairos_jax.rpc import kairos_pb2 as pb
+from kairos_jax.rpc import kairos_pb2_grpc
+from kairos_jax.streams import Full, IdInUse, Router, Stream, WorkerLost
+from kairos_jax.tokenizer import Detokenizer
+
+SERVICE = "kairos.v1.Kairos"
+MAX_MESSAGE_BYTES = 4 << 20
+# When a client that was turned away should come back: about the time one request takes.
+RETRY_AFTER_S = 1.0
+
+_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What answers requests, once it is ready."""
+
+    edge: Edge
+    router: Router
+    model: pb.Model
+
+
+class Servicer(kairos_pb2_grpc.KairosServicer):
+    """Reads requests and writes answers; the backend's router does the rest."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self.clock = clock
+        self.backend: Backend | None = None
+        self.draining = False
+
+    async def GetModel(self, request: pb.GetModelRequest, context) -> pb.Model:
+        """See kairos.proto."""
+        return (await self._ready(context)).model
+
+    async def Generate(self, request: pb.GenerateRequest, context) -> None:
+        """See kairos.proto."""
+        arrival = self.clock()
+        backend = await self._ready(context)
+        try:
+            # In a thread: a long text takes the tokenizer longer than others should wait.
+            checked = await asyncio.to_thread(backend.edge.request, request, arrival)
+            stream = backend.router.submit(checked)
+        except UnknownModel as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        except BadField as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except IdInUse as error:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
+        except Full as error:
+            retry = (("retry-after-s", f"{RETRY_AFTER_S:g}"),)
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry)
+        except WorkerLost as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        else:
+            await _answer(backend, stream, context)
+
+    async def _ready(self, context) -> Backend:
+        if self.draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is draining")
+        if self.backend is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is starting")
+        return cast(Backend, self.backend)
+
+
+async def _answer(backend: Backend, stream: Stream, context) -> None:
+    tokenizer = backend.edge.tokenizer
+    detokenizer = Detokenizer(tokenizer) if tokenizer else None
+    try:
+        async for output in stream:
+            response = pb.GenerateResponse(request_id=stream.name, token_ids=[output.token.id])
+            if detokenizer:
+                response.text_delta = detokenizer.push([output.token.id])
+            if output.token.logprob is not None:
+                response.logprobs.append(_logprobs(output.token))
+            if output.finish_reason:
+                if detokenizer:
+                    response.text_delta += detokenizer.flush()
+                _finish(response, stream)
+            await context.write(response)
+    except WorkerLost as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+    finally:
+        # Where the client went away, or its deadline passed, this task was cancelled.
+        backend.router.cancel(stream)
+
+
+def _logprobs(token: Token) -> pb.TokenLogprobs:
+    top = [pb.Alternative(token_id=id, logprob=value) for id, value in token.top]
+    return pb.TokenLogprobs(token_id=token.id, logprob=token.logprob, top=top)
+
+
+def _finish(response: pb.GenerateResponse, stream: Stream) -> None:
+    request, count = stream.request, len(stream.tokens)
+    begun, first, last = stream.begun_at, stream.first_token_at, stream.last_token_at
+    assert stream.finish_reason is not None
+    assert begun is not None
+    assert first is not None
+    assert last is not None
+    ttft = first - request.arrival
+    tpot = (last - first) / (count - 1) if count > 1 else 0.0
+    response.finish_reason = _FINISH[stream.finish_reason]
+    response.usage.prompt_tokens = len(request.prompt)
+    response.usage.completion_tokens = count
+    response.timing.CopyFrom(
+        pb.Timing(
+            queue_s=begun - request.arrival,
+            prefill_s=first - begun,
+            transfer_s=stream.moved_at - first if stream.moved_at is not None else 0.0,
+            ttft_s=ttft,
+            tpot_s=tpot,
+            total_s=last - request.arrival,
+            ttft_met=ttft <= request.slo.ttft,
+            tpot_met=tpot <= request.slo.tpot,
+        )
+    )
+
+
+class Server:
+    """The gRPC server. Health says NOT_SERVING until `open`, and again from `drain` on."""
+
+    def __init__(self, host: str, port: int, clock: Callable[[], float]):
+        """Raises OSError if the address cannot be listened on. port 0: any free one."""
+        options = [
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
+        ]
+        self._grpc = grpc.aio.server(options=options)
+        self._servicer = Servicer(clock)
+        kairos_pb2_grpc.add_KairosServicer_to_server(self._servicer, self._grpc)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._grpc)
+        try:
+            self.port = self._grpc.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {host}:{port}; is the port in use?") from error
+
+    async def start(self) -> None:
+        """Listens; requests are answered UNAVAILABLE until `open`."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._grpc.start()
+
+    async def open(self, backend: Backend) -> None:
+        """Serves."""
+        self._servicer.backend = backend
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self, grace_s: float) -> bool:
+        """Takes no new requests, waits for those in progress, and stops listening. After `grace_s`
+        seconds it ends those that are left. True if there were none.
+        """
+        self._servicer.draining = True
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        drained = True
+        if self._servicer.backend:
+            try:
+                await asyncio.wait_for(self._servicer.backend.router.drained(), grace_s)
+            except TimeoutError:
+                drained = False
+        # The last answers may still be on their way out.
+        await self._grpc.stop(grace=1.0 if drained else 0.0)
+        return drained
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)

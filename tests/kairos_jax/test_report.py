@@ -1,0 +1,116 @@
+import io
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+from rich.console import Console
+
+from kairos_jax.report import Run, print_table, write_report
+from schedulers.attainment import Outcome
+from schedulers.core import Slo
+
+SLO = Slo(ttft=0.5, tpot=0.05)
+
+
+def outcome(arrival: float, ttft: float, tpot: float, num_output: int = 11) -> Outcome:
+    first = arrival + ttft
+    return Outcome(SLO, arrival, first, first + (num_output - 1) * tpot, num_output)
+
+
+def failed(arrival: float) -> Outcome:
+    return Outcome(SLO, arrival, ok=False)
+
+
+FAST = Run(
+    "urgency + slack",
+    [outcome(0, 0.1, 0.01), outcome(1, 0.2, 0.02), outcome(2, 0.3, 0.0, num_output=1)],
+    [{"t": 0.0, "waiting": 1, "decode_batch": 0}, {"t": 1.0, "waiting": 0, "decode_batch": 2}],
+)
+SLOW = Run("fcfs [x] <b>", [outcome(0, 0.4, 0.01), outcome(1, 12.3, 0.9), failed(2)])
+
+
+def printed(runs: list[Run], width: int = 120) -> str:
+    buffer = io.StringIO()
+    print_table(runs, Console(file=buffer, width=width))
+    return buffer.getvalue()
+
+
+def page(tmp_path, runs: list[Run], **options) -> str:
+    write_report(tmp_path / "report.html", runs, **options)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_table_has_a_row_per_run():
+    rows = printed([FAST, SLOW]).splitlines()[-2:]
+    # TTFT, TPOT, both %; goodput, decode tokens/s; TTFT and TPOT at p50, p90, p99.
+    assert rows[0].split()[3:8] == ["100.0", "100.0", "100.0", "1.30", "8.7"]
+    assert rows[0].split()[8:] == ["0.200", "0.280", "0.298", "15.0", "19.0", "19.9"]
+    assert rows[1].startswith("fcfs [x] <b>")
+    assert rows[1].split()[3:8] == ["33.3", "33.3", "33.3", "0.04", "0.9"]
+
+
+def test_table_fits_a_narrow_terminal():
+    text = printed([FAST, SLOW], width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert "p90" not in text
+    assert "p99" in text
+
+
+@pytest.mark.parametrize("runs", [[], [Run("nothing", [])], [Run("all failed", [failed(0)])]])
+def test_runs_without_answers_are_reported_too(runs, tmp_path):
+    assert printed(runs).count(" - ") == (5 if runs else 0)
+    assert "<svg" in page(tmp_path, runs)
+
+
+def test_page_needs_nothing_from_outside(tmp_path):
+    html = page(tmp_path, [FAST, SLOW], facts={"model": "tiny"})
+    assert not re.findall(r"(?:src|href)=\"(?!#)|<link|<script|url\((?!#)|@import", html)
+    assert set(re.findall(r"https?://[\w./]+", html)) <= {
+        "http://www.w3.org/1999/xlink",
+        "http://www.w3.org/2000/svg",
+    }
+
+
+def test_page_escapes_labels_and_shows_facts(tmp_path):
+    html = page(tmp_path, [FAST, SLOW], title="A & B", facts={"device": "<cpu>"})
+    assert "fcfs [x] &lt;b&gt;" in html
+    assert "<dt>device</dt><dd>&lt;cpu&gt;</dd>" in html
+    assert "<h1>A &amp; B</h1>" in html
+    assert "TTFT 0.5 s, TPOT 50 ms" in html
+    assert "<b>100.0</b>" in html
+
+
+def test_figures_are_well_formed_and_follow_dark_mode(tmp_path):
+    html = page(tmp_path, [FAST, SLOW])
+    figures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(figures) == 5
+    ids = []
+    for figure in figures:
+        ids += [id for e in ET.fromstring(figure).iter() if (id := e.get("id"))]
+        # No colour is fixed but through a variable that dark mode changes.
+        assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{3,6}", figure)
+    assert len(ids) == len(set(ids))
+    assert "SLO 0.5 s" in figures[1]
+    assert "SLO 50 ms" in figures[2]
+
+
+def test_no_timeline_no_figure_of_it(tmp_path):
+    assert page(tmp_path, [SLOW]).count("<svg") == 3
+
+
+def test_page_is_the_same_every_time(tmp_path):
+    assert page(tmp_path, [FAST, SLOW]) == page(tmp_path, [FAST, SLOW])
+
+
+def test_slo_line_only_where_there_is_one_slo(tmp_path):
+    other = Outcome(Slo(1.0, 0.1), 0.0, 0.2, 0.4, 3)
+    html = page(tmp_path, [Run("mixed", [*FAST.outcomes, other])])
+    assert "differs by request" in html
+    assert "SLO 0.5 s" not in html
+
+
+def test_long_runs_stay_light(tmp_path):
+    outcomes = [outcome(i / 10, 0.1 + i / 1e4, 0.01) for i in range(20000)]
+    timeline = [{"t": i / 10, "waiting": i % 7, "decode_batch": i % 5} for i in range(20000)]
+    assert len(page(tmp_path, [Run("long", outcomes, timeline)])) < 400_000

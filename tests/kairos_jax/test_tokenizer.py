@@ -1,0 +1,284 @@
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from kairos_jax.hub import DEFAULT_MODEL, PACKAGED_MODELS, cached_path
+from kairos_jax.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "smollm2.json"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+HI = [{"role": "user", "content": "hi"}]
+
+
+def byte_alphabet() -> list[str]:
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def write_gguf(path: Path, pre: str = "smollm", kind: str = "gpt2", **fields) -> Path:
+    """A vocabulary of three special tokens, one user-defined, the bytes, and a few merges."""
+    control, user = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
+    merges = ["1 2", "12 3", "123 4", "h i", "Ġ hi", "e r"]
+    tokens = ["<s>", "</s>", "<end>", "<tool>", *byte_alphabet()]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([control] * 3 + [user] + [gguf.TokenType.NORMAL] * (len(tokens) - 4))
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_eot_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    if "add_bos" in fields:
+        writer.add_add_bos_token(fields["add_bos"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> Tokenizer:
+    return load_tokenizer(write_gguf(tmp_path / "tiny.gguf"))
+
+
+def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    return tokenizer.backend.encode(text, add_special_tokens=False).tokens
+
+
+def test_gguf_has_what_the_server_needs(tokenizer):
+    assert tokenizer.vocab_size == 4 + 256 + 6
+    assert tokenizer.eos_ids == {1, 2}
+    assert tokenizer.render_chat(HI) == "<s><user>hi</s>\n<assistant>"
+    assert tokenizer.render_chat(HI, add_generation_prompt=False) == "<s><user>hi</s>\n"
+    assert tokenizer.encode("<s>hi<tool>") == [0, tokenizer.backend.token_to_id("hi"), 3]
+    # Special tokens are skipped, user-defined ones are text.
+    assert tokenizer.decode(tokenizer.encode("<s>hi<tool></s>")) == "hi<tool>"
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("gpt-2", ["1234", "5", "Ġ", "Ġhi", "!", "e", "Ì", "ģ"]),
+        ("default", ["1234", "5", "Ġ", "Ġhi", "!", "e", "Ì", "ģ"]),
+        ("smollm", ["1", "2", "3", "4", "5", "Ġ", "Ġhi", "!", "e", "Ì", "ģ"]),
+        ("llama-bpe", ["123", "4", "5", "Ġ", "Ġhi", "!", "e", "Ì", "ģ"]),
+        # NFC joins the accent with its letter.
+        ("qwen2", ["1", "2", "3", "4", "5", "Ġ", "Ġhi", "!", "Ã", "©"]),
+    ],
+)
+def test_pre_tokenizers_cut_as_their_models_do(tmp_path, pre, expected):
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "tiny.gguf", pre))
+    assert pieces(tokenizer, "12345  hi!e\u0301") == expected
+
+
+@pytest.mark.parametrize(
+    ("pre", "add_bos", "ids"),
+    [
+        ("smollm", None, []),
+        ("llama-bpe", None, [0]),
+        ("llama-bpe", False, []),
+        ("gpt-2", True, [0]),
+    ],
+)
+def test_bos_is_put_in_front_where_the_file_says_so(tmp_path, pre, add_bos, ids):
+    fields = {} if add_bos is None else {"add_bos": add_bos}
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "tiny.gguf", pre, **fields))
+    assert tokenizer.encode("") == ids
+    assert tokenizer.encode("", add_special_tokens=False) == []
+
+
+@pytest.mark.parametrize(
+    ("pre", "kind", "message"),
+    [("smollm", "llama", "'llama'; only 'gpt2'"), ("tekken", "gpt2", "'tekken'; supported are")],
+)
+def test_other_gguf_tokenizers_are_refused_by_name(tmp_path, pre, kind, message):
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(write_gguf(tmp_path / "tiny.gguf", pre, kind))
+
+
+def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "out")
+    loaded = load_tokenizer(tmp_path / "out")
+    text = "<s>12345  hi 🙂<tool></s>"
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.eos_ids == tokenizer.eos_ids
+    assert loaded.render_chat(HI) == tokenizer.render_chat(HI)
+
+
+def test_hugging_face_directory_in_its_variants(tokenizer, tmp_path):
+    tokenizer.backend.enable_truncation(max_length=2)
+    tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    config = {"eos_token": {"content": "</s>", "special": True}, "chat_template": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2]}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.eos_ids == {1, 2}
+    assert loaded.render_chat(HI) == "yes"
+    assert len(loaded.encode("abcdef")) == 6
+    (tmp_path / "chat_template.jinja").write_text("from the file")
+    assert load_tokenizer(tmp_path).render_chat(HI) == "from the file"
+
+
+def test_no_tokenizer_is_said_clearly(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_tokenizer(tmp_path / "absent.gguf")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="can't be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.append(1) }}", "refused"),
+        ("{{ ''.__class__.__mro__ }}", "refused"),
+        ("{% if %}", "can't be compiled"),
+    ],
+)
+def test_a_bad_chat_template_is_a_value_error(template, message):
+    tokenizer = Tokenizer(tokenizers.Tokenizer(models.BPE()), chat_template=template)
+    with pytest.raises(ValueError, match=message):
+        tokenizer.render_chat(HI)
+
+
+def test_tojson_keeps_what_html_would_escape():
+    tokenizer = Tokenizer(
+        tokenizers.Tokenizer(models.BPE()), chat_template="{{ messages[0].content | tojson }}"
+    )
+    assert tokenizer.render_chat([{"role": "user", "content": "<é'>"}]) == '"<é\'>"'
+
+
+# Detokenizing.
+
+
+def byte_level() -> Tokenizer:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend = tokenizers.Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>"])
+    return Tokenizer(backend)
+
+
+def byte_fallback() -> Tokenizer:
+    """Like SentencePiece: a space in front of words, the first dropped; unknown text as bytes."""
+    tokens = ["<unk>", "▁a", "▁b", "c", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    model = models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return Tokenizer(backend)
+
+
+BYTE_LEVEL, BYTE_FALLBACK = byte_level(), byte_fallback()
+EMOJI = "a🙂é👩‍👩‍👧b"
+
+
+def stream(tokenizer: Tokenizer, ids: list[int], size: int = 1) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    deltas = [detokenizer.push(ids[i : i + size]) for i in range(0, len(ids), size)]
+    return [*deltas, detokenizer.flush()]
+
+
+def test_no_delta_holds_half_a_character():
+    ids = BYTE_LEVEL.encode(EMOJI)
+    deltas = stream(BYTE_LEVEL, ids)
+    assert [delta for delta in deltas if delta] == list(EMOJI)
+    fallback = [5 + byte for byte in EMOJI.encode()]
+    assert [delta for delta in stream(BYTE_FALLBACK, fallback) if delta] == list(EMOJI)
+
+
+def test_half_a_character_at_the_end_is_flushed():
+    ids = BYTE_LEVEL.encode("🙂")[:3]
+    assert stream(BYTE_LEVEL, ids) == ["", "", "", "\ufffd"]
+
+
+def test_special_and_unknown_ids_give_no_text():
+    special = BYTE_LEVEL.backend.token_to_id("<s>")
+    emoji = BYTE_LEVEL.encode("🙂")
+    ids = [special, *emoji[:2], special, 10**6, *emoji[2:]]
+    assert "".join(stream(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids) == "🙂"
+
+
+_id = st.integers(0, BYTE_LEVEL.vocab_size - 1)
+_text = st.text(st.characters(exclude_characters="\ufffd"), min_size=1, max_size=8)
+_runs = st.lists(st.tuples(_id, st.integers(1, 80)), max_size=8)  # Some longer than the window.
+
+
+@settings(deadline=None, max_examples=3000)
+@given(st.lists(_id, max_size=60), _runs, st.text(max_size=30), st.integers(1, 100))
+def test_deltas_join_to_the_whole_for_any_ids(ids, runs, text, size):
+    ids = ids + [id for id, count in runs for _ in range(count)] + BYTE_LEVEL.encode(text) + ids
+    assert "".join(stream(BYTE_LEVEL, ids, size)) == BYTE_LEVEL.decode(ids)
+
+
+@settings(deadline=None, max_examples=3000)
+@given(st.lists(st.one_of(st.integers(1, 4), _text), max_size=120), st.integers(1, 100))
+def test_deltas_join_to_the_whole_with_byte_fallback(parts, size):
+    ids = []
+    for part in parts:
+        ids += [part] if isinstance(part, int) else [5 + byte for byte in part.encode()]
+    assert "".join(stream(BYTE_FALLBACK, ids, size)) == BYTE_FALLBACK.decode(ids)
+
+
+@pytest.mark.parametrize("text", ["a" * 3000, EMOJI * 300, None])
+def test_a_push_decodes_a_bounded_window(text):
+    longest = 0
+
+    class Spy(Tokenizer):
+        def decode(self, ids):
+            nonlocal longest
+            longest = max(longest, len(ids))
+            return super().decode(ids)
+
+    # None: broken bytes without end.
+    ids = [BYTE_LEVEL.encode("é")[0]] * 3000 if text is None else BYTE_LEVEL.encode(text)
+    assert "".join(stream(Spy(BYTE_LEVEL.backend), ids)) == BYTE_LEVEL.decode(ids)
+    assert longest <= 65
+
+
+# Against transformers, on the default model where it is in the cache.
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Tokenizer:
+    path = cached_path(PACKAGED_MODELS[DEFAULT_MODEL])
+    if not path.exists():
+        pytest.skip(f"the default model is not in the cache ({path.name})")
+    return load_tokenizer(path)
+
+
+def test_ids_and_chats_equal_those_of_transformers(smollm2):
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    for case in golden["tokenizer"]:
+        assert smollm2.encode(case["text"]) == case["ids"], case["text"]
+        decoded = smollm2.backend.decode(case["ids"], skip_special_tokens=False)
+        assert decoded == case["text"]
+        assert "".join(stream(smollm2, case["ids"])) == smollm2.decode(case["ids"])
+    for case in golden["chats"]:
+        text = smollm2.render_chat(case["messages"], case["add_generation_prompt"])
+        assert text == case["text"]
+
+
+def test_default_model_has_a_vocabulary_and_an_end(smollm2):
+    assert smollm2.vocab_size == 49152
+    assert smollm2.eos_ids == {smollm2.backend.token_to_id("<|im_end|>")}

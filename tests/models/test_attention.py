@@ -1,0 +1,94 @@
+"""One suite for every attention backend, against a plain softmax over contiguous tensors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.kv_cache import LayerCache, StepInput
+from models.ops import ATTENTION
+
+NUM_PAGES, PAGE, KV, GROUP, HEAD, TABLE = 24, 8, 2, 3, 16, 6
+
+
+class Sequences:
+    """Random whole sequences and an empty pool; `step` feeds them in row by row."""
+
+    def __init__(self, lengths, dtype=np.float32, seed=0):
+        rng = np.random.default_rng(seed)
+        self.lengths = lengths
+        heads = KV * GROUP
+        self.q = [rng.normal(size=(n, heads, HEAD)).astype(dtype) for n in lengths]
+        self.k = [rng.normal(size=(n, KV, HEAD)).astype(dtype) for n in lengths]
+        self.v = [rng.normal(size=(n, KV, HEAD)).astype(dtype) for n in lengths]
+        pages = rng.permutation(NUM_PAGES)[: TABLE * len(lengths)]
+        self.tables = pages.reshape(len(lengths), TABLE)
+        self.layer = LayerCache(
+            jnp.zeros((NUM_PAGES, KV, HEAD, PAGE), dtype),
+            jnp.zeros((NUM_PAGES, KV, PAGE, HEAD), dtype),
+        )
+
+    def step(self, attention, rows, queries):
+        """rows: (sequence or None for padding, start, count). Returns [count, N, H] a row."""
+
+        def stacked(source, width):
+            out = np.zeros((len(rows), queries, width, HEAD), source[0].dtype)
+            for index, (seq, start, count) in enumerate(rows):
+                if seq is not None:
+                    out[index, :count] = source[seq][start : start + count]
+            return jnp.asarray(out)
+
+        step = StepInput(
+            tokens=np.zeros((len(rows), queries), np.int32),
+            start=np.array([start for _, start, _ in rows], np.int32),
+            count=np.array([count for _, _, count in rows], np.int32),
+            page_table=np.stack(
+                [np.zeros(TABLE) if seq is None else self.tables[seq] for seq, _, _ in rows]
+            ).astype(np.int32),
+        )
+        q, k, v = stacked(self.q, KV * GROUP), stacked(self.k, KV), stacked(self.v, KV)
+        step = jax.tree.map(jnp.asarray, step)
+        out, self.layer = jax.jit(attention)(q, k, v, self.layer, step)
+        return [np.asarray(out[i, :count], np.float32) for i, (_, _, count) in enumerate(rows)]
+
+    def expected(self, seq, start, count):
+        q, k, v = (source[seq].astype(np.float64) for source in (self.q, self.k, self.v))
+        out = []
+        for position in range(start, start + count):
+            keys = np.repeat(k[: position + 1], GROUP, axis=1)
+            values = np.repeat(v[: position + 1], GROUP, axis=1)
+            scores = np.einsum("nh,tnh->nt", q[position], keys) / np.sqrt(HEAD)
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            out.append(np.einsum("nt,tnh->nh", weights, values))
+        return np.stack(out)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_chunked_prefill_then_decode_is_whole_attention(name):
+    attention, seqs = ATTENTION[name], Sequences([37, 21])
+    steps = [
+        # Two rows of one sequence, a partial row of the other, and padding.
+        ([(0, 0, 16), (0, 16, 16), (1, 0, 11), (None, 0, 0)], 16),
+        ([(1, 11, 9), (0, 32, 4)], 16),
+        ([(0, 36, 1), (1, 20, 1), (None, 0, 0)], 1),
+    ]
+    for rows, queries in steps:
+        for row, got in zip(rows, seqs.step(attention, rows, queries), strict=True):
+            if row[0] is not None:
+                np.testing.assert_allclose(got, seqs.expected(*row), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_padding_rows_write_nothing(name):
+    seqs = Sequences([8])
+    seqs.step(ATTENTION[name], [(None, 0, 0), (None, 0, 0)], 4)
+    assert not np.asarray(seqs.layer.k).any()
+    assert not np.asarray(seqs.layer.v).any()
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_bfloat16(name):
+    seqs = Sequences([20], dtype=jnp.bfloat16)
+    (got,) = seqs.step(ATTENTION[name], [(0, 0, 20)], 32)
+    np.testing.assert_allclose(got, seqs.expected(0, 0, 20), atol=0.03)

@@ -1,0 +1,124 @@
+"""The model against Hugging Face transformers, and against itself in other cuts and shardings."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.checkpoint import open_checkpoint
+from models.kv_cache import StepInput, allocate
+from models.llama import forward
+from models.ops.attention import reference
+from models.sharding import Rules, make_mesh
+
+PAGE, PAGES = 16, 8  # tokens a page, pages a sequence
+
+step_fn = jax.jit(forward, static_argnums=(0, 4), donate_argnums=2)
+
+
+def load(directory, num_devices, dtype=jnp.float32):
+    """(one step, empty cache for R sequences): the model on so many devices."""
+    checkpoint = open_checkpoint(directory)
+    mesh, rules, config = make_mesh(jax.devices()[:num_devices]), Rules(), checkpoint.config
+    params = checkpoint.load(mesh, rules, dtype)
+    shape = (1, config.num_kv_heads, 1, 1)
+    sharding = rules.sharding(mesh, ("pages", "kv_heads", None, None), shape)
+
+    def run(cache, tokens, start, count):
+        rows = len(tokens)
+        table = jnp.arange(rows * PAGES, dtype=jnp.int32).reshape(rows, PAGES)
+        step = StepInput(*(jnp.asarray(x, jnp.int32) for x in (tokens, start, count)), table)
+        return step_fn(config, params, cache, step, reference)
+
+    return run, lambda rows: allocate(config, rows * PAGES, PAGE, dtype, sharding)
+
+
+def padded(prompts):
+    width = max(map(len, prompts))
+    return [prompt + [0] * (width - len(prompt)) for prompt in prompts]
+
+
+def cases(directory):
+    return json.loads((directory / "golden.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_greedy_tokens_are_those_of_transformers(golden, family, num_devices):
+    expected = cases(golden / family)
+    run, empty = load(golden / family, num_devices)
+    prompts = [case["prompt"] for case in expected]
+    lengths = np.array([len(prompt) for prompt in prompts])
+    logits, cache = run(empty(len(prompts)), padded(prompts), np.zeros_like(lengths), lengths)
+    for case, row in zip(expected, logits, strict=True):
+        np.testing.assert_allclose(
+            row[np.array(case["top"]["ids"])], case["top"]["logits"], rtol=1e-4, atol=1e-4
+        )
+    tokens = [np.argmax(logits, -1)]
+    for index in range(31):
+        logits, cache = run(cache, tokens[-1][:, None], lengths + index, np.ones_like(lengths))
+        tokens.append(np.argmax(logits, -1))
+    assert np.stack(tokens, 1).tolist() == [case["output"] for case in expected]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama):
+    """The longest prompt, and its logits on one device in one step."""
+    run, empty = load(tiny_llama, 1)
+    prompt = cases(tiny_llama)[-1]["prompt"]
+    logits, _ = run(empty(1), [prompt], [0], [len(prompt)])
+    return prompt, np.asarray(logits)
+
+
+def test_a_prompt_in_chunks_gives_the_same_logits(tiny_llama, whole):
+    prompt, expected = whole
+    run, empty = load(tiny_llama, 1)
+    cache = empty(1)
+    for start in range(0, len(prompt), 24):
+        chunk = prompt[start : start + 24]
+        row = [chunk + [0] * (24 - len(chunk))]
+        logits, cache = run(cache, row, [start], [len(chunk)])
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_padding_change_nothing(tiny_llama, whole):
+    prompt, expected = whole
+    run, empty = load(tiny_llama, 1)
+    rows = [[0] * len(prompt), prompt, prompt]
+    logits, _ = run(empty(3), rows, [0, 0, 0], [0, len(prompt), 5])
+    np.testing.assert_allclose(logits[1], expected[0], rtol=1e-4, atol=1e-4)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("num_devices", [3, 4, 6])
+def test_tensor_parallel_gives_the_same_logits(tiny_llama, whole, num_devices):
+    prompt, expected = whole
+    run, empty = load(tiny_llama, num_devices)
+    logits, cache = run(empty(1), [prompt], [0], [len(prompt)])
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    assert cache[0].k.sharding.shard_shape(cache[0].k.shape)[1] == 12 // num_devices
+
+
+def test_bfloat16_gives_f32_logits_that_are_near(tiny_llama, whole):
+    prompt, expected = whole
+    run, empty = load(tiny_llama, 1, jnp.bfloat16)
+    logits, cache = run(empty(1), [prompt], [0], [len(prompt)])
+    assert logits.dtype == jnp.float32
+    assert cache[0].k.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(logits) - expected).mean() / expected.std()
+    assert error < 0.1
+
+
+def test_two_devices_need_two_all_reduces_a_layer_and_one_to_embed(tiny_llama):
+    checkpoint = open_checkpoint(tiny_llama)
+    mesh, config = make_mesh(jax.devices()[:2]), checkpoint.config
+    params = checkpoint.load(mesh, Rules(), jnp.float32)
+    step = StepInput(*(jnp.zeros(s, jnp.int32) for s in ((4, 1), (4,), (4,), (4, 2))))
+    sharding = Rules().sharding(mesh, ("pages", "kv_heads"), (1, config.num_kv_heads))
+    cache = allocate(config, 8, PAGE, jnp.float32, sharding)
+    text = step_fn.lower(config, params, cache, step, reference).compile().as_text()
+    assert text.count(" all-reduce(") == 2 * config.num_layers + 1
+    for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert f" {other}(" not in text

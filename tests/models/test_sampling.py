@@ -1,0 +1,100 @@
+import jax
+import numpy as np
+import pytest
+
+from models import sampling
+from models.sampling import SamplingInput
+
+VOCAB = 50
+
+
+def inputs(rows, **given):
+    defaults = {
+        "temperature": (0.0, np.float32),
+        "top_k": (0, np.int32),
+        "top_p": (1.0, np.float32),
+        "min_p": (0.0, np.float32),
+        "seed": (0, np.uint32),
+        "position": (0, np.int32),
+        "logprobs": (False, np.bool_),
+    }
+    made = {
+        name: np.broadcast_to(np.asarray(given.get(name, value), dtype), (rows,))
+        for name, (value, dtype) in defaults.items()
+    }
+    return SamplingInput(**made)
+
+
+draw = jax.jit(sampling.sample)
+
+
+def sample(logits, **given):
+    return sampling.unpack(np.asarray(draw(logits, inputs(len(logits), **given))))
+
+
+def kept(logits, draws=4000, **given):
+    """The tokens that ever come, over many positions."""
+    rows = np.repeat(logits[None], draws, axis=0)
+    return set(sample(rows, temperature=1.0, position=np.arange(draws), **given).token.tolist())
+
+
+def logits_of(probabilities):
+    return np.log(np.asarray(probabilities, np.float32))
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = np.random.default_rng(0).normal(size=(7, VOCAB)).astype(np.float32)
+    np.testing.assert_array_equal(sample(logits).token, logits.argmax(1))
+
+
+def test_frequencies_follow_the_softmax():
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    rows = np.repeat(logits_of(probabilities)[None], 20_000, axis=0)
+    tokens = sample(rows, temperature=1.0, seed=3, position=np.arange(20_000)).token
+    counts = np.bincount(tokens, minlength=4) / 20_000
+    np.testing.assert_allclose(counts, probabilities, atol=0.015)
+
+
+def test_filters_keep_what_they_should():
+    logits = logits_of([0.4, 0.3, 0.2, 0.06, 0.04])
+    assert kept(logits, top_k=2) == {0, 1}
+    assert kept(logits, top_p=0.65) == {0, 1}
+    assert kept(logits, top_p=0.75) == {0, 1, 2}
+    assert kept(logits, top_p=1e-6) == {0}
+    assert kept(logits, min_p=0.4) == {0, 1, 2}
+    # top_p counts within what top_k has left: 0.4 of 0.7 is 0.57.
+    assert kept(logits, top_k=2, top_p=0.55) == {0}
+    assert kept(logits) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("k", [1, 3, 17, VOCAB, 10 * VOCAB])
+def test_top_k_matches_a_sort(k):
+    logits = np.random.default_rng(k).normal(size=VOCAB).astype(np.float32) * 0.1
+    assert kept(logits, top_k=k) <= set(np.argsort(logits)[-k:].tolist())
+
+
+def test_a_row_does_not_depend_on_the_batch_around_it():
+    logits = np.random.default_rng(0).normal(size=(8, VOCAB)).astype(np.float32)
+    how = {"temperature": 0.9, "top_p": 0.8, "seed": np.arange(8), "position": np.arange(8) * 3}
+    together = sample(logits, **how).token
+    alone = [
+        sample(logits[i : i + 1], temperature=0.9, top_p=0.8, seed=i, position=3 * i).token[0]
+        for i in range(8)
+    ]
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_greedy_rows_stay_greedy_beside_sampled_ones():
+    logits = np.random.default_rng(0).normal(size=(4, VOCAB)).astype(np.float32)
+    tokens = sample(logits, temperature=[0, 5, 0, 5], top_k=[0, 0, 3, 3]).token
+    np.testing.assert_array_equal(tokens[[0, 2]], logits.argmax(1)[[0, 2]])
+
+
+def test_logprobs_are_the_models_own():
+    logits = np.random.default_rng(0).normal(size=(3, VOCAB)).astype(np.float32)
+    got = sample(logits, temperature=0.3, logprobs=True, seed=[1, 2, 3])
+    expected = np.asarray(jax.nn.log_softmax(logits))
+    rows = np.arange(3)
+    np.testing.assert_allclose(got.logprob, expected[rows, got.token], rtol=1e-6)
+    np.testing.assert_array_equal(got.top_tokens[:, 0], logits.argmax(1))
+    np.testing.assert_allclose(got.top_logprobs[:, :20], -np.sort(-expected)[:, :20], rtol=1e-6)
