@@ -132,18 +132,17 @@ class Detokenizer:
         delta = text[self._sent : end]
         self._sent = max(self._sent, end)
         if len(self._window) > self._WINDOW and held <= self._UNFINISHED:
-            self._shorten(held)
+            self._shorten(unsent=len(text) - self._sent)
         return delta
 
-    def _shorten(self, held: int) -> None:
+    def _shorten(self, unsent: int) -> None:
         # One cut of four lies between characters, unless the bytes are broken. Within one, some
         # decoders would take the whole run of bytes after the cut for broken.
-        for size in (*range(self._CONTEXT, self._CONTEXT + 4), self._CONTEXT):
-            text = self._tokenizer.decode(self._window[-size:])
-            if not text.startswith(_REPLACEMENT):
-                break
-        self._window = self._window[-size:]
-        self._sent = max(len(text) - held, 0)
+        tails = [self._window[-(self._CONTEXT + extra) :] for extra in range(4)]
+        texts = [self._tokenizer.decode(tail) for tail in tails]
+        clean = [not text.startswith(_REPLACEMENT) for text in texts]
+        best = clean.index(True) if any(clean) else 0
+        self._window, self._sent = tails[best], max(len(texts[best]) - unsent, 0)
 
     def flush(self) -> str:
         """Returns what was held back, at the end of the output."""

@@ -20,7 +20,7 @@ class Plan:
     cost: CostModel
     instance: Instance
     work: dict[str, int] = field(default_factory=dict)
-    fetch: list[str] = field(default_factory=list)
+    fetch: dict[str, None] = field(default_factory=dict)
     sum_context: int = 0
     max_context: int = 0
     free: int = 0
@@ -35,13 +35,13 @@ class Plan:
 
     def try_fetch(self, seq: Seq) -> bool:
         """Whether `seq` is here, is under way, or has room and is now fetched."""
-        if seq.ready or seq.pages:
+        if seq.ready or seq.pages or seq.request.id in self.fetch:
             return True
         needed = self.instance.pages_needed(seq)
         if needed > self.free:
             return False
         self.free -= needed
-        self.fetch.append(seq.request.id)
+        self.fetch[seq.request.id] = None
         return True
 
     def batch(self) -> Batch:
@@ -157,14 +157,17 @@ class KairosPlus:
     least slack, the longest prefix within `target` of their least TPOT. A request is hopeless if
     it missed its TTFT or can no longer make its TPOT; it counts in no minimum.
 
-    hopeless_slots: so many of the hopeless, the oldest, step always: each comes to its end.
-    hopeless_pages: share of all pages that hopeless requests are given beyond the first.
-    patience_s: a request this late whose pages do not fit holds back all other fetches.
+    hopeless_share, period_s: the hopeless step first, the oldest of them foremost, in the first part
+    of every period, so that each comes to its end. A share of the time and not of the batch: beside
+    a large base cost even a few sequences more in every step break the balance of the load.
+    hopeless_pages: share of all pages that they are given, beyond one's, while feasible ones are
+    here. patience_s: a request this late whose pages do not fit holds back all other fetches.
     """
 
     cost: CostModel
     target: float = 0.95
-    hopeless_slots: int = 4
+    hopeless_share: float = 0.02
+    period_s: float = 2.0
     hopeless_pages: float = 0.25
     patience_s: float = 60.0
 
@@ -178,8 +181,18 @@ class KairosPlus:
         admitted, crowded = self._admit(residents, waiting, plan, blocked)
         hopeless = sorted(residents.hopeless + waiting.hopeless, key=_arrival)
         if not blocked:
-            self._fetch_hopeless(hopeless, crowded, plan)
-        self._fill(residents.feasible + admitted, hopeless, crowded, plan)
+            share = self.hopeless_pages if residents.feasible or waiting.feasible else 1.0
+            _fetch_oldest(hopeless, share, plan)
+        ready = [seq for seq in hopeless if seq.ready]
+        urgent = [seq for _, _, seq in sorted(residents.feasible + admitted, key=_slack)]
+        if now % self.period_s < self.hopeless_share * self.period_s:
+            order = ready + urgent
+        else:
+            if crowded:
+                ready = [seq for seq in ready if seq.request.id in instance.running]
+            order = urgent + sorted(ready, key=_length)
+        limit_s = self.target * min((s.request.slo.tpot for s in urgent or order), default=0.0)
+        _step_prefix(order, limit_s, plan)
         return plan.batch()
 
     def _judge(
@@ -233,44 +246,33 @@ class KairosPlus:
                 crowded = True
         return admitted, crowded
 
-    def _fetch_hopeless(self, hopeless: list[Seq], crowded: bool, plan: Plan) -> None:
-        """Fetches the oldest; beyond the reserved slots only if no feasible one is left out."""
-        instance = plan.instance
-        held = sum(len(seq.pages) for seq in hopeless)
-        here = sum(bool(seq.pages) for seq in hopeless)
-        most = self.hopeless_pages * instance.limits.num_pages
-        for seq in hopeless:
-            if seq.ready or seq.pages:
-                continue
-            held, here = held + instance.pages_needed(seq), here + 1
-            too_many = held > most or (crowded and here > self.hopeless_slots)
-            if (here > 1 and too_many) or not plan.try_fetch(seq):
-                break
 
-    def _fill(
-        self,
-        feasible: list[tuple[float, float, Seq]],
-        hopeless: list[Seq],
-        crowded: bool,
-        plan: Plan,
-    ) -> None:
-        """Steps the longest prefix of: the oldest hopeless, the feasible, the other hopeless."""
-        instance = plan.instance
-        ready = [seq for seq in hopeless if seq.ready]
-        oldest, others = ready[: self.hopeless_slots], ready[self.hopeless_slots :]
-        if crowded:
-            others = [seq for seq in others if seq.request.id in instance.running]
-        others.sort(key=_length)
-        urgent = [seq for _, _, seq in sorted(feasible, key=lambda view: view[0])]
-        order = [*oldest, *urgent, *others]
-        limit_s = self.target * min((s.request.slo.tpot for s in urgent or order), default=0.0)
-        for seq in order[: instance.limits.max_batch]:
-            count, total = len(plan.work) + 1, plan.sum_context + seq.length
-            longest = max(plan.max_context, seq.length)
-            step_s = instance.pace * self.cost.decode_step_s(count, total, longest)
-            if plan.work and step_s > limit_s:
-                break
-            plan.step(seq)
+def _fetch_oldest(hopeless: list[Seq], share: float, plan: Plan) -> None:
+    """Fetches in order, at least one, while they all hold at most `share` of the pages."""
+    held = sum(len(seq.pages) for seq in hopeless)
+    for seq in hopeless:
+        if seq.ready or seq.pages:
+            continue
+        after = held + plan.instance.pages_needed(seq)
+        if (held and after > share * plan.instance.limits.num_pages) or not plan.try_fetch(seq):
+            break
+        held = after
+
+
+def _step_prefix(order: list[Seq], limit_s: float, plan: Plan) -> None:
+    """Steps the longest prefix within `limit_s`, and the first in any case."""
+    pace = plan.instance.pace
+    for seq in order[: plan.instance.limits.max_batch]:
+        count, total = len(plan.work) + 1, plan.sum_context + seq.length
+        longest = max(plan.max_context, seq.length)
+        step_s = pace * plan.cost.decode_step_s(count, total, longest)
+        if plan.work and step_s > limit_s:
+            break
+        plan.step(seq)
+
+
+def _slack(view: tuple[float, float, Seq]) -> float:
+    return view[0]
 
 
 def _arrival(seq: Seq) -> float:

@@ -220,18 +220,18 @@ def test_special_and_unknown_ids_give_no_text():
 
 
 _id = st.integers(0, BYTE_LEVEL.vocab_size - 1)
-_text = st.text(st.characters(exclude_characters="\ufffd"), min_size=1, max_size=8)
+_text = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), min_size=1, max_size=8)
 _runs = st.lists(st.tuples(_id, st.integers(1, 80)), max_size=8)  # Some longer than the window.
 
 
-@settings(deadline=None, max_examples=3000)
+@settings(deadline=None, max_examples=200)
 @given(st.lists(_id, max_size=60), _runs, st.text(max_size=30), st.integers(1, 100))
 def test_deltas_join_to_the_whole_for_any_ids(ids, runs, text, size):
     ids = ids + [id for id, count in runs for _ in range(count)] + BYTE_LEVEL.encode(text) + ids
     assert "".join(stream(BYTE_LEVEL, ids, size)) == BYTE_LEVEL.decode(ids)
 
 
-@settings(deadline=None, max_examples=3000)
+@settings(deadline=None, max_examples=200)
 @given(st.lists(st.one_of(st.integers(1, 4), _text), max_size=120), st.integers(1, 100))
 def test_deltas_join_to_the_whole_with_byte_fallback(parts, size):
     ids = []

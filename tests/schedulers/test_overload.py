@@ -6,10 +6,9 @@ import random
 from dataclasses import replace
 
 from schedulers import decode, prefill
-from schedulers.attainment import Outcome, summarize
-from schedulers.core import Instance, Limits, Request, Role, Slo
+from schedulers.attainment import Outcome
+from schedulers.core import Instance, Limits, Request, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.workload import synthetic
 
 # An 8B model on an H100 by roofline, as in SCHEDULING: not measured.
 COST = CostModel(
@@ -81,3 +80,10 @@ def drive(arrivals, prefill_policy, decode_policy, slo, *, num_prefill=1, noise=
         instance.check()
     assert len(outcomes) == len(arrivals), "some requests never ended"
     return outcomes
+
+
+POLICIES = {
+    "fcfs": (prefill.fcfs(COST), decode.Continuous(COST)),
+    "kairos": (prefill.Kairos(COST), decode.Kairos(COST)),
+    "kairos_plus": (prefill.KairosPlus(COST), decode.KairosPlus(COST)),
+}

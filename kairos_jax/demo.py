@@ -1,0 +1,211 @@
+"""Serves one workload under three pairs of policies, and shows what the scheduler changes.
+
+  python -m kairos_jax.demo --config=configs/smollm2_135m_cpu.py --output=out/demo
+
+Each pair gets a fresh server process and the same requests at the same times, over gRPC. The rate
+is chosen from the measured profile so that the baseline is under pressure.
+"""
+
+import asyncio
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+
+from kairos_jax import launch
+from kairos_jax.config import ServerConfig
+from kairos_jax.profile import fit_line
+from kairos_jax.progress import bars
+from kairos_jax.replay import Record, fit_to_model, replay
+from kairos_jax.report import Run, print_table, write_report
+from kairos_jax.rpc import kairos_pb2 as pb
+from schedulers.cost import CostModel
+from schedulers.workload import Arrival, synthetic
+
+PAIRS = (("fcfs", "continuous"), ("kairos", "kairos"), ("kairos_plus", "kairos_plus"))
+_STOP_TIMEOUT_S = 40.0
+
+
+class ProcessFailed(Exception):
+    """A process that the demo started has failed; the message says which and how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests, and the rate (a second) that they arrive at."""
+
+    arrivals: Sequence[Arrival]
+    rate: float
+
+    def __str__(self) -> str:
+        def lengths(values: list[int]) -> str:
+            return f"{sum(values) / len(values):.0f} tokens in the mean, {max(values)} at most"
+
+        prompts = lengths([arrival.num_prompt for arrival in self.arrivals])
+        outputs = lengths([arrival.num_output for arrival in self.arrivals])
+        count = len(self.arrivals)
+        return f"{count} requests at {self.rate:.2f}/s; prompts {prompts}; outputs {outputs}"
+
+
+def capacity(cost: CostModel, arrivals: Sequence[Arrival], max_batch: int, shared: bool) -> float:
+    """Requests a second that the two meshes finish when busy without a pause.
+
+    shared: both run on the same cores, so that their times add up. Otherwise the slower decides.
+    """
+    count = len(arrivals)
+    prefill_s = sum(cost.prefill_s(arrival.num_prompt) for arrival in arrivals) / count
+    outputs = sum(arrival.num_output for arrival in arrivals) / count
+    context = sum(arrival.num_prompt + arrival.num_output / 2 for arrival in arrivals) / count
+    decode_s = outputs * cost.decode_s([round(context)] * max_batch) / max_batch
+    return 1 / (prefill_s + decode_s) if shared else 1 / max(prefill_s, decode_s)
+
+
+def choose_workload(config: ServerConfig, cost: CostModel) -> Workload:
+    """A synthetic long tail at --pressure times the capacity, for --duration_s seconds."""
+    model = pb.Model(max_context=config.max_context, max_tokens=config.max_tokens)
+    values = flags.FLAGS
+
+    def arrivals(num_requests: int, rate: float) -> list[Arrival]:
+        made = synthetic(num_requests, rate, values.seed)
+        return fit_to_model(made, model, values.max_prompt, values.max_output)
+
+    typical = arrivals(2000, 1.0)
+    full = capacity(cost, typical, config.decode.max_batch, launch.on_cpu())
+    rate = values.pressure * full
+    return Workload(arrivals(max(round(rate * values.duration_s), 2), rate), rate)
+
+
+@contextlib.contextmanager
+def server(arguments: Sequence[str], console: Console) -> Iterator[str]:
+    """A server process on a free port; yields its address once it is ready, and ends it after.
+
+    Raises:
+        ProcessFailed: it ended before it was ready.
+    """
+    command = [sys.executable, "-m", "kairos_jax.serve", "--port=0", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield _address(process, console)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.kill()
+            process.wait()
+
+
+def _address(process: subprocess.Popen, console: Console) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("ready"):
+            console.print(f"  {line.strip()}", style="dim", highlight=False)
+            return line.rsplit("gRPC on ", 1)[1].strip()
+    raise ProcessFailed(f"the server ended with code {process.wait()} before it was ready")
+
+
+def measure(arguments: Sequence[str], output: Path) -> dict:
+    """The profile, measured by a process of its own, which leaves the compilation cache warm."""
+    command = [sys.executable, "-m", "kairos_jax.profile", *arguments, f"--output={output}"]
+    process = subprocess.run(command, stdout=subprocess.DEVNULL)
+    if process.returncode:
+        raise ProcessFailed(f"profiling ended with code {process.returncode}")
+    return json.loads(output.read_text())
+
+
+def replay_pair(
+    pair: tuple[str, str], arguments: Sequence[str], config: ServerConfig, load: Workload
+) -> Run:
+    """Serves the workload under one pair of policies."""
+    label = " + ".join(pair)
+    console = Console()
+    console.rule(f"[bold]{label}", align="left")
+    policies = [f"--config.prefill.policy={pair[0]}", f"--config.decode.policy={pair[1]}"]
+    with server([*arguments, *policies], console) as address, bars() as progress:
+        stage, total, done = f"replay under {label}", len(load.arrivals), 0
+
+        def on_done(record: Record) -> None:
+            nonlocal done
+            done += 1
+            progress(stage, done, total)
+
+        progress(stage, 0, total)
+        slo = config.default_slo
+        records = asyncio.run(
+            replay(address, load.arrivals, slo, seed=flags.FLAGS.seed, on_done=on_done)
+        )
+    for error in sorted({record.error for record in records if record.error}):
+        console.print(f"  failed requests: {error}", style="red")
+    return Run(label, [record.outcome for record in records])
+
+
+def _facts(config: ServerConfig, profile: dict, load: Workload) -> dict[str, str]:
+    return {
+        "Model": f"{profile['model']}, {config.dtype}",
+        "Devices": f"{config.prefill.devices} prefill + {config.decode.devices} decode, "
+        f"{profile['device']}",
+        "Workload": f"{load}; greedy, end of sequence ignored",
+        "Step times": f"{profile['source']} {profile['date']}; {fit_line(profile)}",
+        "Versions": ", ".join(f"{name} {v}" for name, v in profile["versions"].items()),
+        "Batch cap": f"{config.decode.max_batch} sequences, for every policy",
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
+    config = launch.read_config()
+    output = Path(flags.FLAGS.output)
+    output.mkdir(parents=True, exist_ok=True)
+    # What was said of the config goes on to the processes.
+    passed = [argument for argument in sys.argv[1:] if argument.startswith(_PASSED)]
+    console = Console()
+    try:
+        console.rule("[bold]step-time profile", align="left")
+        profile = measure(passed, output / "profile.json")
+        load = choose_workload(config, CostModel.from_profile(profile))
+        console.print(f"  {fit_line(profile)}", f"  workload: {load}", sep="\n", highlight=False)
+        arguments = [*passed, f"--profile={output / 'profile.json'}"]
+        runs = [replay_pair(pair, arguments, config, load) for pair in PAIRS]
+    except ProcessFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    console.rule("[bold]the same requests under each pair of policies", align="left")
+    print_table(runs)
+    summaries = {run.label: run.summary for run in runs}
+    (output / "summary.json").write_text(json.dumps(summaries, indent=1) + "\n")
+    report = output / "report.html"
+    write_report(report, runs, "kairos_jax demo", _facts(config, profile, load))
+    print(
+        f"\nReport: {report}\n"
+        "Talk to a server yourself:\n"
+        "  make serve\n"
+        '  .venv/bin/python -m kairos_jax.client --chat --prompt="What is the capital of France?"'
+    )
+    return 0
+
+
+_PASSED = ("--config", "--model", "--cpu_devices")
+
+
+def define_flags() -> None:
+    """Not at import: other binaries have flags of the same names."""
+    launch.define_config_flag()
+    flags.DEFINE_string("output", "out/demo", "Directory for the report, profile and summary.")
+    flags.DEFINE_float("pressure", 1.2, "Rate, as a multiple of the estimated capacity.", 0.01)
+    flags.DEFINE_float("duration_s", 60.0, "Seconds from the first arrival to the last.", 1.0)
+    flags.DEFINE_integer("max_prompt", 1024, "Longest prompt of the workload, tokens.", 1)
+    flags.DEFINE_integer("max_output", 128, "Longest output of the workload, tokens.", 1)
+    flags.DEFINE_integer("seed", 0, "Of the workload.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch.run(main)

@@ -1,0 +1,269 @@
+"""Router, prefill, transfer and decode over real loopback gRPC, with fake engines."""
+
+import asyncio
+import random
+
+import fakes
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from kairos_jax.rpc import kairos_pb2 as pb
+from kairos_jax.service import SERVICE
+from schedulers import decode, prefill
+
+
+def served(test):
+    """Runs an async test against a server of its own."""
+
+    def run(*args, **kwargs):
+        async def main():
+            async with fakes.running() as harness:
+                await test(harness, *args, **kwargs)
+
+        asyncio.run(main())
+
+    return run
+
+
+def ids(responses):
+    return [id for response in responses for id in response.token_ids]
+
+
+async def refusal(call):
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        async for _ in call:
+            pass
+    return error.value.code(), error.value.details()
+
+
+PAIRS = [(p, d) for p in prefill.POLICIES for d in decode.POLICIES]
+
+
+@pytest.mark.parametrize(("prefill_policy", "decode_policy"), PAIRS)
+def test_every_token_is_right_under_every_policy(prefill_policy, decode_policy):
+    rng = random.Random(1)
+    requests = [
+        (
+            [rng.randrange(fakes.VOCAB) for _ in range(rng.choice([1, 8, 9, 50, 100]))],
+            rng.choice([1, 2, 17, 28]),
+        )
+        for _ in range(40)
+    ]
+
+    async def main():
+        async with fakes.running(prefill_policy, decode_policy) as harness:
+            answers = await asyncio.gather(*(harness.generate(*request) for request in requests))
+            for (prompt, count), answer in zip(requests, answers, strict=True):
+                assert ids(answer) == fakes.expected_tokens(prompt, count)
+                assert answer[-1].finish_reason == pb.FINISH_REASON_LENGTH
+                assert answer[-1].usage.completion_tokens == count
+            await harness.assert_nothing_held()
+
+    asyncio.run(main())
+
+
+@served
+async def test_the_last_message_says_how_it_went(harness):
+    *_, last = await harness.generate([1, 2, 3], 5, request_id="mine", slo=pb.Slo(ttft_s=1e-9))
+    assert last.request_id == "mine"
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (3, 5)
+    timing = last.timing
+    assert timing.ttft_s == pytest.approx(timing.queue_s + timing.prefill_s)
+    assert timing.total_s == pytest.approx(timing.ttft_s + 4 * timing.tpot_s)
+    assert timing.transfer_s > 0
+    assert (timing.ttft_met, timing.tpot_met) == (False, True)
+
+
+@served
+async def test_stop_tokens_end_the_output(harness):
+    tokens = fakes.expected_tokens([5, 6], 20)
+    stop = tokens[7]
+    sampling = pb.Sampling(temperature=0, ignore_eos=True, stop_token_ids=[stop])
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[5, 6]), max_tokens=20, sampling=sampling
+    )
+    answer = [response async for response in harness.stub.Generate(request, timeout=30)]
+    assert ids(answer) == tokens[: tokens.index(stop) + 1]
+    assert answer[-1].finish_reason == pb.FINISH_REASON_STOP
+    await harness.assert_nothing_held()
+
+
+@served
+async def test_logprobs_come_with_each_token(harness):
+    request = fakes.ask([5, 6], 3)
+    request.sampling.logprobs = 1
+    answer = [response async for response in harness.stub.Generate(request, timeout=30)]
+    for response in answer:
+        (logprobs,) = response.logprobs
+        assert logprobs.token_id == logprobs.top[0].token_id == response.token_ids[0]
+        assert logprobs.logprob == -0.5
+
+
+@served
+async def test_cancelled_in_every_state_nothing_stays(harness):
+    """Some wait for prefill, some for the transfer, some for a decode step, some are in one."""
+    rng = random.Random(2)
+    for round in range(6):
+        for engine in harness.engines:
+            engine.gate.set() if rng.random() < 0.7 else engine.gate.clear()
+        calls = [
+            harness.stub.Generate(fakes.ask([i, round] * rng.randrange(1, 30), 30), timeout=30)
+            for i in range(12)
+        ]
+        readers = [asyncio.ensure_future(call.read()) for call in calls]
+        await asyncio.wait(readers, timeout=0.05)
+        for call in calls:
+            call.cancel()
+        for engine in harness.engines:
+            engine.gate.set()
+        await asyncio.gather(*readers, return_exceptions=True)
+    prompt = [3, 1, 4]
+    assert ids(await harness.generate(prompt, 9)) == fakes.expected_tokens(prompt, 9)
+    await harness.assert_nothing_held()
+
+
+@served
+async def test_a_cancel_frees_all_within_one_step(harness):
+    _, decode_engine = harness.engines
+    call, answers, _ = await harness.stream([1, 2, 3], 60)
+    await anext(answers)
+    decode_engine.gate.clear()  # the step under way is the last one that may touch the request
+    call.cancel()
+    await asyncio.wait_for(harness.router.drained(), 30)
+    before = decode_engine.num_steps
+    decode_engine.gate.set()
+    await harness.assert_nothing_held()
+    assert decode_engine.num_steps <= before + 1
+
+
+@served
+async def test_a_deadline_frees_all(harness):
+    harness.engines[1].gate.clear()
+    call = harness.stub.Generate(fakes.ask([1, 2, 3], 60), timeout=0.2)
+    code, _ = await refusal(call)
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    await asyncio.wait_for(harness.router.drained(), 30)
+    harness.engines[1].gate.set()
+    await harness.assert_nothing_held()
+
+
+@served
+async def test_an_id_in_use_is_refused_and_free_again_after(harness):
+    harness.engines[1].gate.clear()
+    _, answers, _ = await harness.stream([1, 2, 3], 4, request_id="same")
+    second = harness.stub.Generate(fakes.ask([9], 4, request_id="same"), timeout=30)
+    code, details = await refusal(second)
+    assert code is grpc.StatusCode.ALREADY_EXISTS
+    assert "'same'" in details
+    harness.engines[1].gate.set()
+    rest = [response async for response in answers]
+    assert len(ids(rest)) == 3, "the refused one must not disturb the first"
+    again = await harness.generate([9], 4, request_id="same")
+    assert ids(again) == fakes.expected_tokens([9], 4)
+
+
+def test_more_than_max_requests_are_turned_away_with_a_hint():
+    async def main():
+        async with fakes.running(max_requests=2) as harness:
+            harness.engines[1].gate.clear()
+            streams = [(await harness.stream([i], 4))[1] for i in range(2)]
+            third = harness.stub.Generate(fakes.ask([9], 4), timeout=30)
+            code, details = await refusal(third)
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "2 requests" in details
+            hint = dict(await third.trailing_metadata())
+            assert float(hint["retry-after-s"]) > 0
+            harness.engines[1].gate.set()
+            for index, answers in enumerate(streams):
+                rest = [response async for response in answers]
+                assert ids(rest) == fakes.expected_tokens([index], 4)[1:]
+            assert ids(await harness.generate([9], 4)) == fakes.expected_tokens([9], 4)
+
+    asyncio.run(main())
+
+
+@served
+async def test_a_bad_request_leaves_the_others_alone(harness):
+    good = [asyncio.ensure_future(harness.generate([i], 20)) for i in range(5)]
+    bad = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[fakes.VOCAB]))
+    code, details = await refusal(harness.stub.Generate(bad, timeout=30))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert details == "prompt.token_ids[0] must be from 0 to 96, got 97"
+    code, details = await refusal(harness.stub.Generate(pb.GenerateRequest(model="other")))
+    assert code is grpc.StatusCode.NOT_FOUND
+    for index, task in enumerate(good):
+        assert ids(await task) == fakes.expected_tokens([index], 20)
+
+
+@served
+async def test_a_message_over_the_size_limit_is_refused(harness):
+    code, _ = await refusal(harness.stub.Generate(fakes.ask([1] * 5_000_000, 1), timeout=30))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert ids(await harness.generate([1], 2)) == fakes.expected_tokens([1], 2)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_dead_engine_fails_its_streams_with_the_reason(which):
+    async def main():
+        async with fakes.running() as harness:
+            harness.engines[which].fail = RuntimeError("the device is on fire")
+            code, details = await refusal(harness.stub.Generate(fakes.ask([1, 2], 9), timeout=30))
+            assert code is grpc.StatusCode.UNAVAILABLE
+            assert "on fire" in details
+            died = await asyncio.wait_for(harness.router.died, 30)
+            assert died.instance == ("prefill", "decode")[which]
+            code, _ = await refusal(harness.stub.Generate(fakes.ask([1, 2], 9), timeout=30))
+            assert code is grpc.StatusCode.UNAVAILABLE
+
+    asyncio.run(main())
+
+
+@served
+async def test_a_failed_transfer_fails_one_request_alone(harness):
+    offer, refused = harness.transport.offer, []
+
+    def lossy(request_id, num_tokens, kv):
+        ticket = offer(request_id, num_tokens, kv)
+        if not refused:
+            refused.append(ticket)
+            harness.transport.release(ticket)
+        return ticket
+
+    harness.transport.offer = lossy
+    code, details = await refusal(harness.stub.Generate(fakes.ask([1, 2], 9), timeout=30))
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert "transfer" in details
+    assert ids(await harness.generate([1, 2], 9)) == fakes.expected_tokens([1, 2], 9)
+    await harness.assert_nothing_held()
+
+
+@served
+async def test_a_drain_finishes_what_runs_and_takes_nothing_new(harness):
+    health = health_pb2_grpc.HealthStub(harness.channel)
+    serving = health_pb2.HealthCheckResponse.SERVING
+    request = health_pb2.HealthCheckRequest(service=SERVICE)
+    watch = health.Watch(request)
+    assert (await watch.read()).status == serving
+    harness.engines[1].gate.clear()
+    _, answers, first = await harness.stream([1, 2, 3], 10)
+    drain = asyncio.ensure_future(harness.server.drain(30))
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    code, details = await refusal(harness.stub.Generate(fakes.ask([9], 4), timeout=30))
+    assert (code, details) == (grpc.StatusCode.UNAVAILABLE, "the server is draining")
+    harness.engines[1].gate.set()
+    rest = [response async for response in answers]
+    assert ids([first, *rest]) == fakes.expected_tokens([1, 2, 3], 10)
+    assert await drain is True
+
+
+@served
+async def test_reflection_lists_the_services(harness):
+    stub = reflection_pb2_grpc.ServerReflectionStub(harness.channel)
+    call = stub.ServerReflectionInfo(
+        iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+    )
+    response = await call.read()
+    names = {service.name for service in response.list_services_response.service}
+    assert {SERVICE, "grpc.health.v1.Health"} <= names
