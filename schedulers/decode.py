@@ -166,7 +166,7 @@ class KairosPlus:
 
     cost: CostModel
     target: float = 0.95
-    hopeless_share: float = 0.02
+    hopeless_share: float = 0.01
     period_s: float = 2.0
     hopeless_pages: float = 0.25
     patience_s: float = 60.0

@@ -85,7 +85,7 @@ class KairosPlus:
 
     cost: CostModel
     pack: float = 1.0
-    hopeless_share: float = 0.02
+    hopeless_share: float = 0.01
     period_s: float = 2.0
 
     def __call__(self, instance: Instance, now: float) -> Batch:

@@ -1,0 +1,213 @@
+"""The real engine with a tiny model: the same tokens on every mesh, and no late compilation."""
+
+import asyncio
+import json
+
+import fakes
+import jax
+import numpy as np
+import pytest
+
+from kairos_jax.engine import BLOCK_PAGES, JaxEngine, Shapes, bucket_sizes
+from kairos_jax.streams import Router
+from kairos_jax.transfer import LocalTransport
+from kairos_jax.worker import Worker
+from models.checkpoint import open_checkpoint
+from models.sampling import SamplingParams
+from models.sharding import Rules, make_mesh
+from schedulers.core import Batch, Instance, Limits, Request, Role, Slo
+from schedulers.cost import CostModel
+from schedulers.decode import POLICIES as DECODE_POLICIES
+from schedulers.prefill import POLICIES as PREFILL_POLICIES
+
+SLO = Slo(30.0, 30.0)
+LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pages=64)
+
+
+def build(directory, devices, role, limits=LIMITS, attention="cpu"):
+    checkpoint = open_checkpoint(directory)
+    mesh, rules = make_mesh(devices), Rules()
+    params = checkpoint.load(mesh, rules, "float32")
+    shapes = Shapes.for_role(role, limits, row_tokens=16)
+    return JaxEngine(checkpoint.config, params, mesh, rules, limits, shapes, attention=attention)
+
+
+def golden_cases(directory):
+    return json.loads((directory / "golden.json").read_text())["cases"]
+
+
+def request(id, prompt, max_tokens, **sampling):
+    return Request(id, 0.0, prompt, max_tokens, SLO, sampling=SamplingParams(**sampling))
+
+
+def both(instance, now):
+    """Decodes what runs and prefills one chunk of the oldest that waits."""
+    work = {}
+    for id, seq in (instance.running | instance.waiting).items():
+        if seq.remaining == 1 or not any(n > 1 for n in work.values()):
+            work[id] = min(seq.remaining, instance.limits.max_chunk)
+    return Batch(work)
+
+
+def colocated(engine, requests):
+    """Runs one instance that does both jobs. Returns the sampled tokens by id."""
+    instance = Instance("both", Role.BOTH, engine.limits)
+    tokens = {request.id: [] for request in requests}
+    for each in requests:
+        instance.add(each)
+    while batch := both(instance, 0.0):
+        instance.begin(batch, 0.0)
+        work = [(instance.running[id], count) for id, count in batch.work.items()]
+        sampled = engine.step(work)
+        instance.end(batch, {id: token.id for id, token in sampled.items()}, 0.0)
+        for id, token in sampled.items():
+            tokens[id].append(token)
+    instance.check()
+    return tokens
+
+
+def disaggregated(prefill_engine, decode_engine, requests):
+    """Serves through two workers, the transport and the router. Returns the outputs by id."""
+
+    async def main():
+        router, transport = Router(asyncio.get_running_loop(), 100), LocalTransport()
+
+        cost = CostModel.from_profile(fakes.PROFILE)
+        prefill = Instance("prefill", Role.PREFILL, prefill_engine.limits)
+        decode = Instance("decode", Role.DECODE, decode_engine.limits)
+        workers = (
+            Worker(
+                prefill,
+                PREFILL_POLICIES["kairos_plus"](cost),
+                prefill_engine,
+                transport,
+                router.emit,
+            ),
+            Worker(
+                decode, DECODE_POLICIES["kairos_plus"](cost), decode_engine, transport, router.emit
+            ),
+        )
+        router.connect(*workers)
+        for worker in workers:
+            worker.start()
+
+        async def read(stream):
+            return [output.token async for output in stream]
+
+        streams = [router.submit(each) for each in requests]
+        answers = await asyncio.wait_for(asyncio.gather(*map(read, streams)), 120)
+        for worker in workers:
+            await asyncio.to_thread(worker.stop)
+            worker.instance.check()
+            assert worker.instance.pages.num_free == LIMITS.num_pages
+        transport.close()
+        assert transport.num_offers == 0
+        return {each.id: answer for each, answer in zip(requests, answers, strict=True)}
+
+    return asyncio.run(main())
+
+
+def ids(tokens):
+    return {id: [token.id for token in answer] for id, answer in tokens.items()}
+
+
+@pytest.fixture(scope="module")
+def one_device(tiny_llama):
+    engine = build(tiny_llama, jax.devices()[:1], Role.BOTH)
+    engine.warm_up()
+    return engine
+
+
+def golden_requests(directory):
+    cases = golden_cases(directory)
+    requests = [request(str(i), case["prompt"], 32) for i, case in enumerate(cases)]
+    return requests, {str(i): case["output"] for i, case in enumerate(cases)}
+
+
+def test_one_device_gives_the_golden_tokens(tiny_llama, one_device):
+    requests, expected = golden_requests(tiny_llama)
+    assert ids(colocated(one_device, requests)) == expected
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 3), (4, 2)])
+def test_disjoint_meshes_give_the_golden_tokens(tiny_llama, prefill, decode):
+    requests, expected = golden_requests(tiny_llama)
+    devices = jax.devices()
+    prefill_engine = build(tiny_llama, devices[:prefill], Role.PREFILL)
+    decode_engine = build(tiny_llama, devices[prefill : prefill + decode], Role.DECODE)
+    assert not set(prefill_engine.mesh.devices.flat) & set(decode_engine.mesh.devices.flat)
+    assert ids(disaggregated(prefill_engine, decode_engine, requests)) == expected
+
+
+def test_the_attention_backends_agree(tiny_llama):
+    requests, expected = golden_requests(tiny_llama)
+    engine = build(tiny_llama, jax.devices()[:1], Role.BOTH, attention="reference")
+    assert ids(colocated(engine, requests)) == expected
+
+
+def test_sampled_tokens_do_not_depend_on_batch_or_server(tiny_llama, one_device):
+    rng = np.random.default_rng(0)
+    requests = [
+        request(
+            str(i),
+            rng.integers(0, 264, 10 + 7 * i).tolist(),
+            12,
+            temperature=0.8,
+            top_p=0.9 if i % 2 else 1.0,
+            top_k=20 if i == 2 else 0,
+            seed=i,
+        )
+        for i in range(4)
+    ]
+    together = ids(colocated(one_device, requests))
+    alone = {}
+    for each in requests:
+        alone |= ids(colocated(one_device, [each]))
+    assert together == alone
+    engines = [
+        build(tiny_llama, [device], role)
+        for device, role in zip(jax.devices(), (Role.PREFILL, Role.DECODE), strict=False)
+    ]
+    assert ids(disaggregated(*engines, requests)) == together
+
+
+def test_logprobs_sum_to_one_and_rank(tiny_llama, one_device):
+    (answer,) = colocated(one_device, [request("a", [5, 6, 7], 4, logprobs=5)]).values()
+    for token in answer:
+        values = [value for _, value in token.top]
+        assert token.top[0] == (token.id, pytest.approx(token.logprob))
+        assert values == sorted(values, reverse=True)
+        assert 0 < np.exp(values).sum() < 1
+
+
+def test_a_second_pass_over_all_shapes_compiles_nothing(tiny_llama, one_device):
+    compiled = one_device.num_compiled
+    assert compiled == len(list(one_device.shapes)) + 2
+    one_device.warm_up()
+    requests, _ = golden_requests(tiny_llama)
+    colocated(one_device, requests)
+    kv = one_device.read_pages(list(range(2 * BLOCK_PAGES + 1)))
+    one_device.write_pages(list(range(10, 10 + 2 * BLOCK_PAGES + 1)), kv)
+    assert one_device.num_compiled == compiled
+
+
+def test_a_prompt_longer_than_the_largest_shape_takes_further_runs(tiny_llama, one_device):
+    """Many short prompts in one step fill more rows than the chunk limit alone would."""
+    requests = [request(str(i), [i + 4] * 3, 2) for i in range(7)]
+    instance = Instance("both", Role.BOTH, LIMITS)
+    for each in requests:
+        instance.add(each)
+    instance.begin(Batch({each.id: 3 for each in requests}), 0.0)
+    work = [(seq, 3) for seq in instance.running.values()]
+    packed = {id: token.id for id, token in one_device.step(work).items()}
+    alone = {id: tokens[0] for id, tokens in ids(colocated(one_device, requests)).items()}
+    assert packed == alone
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 8, 24, 100, 256])
+def test_bucket_sizes(limit):
+    sizes = bucket_sizes(limit)
+    assert sizes == tuple(sorted(set(sizes)))
+    assert (sizes[0], sizes[-1]) == (1, limit)
+    for n in range(4, limit + 1):
+        assert min(size for size in sizes if size >= n) < 1.5 * n
