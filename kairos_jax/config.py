@@ -87,7 +87,10 @@ class ServerConfig:
         """The ledger's limits of the prefill or the decode instance."""
         is_prefill = isinstance(instance, PrefillConfig)
         return Limits(
-            max_batch=1 if is_prefill else instance.max_batch,
+            # A prompt fills a row of the step at least.
+            max_batch=instance.max_chunk // instance.row_tokens
+            if is_prefill
+            else instance.max_batch,
             max_chunk=instance.max_chunk if is_prefill else 1,
             max_context=self.max_context,
             page_size=self.page_size,

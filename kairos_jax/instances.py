@@ -1,13 +1,15 @@
 """Builds what a config describes: the model on both meshes, the compiled engines, the workers."""
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
-from kairos_jax.config import DecodeConfig, PrefillConfig, ServerConfig
+from kairos_jax.config import ServerConfig
 from kairos_jax.engine import JaxEngine, Shapes
 from kairos_jax.hub import resolve_model
 from kairos_jax.launch import UsageError
@@ -15,6 +17,7 @@ from kairos_jax.tokenizer import Tokenizer, load_tokenizer
 from kairos_jax.transfer import LocalTransport
 from kairos_jax.worker import Event, Worker
 from models.checkpoint import Checkpoint, open_checkpoint
+from models.llama import Params, abstract_params
 from models.sharding import Rules, make_mesh
 from schedulers import decode, prefill
 from schedulers.core import Instance, Role
@@ -71,29 +74,21 @@ class Engines:
 
 
 def build_engines(
-    config: ServerConfig, model: Model, devices: Sequence[jax.Device], progress: Progress
+    config: ServerConfig, model: Model, devices: Sequence[Any], progress: Progress
 ) -> Engines:
     """Loads the weights onto both meshes and compiles every shape. Raises UsageError."""
     split = config.prefill.devices
-    made = []
-    for role, instance, part in (
-        (Role.PREFILL, config.prefill, devices[:split]),
-        (Role.DECODE, config.decode, devices[split : split + config.decode.devices]),
-    ):
-        progress(f"load {role.value} weights", 0, 1)
-        try:
-            made.append(_build_engine(config, model, role, instance, part))
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        progress(f"load {role.value} weights", 1, 1)
-    # XLA compiles on one thread each: two at once take little longer than one.
-    parallel(
-        [
-            lambda engine=engine, name=name: _warm_up(engine, name, progress)
-            for engine, name in zip(made, ("prefill", "decode"), strict=True)
-        ]
-    )
-    return Engines(*made)
+    try:
+        prefill_engine = _build_engine(config, model, Role.PREFILL, devices[:split], progress)
+        decode_engine = _build_engine(
+            config, model, Role.DECODE, devices[split:], progress, prefill_engine.params
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    # XLA compiles mostly on one thread: two at once take little longer than one.
+    jobs = {"prefill": prefill_engine, "decode": decode_engine}
+    parallel([functools.partial(_warm_up, jobs[name], name, progress) for name in jobs])
+    return Engines(prefill_engine, decode_engine)
 
 
 def build_workers(
@@ -118,20 +113,26 @@ def _build_engine(
     config: ServerConfig,
     model: Model,
     role: Role,
-    instance: PrefillConfig | DecodeConfig,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
+    progress: Progress,
+    loaded: Params | None = None,
 ) -> JaxEngine:
-    mesh, rules, limits = make_mesh(devices), Rules(), config.limits(instance)
-    return JaxEngine(
-        model.checkpoint.config,
-        model.checkpoint.load(mesh, rules, config.dtype),
-        mesh,
-        rules,
-        limits,
-        Shapes.for_role(role, limits, config.prefill.row_tokens),
-        config.dtype,
-        config.attention,
+    """loaded: the weights on another mesh, from where they are copied rather than read again."""
+    stage = f"load {role.value} weights"
+    progress(stage, 0, 1)
+    mesh, rules, description = make_mesh(devices), Rules(), model.checkpoint.config
+    if loaded is None:
+        params = model.checkpoint.load(mesh, rules, config.dtype)
+    else:
+        wanted = abstract_params(description, config.dtype, mesh, rules)
+        params = jax.device_put(dict(loaded), {path: w.sharding for path, w in wanted.items()})
+    limits = config.limits(config.prefill if role is Role.PREFILL else config.decode)
+    shapes = Shapes.for_role(role, limits, config.prefill.row_tokens)
+    engine = JaxEngine(
+        description, params, mesh, rules, limits, shapes, config.dtype, config.attention
     )
+    progress(stage, 1, 1)
+    return engine
 
 
 def _warm_up(engine: JaxEngine, name: str, progress: Progress) -> None:

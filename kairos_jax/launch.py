@@ -52,7 +52,7 @@ def cache_dir(name: str) -> Path:
     return path
 
 
-def start_jax(num_devices: int, cpu_devices: int = 0) -> list[jax.Device]:
+def start_jax(num_devices: int, cpu_devices: int = 0) -> list[Any]:
     """Turns the compilation cache on and returns the first `num_devices` devices.
 
     On a CPU it makes them (`cpu_devices` of them, or as many as are asked for).

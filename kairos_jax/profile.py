@@ -24,9 +24,9 @@ from kairos_jax.instances import Engines, Model, Progress, build_engines, open_m
 from schedulers import cost
 from schedulers.core import Request, Seq, Slo
 
-# Long enough to even out a noisy machine, short enough to measure the whole grid in a minute.
+# Long enough to even out a noisy machine, short enough to measure the whole grid in half a minute.
 _REPEATS = 5
-_POINT_BUDGET_S = 1.0
+_POINT_BUDGET_S = 0.6
 _TRANSFER_TOKENS = (64, 256, 1024)
 
 

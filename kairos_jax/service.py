@@ -140,7 +140,7 @@ class Server:
         self._grpc = grpc.aio.server(options=options)
         self._servicer = Servicer(clock)
         kairos_pb2_grpc.add_KairosServicer_to_server(self._servicer, self._grpc)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)

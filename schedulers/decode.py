@@ -157,11 +157,11 @@ class KairosPlus:
     least slack, the longest prefix within `target` of their least TPOT. A request is hopeless if
     it missed its TTFT or can no longer make its TPOT; it counts in no minimum.
 
-    hopeless_share, period_s: the hopeless step first, the oldest of them foremost, in the first part
-    of every period, so that each comes to its end. A share of the time and not of the batch: beside
-    a large base cost even a few sequences more in every step break the balance of the load.
-    hopeless_pages: share of all pages that they are given, beyond one's, while feasible ones are
-    here. patience_s: a request this late whose pages do not fit holds back all other fetches.
+    hopeless_share, period_s: in the first part of every period the hopeless step first, the oldest
+    foremost, so that each comes to its end. A share of the time and not of the batch: beside a
+    large base cost even a few sequences more in every step break the balance of the load.
+    hopeless_pages: share of all pages they are given, beyond one's, while feasible ones are here.
+    patience_s: a request this late whose pages do not fit holds back all other fetches.
     """
 
     cost: CostModel
@@ -188,7 +188,7 @@ class KairosPlus:
         if now % self.period_s < self.hopeless_share * self.period_s:
             order = ready + urgent
         else:
-            if crowded:
+            if crowded and urgent:
                 ready = [seq for seq in ready if seq.request.id in instance.running]
             order = urgent + sorted(ready, key=_length)
         limit_s = self.target * min((s.request.slo.tpot for s in urgent or order), default=0.0)

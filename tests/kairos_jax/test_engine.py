@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 
 from kairos_jax.engine import BLOCK_PAGES, JaxEngine, Shapes, bucket_sizes
-from kairos_jax.streams import Router
-from kairos_jax.transfer import LocalTransport
-from kairos_jax.worker import Worker
 from models.checkpoint import open_checkpoint
 from models.sampling import SamplingParams
 from models.sharding import Rules, make_mesh
 from schedulers.core import Batch, Instance, Limits, Request, Role, Slo
-from schedulers.cost import CostModel
-from schedulers.decode import POLICIES as DECODE_POLICIES
-from schedulers.prefill import POLICIES as PREFILL_POLICIES
 
 SLO = Slo(30.0, 30.0)
 LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pages=64)
@@ -67,44 +61,7 @@ def colocated(engine, requests):
 
 
 def disaggregated(prefill_engine, decode_engine, requests):
-    """Serves through two workers, the transport and the router. Returns the outputs by id."""
-
-    async def main():
-        router, transport = Router(asyncio.get_running_loop(), 100), LocalTransport()
-
-        cost = CostModel.from_profile(fakes.PROFILE)
-        prefill = Instance("prefill", Role.PREFILL, prefill_engine.limits)
-        decode = Instance("decode", Role.DECODE, decode_engine.limits)
-        workers = (
-            Worker(
-                prefill,
-                PREFILL_POLICIES["kairos_plus"](cost),
-                prefill_engine,
-                transport,
-                router.emit,
-            ),
-            Worker(
-                decode, DECODE_POLICIES["kairos_plus"](cost), decode_engine, transport, router.emit
-            ),
-        )
-        router.connect(*workers)
-        for worker in workers:
-            worker.start()
-
-        async def read(stream):
-            return [output.token async for output in stream]
-
-        streams = [router.submit(each) for each in requests]
-        answers = await asyncio.wait_for(asyncio.gather(*map(read, streams)), 120)
-        for worker in workers:
-            await asyncio.to_thread(worker.stop)
-            worker.instance.check()
-            assert worker.instance.pages.num_free == LIMITS.num_pages
-        transport.close()
-        assert transport.num_offers == 0
-        return {each.id: answer for each, answer in zip(requests, answers, strict=True)}
-
-    return asyncio.run(main())
+    return asyncio.run(fakes.serve(prefill_engine, decode_engine, requests))
 
 
 def ids(tokens):

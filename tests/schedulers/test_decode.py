@@ -94,31 +94,39 @@ def test_kairos_plus_keeps_the_hopeless_out_of_the_minimum(lost):
             seq.first_token_at = 9.5  # due at 9
         else:
             seq.first_token_at = -150.0  # 75 tokens behind, with 100 to go
-    now = 0.5 if lost == "tpot" else 10.0
+    now = 0.5 if lost == "tpot" else 10.5
     instance.running["good"].first_token_at = now - 0.5
     instance.running["good"].request = Request("good", now - 1, range(599), 101, SLO)
-    assert decide("kairos_plus", instance, now, hopeless_slots=0) == ({"good", "lost"}, [])
-    assert decide("kairos_plus", instance, now, hopeless_slots=1) == ({"good", "lost"}, [])
+    assert decide("kairos_plus", instance, now) == ({"good", "lost"}, [])
 
 
-def test_kairos_plus_lets_the_hopeless_in_only_beside_the_slots():
-    instance = ledger([("a", 800)], [("b", 300)], [("late1", 10), ("late2", 10), ("late3", 10)])
-    for id in ("late1", "late2", "late3"):
-        instance.waiting[id].first_token_at = 20.0
-    assert decide("kairos_plus", instance, hopeless_slots=2) == ({"a"}, ["late1", "late2"])
+def test_kairos_plus_fills_up_with_the_hopeless_where_no_feasible_one_is_left_out():
+    instance = ledger([("a", 600)], [("b", 400), ("late", 100)])
+    instance.waiting["late"].first_token_at = 20.0
+    assert decide("kairos_plus", instance) == ({"a"}, []), "b waits, and would not fit"
     instance.cancel("b")
-    expected = ({"a"}, ["late1", "late2", "late3"])
-    assert decide("kairos_plus", instance, hopeless_slots=2) == expected
+    assert decide("kairos_plus", instance) == ({"a", "late"}, [])
+
+
+def test_kairos_plus_gives_the_hopeless_their_share_of_the_clock():
+    instance = ledger([("a", 600)], [("late1", 300), ("late2", 200)])
+    for id in ("late1", "late2"):
+        instance.waiting[id].first_token_at = 20.0
+    share = {"hopeless_share": 0.1, "period_s": 10.0}
+    assert decide("kairos_plus", instance, 0.5, **share)[0] == {"late1", "late2"}, "oldest first"
+    assert decide("kairos_plus", instance, 1.5, **share)[0] == {"a", "late2"}, "shortest last"
 
 
 def test_kairos_plus_keeps_pages_from_the_hopeless():
     limits = Limits(max_batch=4, max_chunk=10, max_context=400, page_size=1, num_pages=1000)
     late = [("late1", 100), ("late2", 100), ("late3", 100)]
-    instance = ledger(remote=late, limits=limits)
+    instance = ledger([("a", 100)], remote=late, limits=limits)
     for seq in instance.waiting.values():
         seq.first_token_at = 20.0
-    assert decide("kairos_plus", instance, hopeless_pages=0.5)[1] == ["late1", "late2"]
+    assert decide("kairos_plus", instance, hopeless_pages=0.4)[1] == ["late1", "late2"]
     assert decide("kairos_plus", instance, hopeless_pages=0.0)[1] == ["late1"], "one at least"
+    instance.cancel("a")
+    assert decide("kairos_plus", instance, hopeless_pages=0.0)[1] == ["late1", "late2", "late3"]
 
 
 def test_an_overdue_request_is_not_passed_for_ever():

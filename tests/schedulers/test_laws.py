@@ -71,11 +71,11 @@ def decide(policy, instance, now):
         taken += instance.pages_needed(seq)
     assert len(set(batch.fetch)) == len(batch.fetch)
     assert taken <= instance.pages.num_free
+    assert len(batch.work) <= instance.limits.max_batch
     if instance.role is Role.PREFILL:
         assert sum(batch.work.values()) <= instance.limits.max_chunk
         assert not batch.fetch
     else:
-        assert len(batch.work) <= instance.limits.max_batch
         assert set(batch.work.values()) <= {1}
     assert bool(batch.predicted_s) <= bool(batch.work)
     return batch
@@ -105,12 +105,15 @@ def test_prefill(name, cost, workload, pack):
     assert produced == len(workload[1])
 
 
-@pytest.mark.parametrize("name", decode.POLICIES)
+DECODE = decode.POLICIES | {"impatient": lambda cost: decode.KairosPlus(cost, patience_s=0.5)}
+
+
+@pytest.mark.parametrize("name", DECODE)
 @given(costs(), workloads())
 @settings(max_examples=60, deadline=None)
 def test_decode(name, cost, workload):
     limits, requests, seed = workload
-    policy, rng = decode.POLICIES[name](cost), random.Random(seed)
+    policy, rng = DECODE[name](cost), random.Random(seed)
     instance, now, under_way, finished = Instance("d", Role.DECODE, limits), 0.0, [], 0
     requests = [r for r in requests if r.max_tokens > 1][::-1]
     expected = len(requests)

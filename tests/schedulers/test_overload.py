@@ -5,10 +5,13 @@ import itertools
 import random
 from dataclasses import replace
 
+import pytest
+
 from schedulers import decode, prefill
-from schedulers.attainment import Outcome
-from schedulers.core import Instance, Limits, Request, Role
+from schedulers.attainment import Outcome, summarize
+from schedulers.core import Instance, Limits, Request, Role, Slo
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.workload import synthetic
 
 # An 8B model on an H100 by roofline, as in SCHEDULING: not measured.
 COST = CostModel(
@@ -40,6 +43,13 @@ def drive(arrivals, prefill_policy, decode_policy, slo, *, num_prefill=1, noise=
 
         home[request.id] = min(fronts, key=backlog)
         seqs[request.id] = home[request.id].add(request)
+
+    def step_seconds(instance, batch):
+        """What the step really costs, whatever the policy predicted."""
+        steps = [(instance.running[id], count) for id, count in batch.work.items()]
+        if instance is back:
+            return COST.decode_s([seq.length for seq, _ in steps])
+        return COST.prefill_step_s((count, seq.computed) for seq, count in steps)
 
     def fetched(now, id):
         home[id].release(id)
@@ -74,7 +84,7 @@ def drive(arrivals, prefill_policy, decode_policy, slo, *, num_prefill=1, noise=
                 push(link_free, fetched, id)
             if batch.work:
                 busy.add(instance.id)
-                step_s = batch.predicted_s * rng.lognormvariate(0.0, noise)
+                step_s = step_seconds(instance, batch) * rng.lognormvariate(0.0, noise)
                 push(now + step_s, step_done, instance, batch)
     for instance in [*fronts, back]:
         instance.check()
@@ -87,3 +97,43 @@ POLICIES = {
     "kairos": (prefill.Kairos(COST), decode.Kairos(COST)),
     "kairos_plus": (prefill.KairosPlus(COST), decode.KairosPlus(COST)),
 }
+# Prefill and decode are both near their capacity.
+SLO = Slo(1.0, 0.0125)
+
+
+@pytest.mark.parametrize("rate", [20, 22])
+def test_each_step_from_fcfs_to_kairos_plus_attains_more(rate):
+    arrivals = synthetic(700, rate, seed=1)
+    e2e, latency = {}, {}
+    for name, policies in POLICIES.items():
+        summary = summarize(drive(arrivals, *policies, SLO))
+        e2e[name], latency[name] = summary["e2e_attainment"], summary["latency_max_s"]
+    print(rate, {name: round(percent, 1) for name, percent in e2e.items()})
+    assert e2e["kairos_plus"] > e2e["kairos"] + 5 > e2e["fcfs"] + 20
+    assert latency["kairos_plus"] < 2 * latency["fcfs"], "the demoted starve"
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_under_light_load_all_attain(name):
+    summary = summarize(drive(synthetic(200, 2.0, seed=1), *POLICIES[name], SLO))
+    assert summary["tpot_attainment"] == 100
+    assert summary["e2e_attainment"] > 98
+
+
+def test_kairos_plus_bears_noisy_steps():
+    arrivals = synthetic(700, 20, seed=2)
+    exact, noisy = (
+        summarize(drive(arrivals, *POLICIES["kairos_plus"], SLO, noise=noise))["e2e_attainment"]
+        for noise in (0.0, 0.2)
+    )
+    assert noisy > exact - 10, "the noise alone makes steps 2 % longer on average"
+
+
+def test_kairos_plus_bears_a_profile_that_is_half_off():
+    """The pace of measured steps corrects it."""
+    slow = replace(COST, decode=DecodeCost(3.5e-3, 10e-6, 27.5e-9))
+    arrivals = synthetic(700, 20, seed=2)
+    policies = prefill.KairosPlus(COST), decode.KairosPlus(slow)
+    summary = summarize(drive(arrivals, *policies, SLO))
+    exact = summarize(drive(arrivals, *POLICIES["kairos_plus"], SLO))
+    assert summary["e2e_attainment"] > exact["e2e_attainment"] - 3

@@ -38,8 +38,8 @@ def order(policy, instance, now):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        # All are queued at 6.5 s. Deadlines: a 100.5, b 21.5, c 12.5, d 15.5; d needs 9 s, so it just makes
-        # it alone, and c is hopeless from the start (8 s of work, 6 s left).
+        # All are queued at 6.5 s. Deadlines: a 100.5, b 21.5, c 12.5, d 15.5; d needs 9 s, so it
+        # just makes it alone, and c is hopeless from the start (8 s of work, 6 s left).
         ("fcfs", ["a", "a", "b", "c", "d"]),
         ("sjf", ["b", "c", "d", "a", "a"]),
         ("edf", ["c", "d", "b", "a", "a"]),
@@ -52,7 +52,7 @@ def order(policy, instance, now):
 def test_order(name, expected):
     # No step begins on the even seconds, where the hopeless have their share of the clock.
     requests = {"a": (0.5, 100, 20), "b": (1.5, 20, 7), "c": (2.5, 10, 8), "d": (3.5, 12, 9)}
-    assert order(prefill.POLICIES[name](COST), ledger(requests), now=6.5) == expected
+    assert order(prefill.POLICIES[name](COST, pack=0.0), ledger(requests), 6.5) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import grpc
 
 from kairos_jax.config import DecodeConfig, PrefillConfig, ServerConfig, SloConfig
 from kairos_jax.edge import Edge
-from kairos_jax.engine import Token
+from kairos_jax.engine import Engine, JaxEngine, Token
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.service import Backend, Server
@@ -19,7 +19,7 @@ from kairos_jax.streams import Router
 from kairos_jax.transfer import LocalTransport
 from kairos_jax.worker import Worker
 from schedulers import decode, prefill
-from schedulers.core import Instance, Role
+from schedulers.core import Instance, Limits, Request, Role
 from schedulers.cost import CostModel
 
 VOCAB = 97
@@ -103,6 +103,52 @@ class FakeEngine:
         self.pool |= {page: list(slots) for page, slots in zip(pages, kv, strict=True)}
 
 
+def workers(
+    engines: Sequence[Engine],
+    limits: Sequence[Limits],
+    transport: LocalTransport,
+    router: Router,
+    prefill_policy="kairos_plus",
+    decode_policy="kairos_plus",
+) -> list[Worker]:
+    """A prefill and a decode worker, connected to the router and not yet started."""
+    cost = CostModel.from_profile(PROFILE)
+    policies = prefill.POLICIES[prefill_policy](cost), decode.POLICIES[decode_policy](cost)
+    made = [
+        Worker(Instance(role.value, role, limit), policy, engine, transport, router.emit)
+        for role, limit, policy, engine in zip(
+            (Role.PREFILL, Role.DECODE), limits, policies, engines, strict=True
+        )
+    ]
+    router.connect(*made)
+    return made
+
+
+async def serve(
+    prefill_engine: JaxEngine, decode_engine: JaxEngine, requests: Sequence[Request]
+) -> dict[str, list[Token]]:
+    """Serves all requests at once through workers, transport and router; their tokens by id."""
+    router, transport = Router(asyncio.get_running_loop(), len(requests)), LocalTransport()
+    engines = prefill_engine, decode_engine
+    both = workers(engines, [engine.limits for engine in engines], transport, router)
+    for worker in both:
+        worker.start()
+
+    async def read(stream):
+        return [output.token async for output in stream]
+
+    streams = [router.submit(each) for each in requests]
+    answers = await asyncio.wait_for(asyncio.gather(*map(read, streams)), 200)
+    for worker in both:
+        await asyncio.to_thread(worker.stop)
+        ledger = worker.instance
+        ledger.check()
+        assert ledger.pages.num_free == ledger.limits.num_pages
+    transport.close()
+    assert transport.num_offers == 0
+    return {each.id: answer for each, answer in zip(requests, answers, strict=True)}
+
+
 @dataclass
 class Harness:
     """A server on loopback whose engines are fakes."""
@@ -155,39 +201,25 @@ async def running(
     prefill_policy="kairos_plus", decode_policy="kairos_plus", **overrides
 ) -> AsyncIterator[Harness]:
     config = replace(CONFIG, **overrides)
-    cost = CostModel.from_profile(PROFILE)
     router = Router(asyncio.get_running_loop(), config.max_requests)
     transport = LocalTransport()
     engines = FakeEngine(config.page_size), FakeEngine(config.page_size)
-    workers = [
-        Worker(
-            Instance(role.value, role, config.limits(limits)),
-            policy(cost),
-            engine,
-            transport,
-            router.emit,
-            time.monotonic,
-        )
-        for role, limits, policy, engine in (
-            (Role.PREFILL, config.prefill, prefill.POLICIES[prefill_policy], engines[0]),
-            (Role.DECODE, config.decode, decode.POLICIES[decode_policy], engines[1]),
-        )
-    ]
-    router.connect(*workers)
+    limits = config.limits(config.prefill), config.limits(config.decode)
+    both = workers(engines, limits, transport, router, prefill_policy, decode_policy)
     server = Server("127.0.0.1", 0, time.monotonic)
     await server.start()
-    for worker in workers:
+    for worker in both:
         worker.start()
     edge = Edge("fake", VOCAB, frozenset({0}), config, None)
     await server.open(Backend(edge, router, pb.Model(name="fake", vocab_size=VOCAB)))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)
         try:
-            yield Harness(config, server, router, transport, *workers, engines, stub, channel)
+            yield Harness(config, server, router, transport, *both, engines, stub, channel)
         finally:
             for engine in engines:
                 engine.gate.set()
             await server.drain(0)
-            for worker in workers:
+            for worker in both:
                 await asyncio.to_thread(worker.stop)
             transport.close()
