@@ -1,6 +1,5 @@
-"""What a binary settles before JAX starts, and how it ends on wrong flags or a wrong model."""
+"""The flags that binaries share, how they start JAX, and how they end on wrong use."""
 
-import glob
 import os
 import sys
 from collections.abc import Callable
@@ -11,37 +10,13 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from kairos_jax import host
 from kairos_jax.config import ConfigError, ServerConfig
 from kairos_jax.hub import ModelNotAvailable
-
-_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
-
-# XLA's CPU temporaries are mapped and unmapped at every call; kept in one arena instead, attention
-# at batch 16 and context 200 went from 76 to 36 ms. glibc reads this at process start only.
-_MALLOC = {
-    "glibc.malloc.mmap_max": "0",
-    "glibc.malloc.trim_threshold": str(16 << 30),
-    "glibc.malloc.top_pad": str(256 << 20),
-    "glibc.malloc.arena_max": "1",
-}
 
 
 class UsageError(Exception):
     """What was asked for cannot be done; the message says why."""
-
-
-def on_cpu() -> bool:
-    """Whether JAX will run on the CPU, told without starting it."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    return platforms == "cpu" or not (platforms or any(map(glob.glob, _ACCELERATORS)))
-
-
-def tune_malloc() -> None:
-    """Starts this process anew with glibc's allocator set for XLA on CPU, unless it is already."""
-    if not on_cpu() or not sys.platform.startswith("linux") or os.environ.get("GLIBC_TUNABLES"):
-        return
-    os.environ["GLIBC_TUNABLES"] = ":".join(f"{name}={value}" for name, value in _MALLOC.items())
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def cache_dir(name: str) -> Path:
@@ -60,7 +35,7 @@ def start_jax(num_devices: int, cpu_devices: int = 0) -> list[Any]:
     Raises:
         UsageError: there are not so many.
     """
-    if on_cpu():
+    if host.on_cpu():
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices or num_devices)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
@@ -87,7 +62,10 @@ def read_config() -> ServerConfig:
     values = flags.FLAGS.config
     if values is None:
         raise UsageError("--config is missing: give a file, such as configs/smollm2_135m_cpu.py")
-    values = values.to_dict()
+    try:
+        values = values.to_dict()
+    except OSError as error:  # what went wrong with the file is told at its first use
+        raise UsageError(f"--config: {str(error).splitlines()[-1].strip()}") from error
     if flags.FLAGS.model is not None:
         values["model"] = flags.FLAGS.model
     return ServerConfig.from_dict(values)
@@ -106,7 +84,6 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         except (UsageError, ConfigError, ModelNotAvailable) as error:
             return fail(error)
 
-    tune_malloc()
     app.run(guarded, flags_parser=_parse)
 
 
@@ -119,7 +96,11 @@ def fail(error: Exception) -> int:
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    # The config file is read, and its overrides set, while flags are parsed.
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.exit(fail(UsageError(message)))
+    except flags.Error as error:
+        sys.exit(fail(error))
+    except (AttributeError, KeyError) as error:  # from an override of a config's key
+        key = str(error.args[0]).strip("'\"") if error.args else ""
+        overrides = [each for each in argv if each.startswith("--config.") and key in each]
+        sys.exit(fail(UsageError(f"no such config key: {overrides[0] if overrides else key}")))
+    except (TypeError, ValueError) as error:
+        sys.exit(fail(UsageError(f"--config: {error}")))

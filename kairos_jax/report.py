@@ -4,7 +4,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,19 +37,17 @@ _MAX_POINTS = 600  # Of one line: more cannot be seen, and make the page heavy.
 
 @dataclass(frozen=True)
 class Run:
-    """One policy (pair) under one workload.
-
-    timeline: samples {"t": seconds since the start, "waiting": requests that wait for their first
-    step, "decode_batch": sequences in the latest decode step}; other keys are passed over.
-    """
+    """One policy (pair) under one workload."""
 
     label: str
     outcomes: Sequence[Outcome]
-    timeline: Sequence[Mapping[str, float]] = field(default=())
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         return summarize(self.outcomes)
+
+
+_Span = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +173,8 @@ def _figures(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
     def cdf(name: str, scale: float, unit: str) -> Callable[[Axes], None]:
         return lambda axes: _draw_cdf(axes, runs, name, scale, unit)
 
-    def timeline(key: str, label: str) -> Callable[[Axes], None]:
-        return lambda axes: _draw_timeline(axes, runs, key, label)
+    def count(label: str, span: Callable[[Outcome], _Span]) -> Callable[[Axes], None]:
+        return lambda axes: _draw_count(axes, runs, label, span)
 
     share = "Percent of requests, failed ones included, at or under each value; up to the 99th."
     plots: list[tuple[str, str, Callable[[Axes], None]]] = [
@@ -184,11 +182,15 @@ def _figures(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
         ("Time to first token", share, cdf("ttft", 1, "s")),
         ("Time per output token", share, cdf("tpot", 1000, "ms")),
     ]
-    if any(run.timeline for run in runs):
-        waiting, batch = "Requests waiting for prefill.", "Sequences in the latest decode step."
+    if any(outcome.done for run in runs for outcome in run.outcomes):
+        queue, batch = "Requests without a first token.", "Requests between first and last token."
         plots += [
-            ("Queue length", waiting, timeline("waiting", "requests")),
-            ("Decode batch", batch, timeline("decode_batch", "sequences")),
+            ("Queue", queue, count("requests", lambda o: (o.arrival, o.first_token_at))),
+            (
+                "Decode batch",
+                batch,
+                count("requests", lambda o: (o.first_token_at, o.last_token_at)),
+            ),
         ]
     return [(title, caption, _svg(title, draw)) for title, caption, draw in plots]
 
@@ -237,13 +239,19 @@ def _draw_bars(axes: Axes, runs: Sequence[Run]) -> None:
     axes.grid(False, axis="x")
 
 
-def _draw_timeline(axes: Axes, runs: Sequence[Run], key: str, label: str) -> None:
+def _draw_count(
+    axes: Axes, runs: Sequence[Run], label: str, span: Callable[[Outcome], _Span]
+) -> None:
+    """How many answered requests are within their span, over time."""
     for i, run in enumerate(runs):
-        points = [(sample["t"], sample[key]) for sample in run.timeline if key in sample]
-        if points:
-            times, values = np.asarray(points)[_thin(len(points))].T
+        spans = [span(outcome) for outcome in run.outcomes if outcome.done]
+        if spans:
+            begins, ends = np.sort(np.asarray(spans, dtype=float), axis=0).T
+            times = np.unique(np.concatenate([begins, ends]))
+            times = times[_thin(len(times))]
+            inside = np.searchsorted(begins, times, "right") - np.searchsorted(ends, times, "right")
             color = _COLORS[i % len(_COLORS)]
-            axes.step(times, values, where="post", color=color, linewidth=1.4)
+            axes.step(times, inside, where="post", color=color, linewidth=1.4)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("time (s)")
     axes.set_ylabel(label)

@@ -8,6 +8,11 @@ SIGTERM and Ctrl-C drain it; a second Ctrl-C ends it at once.
 Exit codes: 0 after a drain; 1 if an instance died; 2 for a wrong flag, config or model.
 """
 
+from kairos_jax import host
+
+if __name__ == "__main__":
+    host.tune_malloc()  # before the imports below take seconds: it may start the process anew
+
 import asyncio
 import logging
 import os
@@ -45,7 +50,9 @@ def define_flags() -> None:
     flags.DEFINE_float("grace_s", 30.0, "Seconds that a drain waits for requests.", 0.0)
 
 
-def prepare(config: ServerConfig, profile_path: Path | None) -> tuple[Model, Engines, dict]:
+def prepare(
+    config: ServerConfig, profile_path: Path | None
+) -> tuple[Model, Engines, dict, CostModel]:
     """All that takes long: fetch, load, compile, measure."""
     num_devices = config.prefill.devices + config.decode.devices
     devices = launch.start_jax(num_devices, flags.FLAGS.cpu_devices)
@@ -53,7 +60,10 @@ def prepare(config: ServerConfig, profile_path: Path | None) -> tuple[Model, Eng
         model = open_model(config)
         engines = build_engines(config, model, devices, progress)
         measured = profile.load_or_measure(profile_path, config, model, engines, progress)
-    return model, engines, measured
+    try:
+        return model, engines, measured, CostModel.from_profile(measured)
+    except ValueError as error:
+        raise launch.UsageError(f"--profile={profile_path}: {error}") from error
 
 
 async def serve(config: ServerConfig, host: str, port: int, profile_path: Path | None) -> int:
@@ -75,11 +85,9 @@ async def serve(config: ServerConfig, host: str, port: int, profile_path: Path |
         # A compilation cannot be interrupted: leave it, and the process with it.
         print("stopped while starting", flush=True)
         os._exit(0)
-    model, engines, measured = prepared.result()
-    try:
-        cost = CostModel.from_profile(measured)
-    except ValueError as error:
-        raise launch.UsageError(f"--profile={profile_path}: {error}") from error
+    if prepared.exception():
+        await server.drain(0.0)
+    model, engines, measured, cost = prepared.result()
     router = Router(loop, config.max_requests)
     transport = LocalTransport()
     workers = build_workers(config, engines, cost, transport, router.emit)

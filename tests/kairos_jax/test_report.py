@@ -3,9 +3,10 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from kairos_jax.report import Run, print_table, write_report
+from kairos_jax.report import Run, _draw_count, print_table, write_report
 from schedulers.attainment import Outcome
 from schedulers.core import Slo
 
@@ -24,7 +25,6 @@ def failed(arrival: float) -> Outcome:
 FAST = Run(
     "urgency + slack",
     [outcome(0, 0.1, 0.01), outcome(1, 0.2, 0.02), outcome(2, 0.3, 0.0, num_output=1)],
-    [{"t": 0.0, "waiting": 1, "decode_batch": 0}, {"t": 1.0, "waiting": 0, "decode_batch": 2}],
 )
 SLOW = Run("fcfs [x] <b>", [outcome(0, 0.4, 0.01), outcome(1, 12.3, 0.9), failed(2)])
 
@@ -95,8 +95,17 @@ def test_figures_are_well_formed_and_follow_dark_mode(tmp_path):
     assert "SLO 50 ms" in figures[2]
 
 
-def test_no_timeline_no_figure_of_it(tmp_path):
-    assert page(tmp_path, [SLOW]).count("<svg") == 3
+def test_no_answers_no_figure_of_the_batch(tmp_path):
+    assert page(tmp_path, [Run("all failed", [failed(0)])]).count("<svg") == 3
+
+
+def test_counts_over_time(tmp_path):
+    axes = Figure().subplots()
+    overlapping = [outcome(0, 1, 0.1), outcome(0.5, 1, 0.1), failed(3)]
+    span = lambda o: (o.arrival, o.first_token_at)  # noqa: E731
+    _draw_count(axes, [Run("two", overlapping)], "requests", span)
+    (line,) = axes.lines
+    assert [tuple(point) for point in line.get_xydata()] == [(0, 1), (0.5, 2), (1, 1), (1.5, 0)]
 
 
 def test_page_is_the_same_every_time(tmp_path):
@@ -112,5 +121,4 @@ def test_slo_line_only_where_there_is_one_slo(tmp_path):
 
 def test_long_runs_stay_light(tmp_path):
     outcomes = [outcome(i / 10, 0.1 + i / 1e4, 0.01) for i in range(20000)]
-    timeline = [{"t": i / 10, "waiting": i % 7, "decode_batch": i % 5} for i in range(20000)]
-    assert len(page(tmp_path, [Run("long", outcomes, timeline)])) < 400_000
+    assert len(page(tmp_path, [Run("long", outcomes)])) < 400_000

@@ -1,0 +1,134 @@
+"""What the edge refuses, in which words; and what it makes of what it takes."""
+
+import math
+from dataclasses import replace
+
+import fakes
+import pytest
+import tokenizers
+
+from kairos_jax.edge import BadField, Edge, UnknownModel
+from kairos_jax.rpc import kairos_pb2 as pb
+from kairos_jax.tokenizer import Tokenizer
+from models.sampling import SamplingParams
+from schedulers.core import Slo
+
+NONE = Edge("fake", 97, frozenset({0}), fakes.CONFIG, None)
+
+
+@pytest.fixture(scope="module")
+def edge():
+    vocab = {"<s>": 0, "a": 1, "b": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<s>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}b"
+    return replace(NONE, tokenizer=Tokenizer(backend, chat_template=template))
+
+
+def ids(*values, **fields):
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=values), **fields)
+
+
+def sampled(**fields):
+    return ids(1, sampling=pb.Sampling(**fields))
+
+
+REFUSED = [
+    (pb.GenerateRequest(), "prompt is missing: give text, token_ids or chat"),
+    (ids(), "prompt.token_ids is empty: at least 1 token is needed"),
+    (pb.GenerateRequest(text=""), "prompt.text is empty: at least 1 token is needed"),
+    (pb.GenerateRequest(chat=pb.Chat()), "prompt.chat is empty: at least 1 message is needed"),
+    (ids(5, 97), "prompt.token_ids[1] must be from 0 to 96, got 97"),
+    (ids(-1), "prompt.token_ids[0] must be from 0 to 96, got -1"),
+    (
+        ids(*[1] * 128),
+        "prompt.token_ids has 128 tokens; with at least 1 token of output it must fit the context "
+        "of 128",
+    ),
+    (ids(1, max_tokens=0), "max_tokens must be from 1 to 64, got 0"),
+    (ids(1, max_tokens=-5), "max_tokens must be from 1 to 64, got -5"),
+    (ids(1, max_tokens=2**31 - 1), "max_tokens must be from 1 to 64, got 2147483647"),
+    (
+        ids(*[1] * 100, max_tokens=29),
+        "max_tokens must be at most 28 after a prompt of 100 tokens in a context of 128, got 29",
+    ),
+    (ids(1, request_id="x" * 257), "request_id must have at most 256 characters, got 257"),
+    (ids(1, slo=pb.Slo(ttft_s=0)), "slo.ttft_s must be a positive number of seconds, got 0"),
+    (ids(1, slo=pb.Slo(ttft_s=-1)), "slo.ttft_s must be a positive number of seconds, got -1"),
+    (
+        ids(1, slo=pb.Slo(tpot_s=math.nan)),
+        "slo.tpot_s must be a positive number of seconds, got nan",
+    ),
+    (
+        ids(1, slo=pb.Slo(tpot_s=math.inf)),
+        "slo.tpot_s must be a positive number of seconds, got inf",
+    ),
+    (sampled(temperature=math.nan), "sampling.temperature must be 0 or more, got nan"),
+    (sampled(temperature=-0.5), "sampling.temperature must be 0 or more, got -0.5"),
+    (sampled(temperature=math.inf), "sampling.temperature must be 0 or more, got inf"),
+    (sampled(top_k=-1), "sampling.top_k must be 0 (off) or more, got -1"),
+    (sampled(top_p=0), "sampling.top_p must be above 0 and at most 1, got 0"),
+    (sampled(top_p=1.5), "sampling.top_p must be above 0 and at most 1, got 1.5"),
+    (sampled(min_p=-0.1), "sampling.min_p must be from 0 to 1, got -0.1"),
+    (sampled(min_p=math.nan), "sampling.min_p must be from 0 to 1, got nan"),
+    (sampled(logprobs=21), "sampling.logprobs must be 0 to 20, got 21"),
+    (sampled(logprobs=-1), "sampling.logprobs must be 0 to 20, got -1"),
+    (
+        sampled(stop_token_ids=[3, 500]),
+        "sampling.stop_token_ids[1] must be from 0 to 96, got 500",
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "words"), REFUSED, ids=[words[:50] for _, words in REFUSED])
+def test_refusals_name_field_value_and_limit(edge, message, words):
+    with pytest.raises(BadField) as error:
+        edge.request(message, 0.0)
+    assert str(error.value) == words
+
+
+def test_an_unknown_model_is_refused(edge):
+    with pytest.raises(UnknownModel, match="model 'other' is not served here; 'fake' is"):
+        edge.request(ids(1, model="other"), 0.0)
+
+
+def test_a_model_without_a_tokenizer_takes_ids_alone():
+    assert list(NONE.request(ids(3, 4), 0.0).prompt) == [3, 4]
+    with pytest.raises(BadField, match=r"prompt\.text needs a tokenizer"):
+        NONE.request(pb.GenerateRequest(text="a"), 0.0)
+
+
+def test_defaults_are_the_configs(edge):
+    request = edge.request(pb.GenerateRequest(text="a b"), 7.5)
+    assert list(request.prompt) == [1, 2]
+    assert request.arrival == 7.5
+    assert request.max_tokens == 64
+    assert request.slo == Slo(30.0, 30.0)
+    assert request.stop == {0}
+    assert replace(request.sampling, seed=0) == SamplingParams(temperature=1.0)
+
+
+def test_given_values_are_taken(edge):
+    sampling = pb.Sampling(
+        temperature=0.5,
+        top_k=3,
+        top_p=0.5,
+        min_p=0.25,
+        seed=2**40 + 1,
+        logprobs=0,
+        stop_token_ids=[4],
+        ignore_eos=True,
+    )
+    chat = pb.Chat(messages=[pb.Message(role="user", content="a")])
+    request = edge.request(
+        pb.GenerateRequest(chat=chat, max_tokens=5, sampling=sampling, slo=pb.Slo(tpot_s=0.5)), 0.0
+    )
+    assert list(request.prompt) == [1, 2]
+    assert request.max_tokens == 5
+    assert request.slo == Slo(30.0, 0.5)
+    assert request.stop == {4}
+    assert request.sampling == SamplingParams(0.5, 3, 0.5, 0.25, 2**8 + 1, 0)
+
+
+def test_the_context_bounds_the_default_output(edge):
+    assert edge.request(ids(*[1] * 120), 0.0).max_tokens == 8

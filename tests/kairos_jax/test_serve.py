@@ -1,0 +1,194 @@
+"""The binaries as processes: a server and its client, a conversion, a profile, wrong use."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import fakes
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "--config=tests/support/tiny_config.py"
+MODEL = "--model=tests/golden/llama"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A cache of the tests' own, which also makes their later starts quick."""
+    cache = tmp_path_factory.mktemp("cache")
+    return os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    path = tmp_path_factory.mktemp("profile") / "profile.json"
+    path.write_text(json.dumps(fakes.PROFILE))
+    return f"--profile={path}"
+
+
+def run(environment, binary, *arguments):
+    command = [sys.executable, "-m", f"kairos_jax.{binary}", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@contextlib.contextmanager
+def server(environment, *arguments):
+    """A server process that is ready, and its address."""
+    command = [sys.executable, "-m", "kairos_jax.serve", "--port=0", *arguments]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("ready"):
+                yield process, line.split()[-1]
+                break
+        else:
+            pytest.fail(f"no server: {process.communicate()[1]}")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ask(environment, address, *arguments):
+    return run(environment, "client", f"--address={address}", "--output=json", *arguments)
+
+
+def golden_case(index=0):
+    cases = json.loads((ROOT / "tests/golden/llama/golden.json").read_text())["cases"]
+    prompt = ",".join(map(str, cases[index]["prompt"]))
+    flags = (f"--prompt_token_ids={prompt}", "--max_tokens=32", "--temperature=0", "--ignore_eos")
+    return flags, cases[index]["output"]
+
+
+def test_a_server_answers_refuses_and_drains(environment, profile):
+    flags, expected = golden_case()
+    with server(environment, CONFIG, MODEL, profile) as (process, address):
+        done = ask(environment, address, *flags, "--request_id=mine")
+        answer = json.loads(done.stdout)
+        assert answer["token_ids"] == expected
+        assert answer["request_id"] == "mine"
+        assert answer["finish_reason"] == "length"
+        done = ask(environment, address, "--prompt=text")
+        assert done.returncode == 2
+        assert "prompt.text needs a tokenizer" in done.stderr
+        port = address.rpartition(":")[2]
+        done = run(environment, "serve", CONFIG, MODEL, f"--port={port}")
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1] == (
+            f"error: cannot listen on 127.0.0.1:{port}; is the port in use?"
+        )
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert process.stdout.read().split() == ["draining", "drained"]
+
+
+def test_ctrl_c_drains_too(environment, profile):
+    with server(environment, CONFIG, MODEL, profile) as (process, _):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_an_orbax_checkpoint_serves_on_another_mesh(environment, profile, tmp_path):
+    done = run(environment, "convert", "--source=tests/golden/llama", f"--output={tmp_path}/c")
+    assert done.returncode == 0, done.stderr
+    flags, expected = golden_case(1)
+    meshes = ("--config.prefill.devices=2", "--config.decode.devices=3")
+    with server(environment, CONFIG, f"--model={tmp_path}/c", profile, *meshes) as (_, address):
+        assert json.loads(ask(environment, address, *flags).stdout)["token_ids"] == expected
+
+
+def test_a_profile_is_measured_and_kept(environment, tmp_path):
+    path = tmp_path / "profile.json"
+    done = run(environment, "profile", CONFIG, MODEL, f"--output={path}")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"prefill R2 .*, decode R2", done.stdout)
+    made = json.loads(path.read_text())
+    assert made["source"] == "measured"
+    assert made["decode"]["form"] == "padded"
+    assert made["kv_capacity_tokens"] == 1024
+    assert {
+        "name",
+        "model",
+        "device",
+        "dtype",
+        "date",
+        "prefill",
+        "transfer",
+        "fit",
+        "samples",
+    } <= set(made)
+    flags, expected = golden_case(2)
+    with server(environment, CONFIG, MODEL, f"--profile={path}") as (_, address):
+        assert json.loads(ask(environment, address, *flags).stdout)["token_ids"] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--config is missing"),
+        ([CONFIG, "--prot=1"], "Unknown command line flag 'prot'"),
+        ([CONFIG, "--port=99999"], "port"),
+        (["--config=nowhere.py"], "nowhere.py"),
+        ([CONFIG, "--config.decode.colour=red"], "decode.colour"),
+        ([CONFIG, "--config.page_size=0"], "config.page_size must be at least 1, got 0"),
+        ([CONFIG, "extra"], "unexpected argument 'extra'"),
+    ],
+)
+def test_wrong_use_is_one_line_and_code_2(environment, arguments, words):
+    done = run(environment, "serve", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def _cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _not_a_gguf(path):
+    path.write_bytes(b"GGUF" + bytes(20))
+
+
+def test_models_that_cannot_be_served_end_it_with_the_reason(environment, profile, tmp_path):
+    corrupt = tmp_path / "corrupt"
+    shutil.copytree(ROOT / "tests/golden/llama", corrupt)
+    _cut_short(corrupt / "model.safetensors")
+    broken = tmp_path / "broken.gguf"
+    _not_a_gguf(broken)
+    for arguments, words in (
+        ([f"--model={corrupt}"], str(corrupt)),
+        ([f"--model={broken}"], str(broken)),
+        (["--model=no-such-model"], "no-such-model"),
+        (
+            [
+                MODEL,
+                "--config.max_context=4096",
+                "--config.prefill.kv_tokens=4096",
+                "--config.decode.kv_tokens=4096",
+            ],
+            "at most the model's 1024, got 4096",
+        ),
+        ([MODEL, "--config.decode.devices=5"], "cannot be split evenly over the 5 devices"),
+        ([MODEL, "--cpu_devices=1"], "is 2, and there are 1 cpu devices"),
+    ):
+        done = run(environment, "serve", CONFIG, profile, "--port=0", *arguments)
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,27 @@
+"""A tiny random model for tests, with --model=tests/golden/llama or another beside it."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Compiles in seconds."""
+    return ConfigDict(
+        {
+            "model": "",
+            "dtype": "float32",
+            "attention": "cpu",
+            "max_context": 128,
+            "max_tokens": 64,
+            "max_requests": 16,
+            "page_size": 16,
+            "prefill": {
+                "devices": 1,
+                "policy": "kairos_plus",
+                "kv_tokens": 1024,
+                "max_chunk": 32,
+                "row_tokens": 16,
+            },
+            "decode": {"devices": 1, "policy": "kairos_plus", "kv_tokens": 1024, "max_batch": 4},
+            "slo": {"ttft": 30.0, "tpot": 30.0},
+        }
+    )
