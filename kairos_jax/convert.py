@@ -30,7 +30,7 @@ def convert(source: str, output: Path, dtype: str) -> str:
         raise launch.UsageError(str(error)) from error
     save_orbax(output, checkpoint.config, params)
     try:
-        load_tokenizer(path).save(output)
+        load_tokenizer(checkpoint.path).save(output)
     except FileNotFoundError:
         return f"wrote {output}: {len(params)} weights, no tokenizer (the source has none)"
     return f"wrote {output}: {len(params)} weights and the tokenizer"

@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from kairos_jax import host, launch
+from kairos_jax import launch
 from kairos_jax.config import ServerConfig
 from kairos_jax.profile import fit_line
 from kairos_jax.progress import bars
@@ -77,7 +77,7 @@ def choose_workload(config: ServerConfig, cost: CostModel) -> Workload:
         return fit_to_model(made, model, values.max_prompt, values.max_output)
 
     typical = arrivals(2000, 1.0)
-    full = capacity(cost, typical, config.decode.max_batch, host.on_cpu())
+    full = capacity(cost, typical, config.decode.max_batch, launch.on_cpu())
     rate = values.pressure * full
     return Workload(arrivals(max(round(rate * values.duration_s), 2), rate), rate)
 

@@ -17,6 +17,7 @@ from kairos_jax.tokenizer import Tokenizer, load_tokenizer
 from kairos_jax.transfer import LocalTransport
 from kairos_jax.worker import Event, Worker
 from models.checkpoint import Checkpoint, open_checkpoint
+from models.checkpoint.gguf import GgufCheckpoint
 from models.llama import Params, abstract_params
 from models.sharding import Rules, make_mesh
 from schedulers import decode, prefill
@@ -52,7 +53,8 @@ def open_model(config: ServerConfig) -> Model:
     except ValueError as error:
         raise UsageError(str(error)) from error
     try:
-        tokenizer = load_tokenizer(path)
+        fields = checkpoint.fields if isinstance(checkpoint, GgufCheckpoint) else None
+        tokenizer = load_tokenizer(checkpoint.path, fields)
     except FileNotFoundError:
         tokenizer = None
     except ValueError as error:

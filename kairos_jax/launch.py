@@ -1,5 +1,6 @@
 """The flags that binaries share, how they start JAX, and how they end on wrong use."""
 
+import glob
 import os
 import sys
 from collections.abc import Callable
@@ -10,13 +11,20 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from kairos_jax import host
 from kairos_jax.config import ConfigError, ServerConfig
 from kairos_jax.hub import ModelNotAvailable
+
+_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
 
 
 class UsageError(Exception):
     """What was asked for cannot be done; the message says why."""
+
+
+def on_cpu() -> bool:
+    """Whether JAX will run on the CPU, told without starting it."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return platforms == "cpu" or not (platforms or any(map(glob.glob, _ACCELERATORS)))
 
 
 def cache_dir(name: str) -> Path:
@@ -35,7 +43,7 @@ def start_jax(num_devices: int, cpu_devices: int = 0) -> list[Any]:
     Raises:
         UsageError: there are not so many.
     """
-    if host.on_cpu():
+    if on_cpu():
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices or num_devices)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))

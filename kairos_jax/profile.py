@@ -3,11 +3,6 @@
 python -m kairos_jax.profile --config=configs/smollm2_135m_cpu.py --output=profile.json
 """
 
-from kairos_jax import host
-
-if __name__ == "__main__":
-    host.tune_malloc()  # before the imports below take seconds: it may start the process anew
-
 import datetime
 import hashlib
 import itertools

@@ -8,11 +8,6 @@ SIGTERM and Ctrl-C drain it; a second Ctrl-C ends it at once.
 Exit codes: 0 after a drain; 1 if an instance died; 2 for a wrong flag, config or model.
 """
 
-from kairos_jax import host
-
-if __name__ == "__main__":
-    host.tune_malloc()  # before the imports below take seconds: it may start the process anew
-
 import asyncio
 import logging
 import os

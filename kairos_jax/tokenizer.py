@@ -11,7 +11,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
-from gguf import GGUFReader, TokenType
+from gguf import GGUFReader, ReaderField, TokenType
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 _REPLACEMENT = "\ufffd"
@@ -151,11 +151,14 @@ class Detokenizer:
         return delta
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, gguf_fields: Mapping[str, ReaderField] | None = None
+) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
     Args:
       path: a .gguf file, or a directory with a tokenizer.json.
+      gguf_fields: the file's metadata, where it has been read before: that takes seconds.
 
     Raises:
       FileNotFoundError: there is no tokenizer.
@@ -168,7 +171,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise FileNotFoundError(f"no tokenizer: {path} does not exist")
     if path.suffix != ".gguf":
         raise ValueError(f"no tokenizer: {path} is neither a directory nor a .gguf file")
-    return _from_gguf(path)
+    return _from_gguf(path, gguf_fields or GGUFReader(path).fields)
 
 
 def _from_directory(directory: Path) -> Tokenizer:
@@ -232,9 +235,7 @@ _PRE_TOKENIZERS = {
 }
 
 
-def _from_gguf(path: Path) -> Tokenizer:
-    fields = GGUFReader(path).fields
-
+def _from_gguf(path: Path, fields: Mapping[str, ReaderField]) -> Tokenizer:
     def get(name: str, default: Any = None) -> Any:
         field = fields.get(f"tokenizer.{name}")
         return default if field is None else field.contents()

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from models.config import ModelConfig
 from models.kv_cache import Cache, LayerCache, StepInput
-from models.layers import Block, RMSNorm, rope_angles, weight
+from models.layers import Block, RMSNorm, Rope, rope_angles, weight
 from models.ops.attention import Attention
 from models.sharding import Rules
 
@@ -49,15 +49,10 @@ class Llama(nnx.Module):
             positions = jnp.asarray(step.start)[:, None] + queries[None, :]
             rope = rope_angles(self.config, positions)
         written: list[LayerCache] = []
-        for index, (block, layer) in enumerate(zip(self.layers, cache, strict=True)):
-
-            def attend(q, k, v, layer=layer):
-                out, layer = attention(q, k, v, layer, step)
-                written.append(layer)
-                return out
-
-            with jax.named_scope(f"layer_{index}"):
-                x = block(x, rope, attend)
+        for block, layer in zip(self.layers, cache, strict=True):
+            graph, state = nnx.split(block)
+            x, layer = _run_block(graph, attention, state, x, rope, layer, step)
+            written.append(layer)
         with jax.named_scope("head"):
             return self._logits(x, step), tuple(written)
 
@@ -117,6 +112,29 @@ def forward(
     state = [(path, param.replace(params[_name(path)])) for path, param in declared]
     model = nnx.merge(graph, nnx.from_flat_state(state))
     return model(cache, step, attention)
+
+
+# Jitted, so that JAX traces and lowers one layer and not thirty: half a second a shape. XLA puts it
+# in place of each call, so what is compiled is the same.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=False)
+def _run_block(
+    graph: nnx.GraphDef,
+    attention: Attention,
+    state: nnx.State,
+    x: Float[Array, "R Q D"],
+    rope: Rope,
+    layer: LayerCache,
+    step: StepInput,
+) -> tuple[Float[Array, "R Q D"], LayerCache]:
+    written = layer
+
+    def attend(q, k, v):
+        nonlocal written
+        out, written = attention(q, k, v, layer, step)
+        return out
+
+    x = nnx.merge(graph, state)(x, rope, attend)
+    return x, written
 
 
 @functools.cache

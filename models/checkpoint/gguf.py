@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, ReaderTensor
+from gguf import GGUFReader, GGUFValueType, ReaderField, ReaderTensor
 from gguf.quants import dequantize
 from jax import Array
 from jax.sharding import Mesh
@@ -36,11 +36,15 @@ _NAMES = (
 
 @dataclass(frozen=True)
 class GgufCheckpoint:
-    """One .gguf file of architecture llama, qwen2 or qwen3."""
+    """One .gguf file of architecture llama, qwen2 or qwen3.
+
+    fields: its metadata, with the tokenizer, which took GGUFReader seconds to walk.
+    """
 
     path: Path
     config: ModelConfig
     tensors: dict[str, ReaderTensor] = field(repr=False)
+    fields: dict[str, ReaderField] = field(repr=False)
 
     def load(self, mesh: Mesh, rules: Rules, dtype: DTypeLike) -> dict[str, Array]:
         """See `Checkpoint.load`."""
@@ -84,7 +88,7 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         config = from_gguf(fields, tied="output.weight" not in tensors, rope_divisors=divisors)
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from None
-    return GgufCheckpoint(path, config, tensors)
+    return GgufCheckpoint(path, config, tensors, dict(reader.fields))
 
 
 def _values(path: Path, tensor: ReaderTensor) -> NDArray[np.float32]:
