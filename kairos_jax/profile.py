@@ -19,7 +19,7 @@ from absl import flags
 
 from kairos_jax import __version__, launch
 from kairos_jax.config import ServerConfig
-from kairos_jax.engine import JaxEngine
+from kairos_jax.engine import BLOCK_PAGES, JaxEngine
 from kairos_jax.instances import Engines, Model, Progress, build_engines, open_model
 from schedulers import cost
 from schedulers.core import Request, Seq, Slo
@@ -27,7 +27,8 @@ from schedulers.core import Request, Seq, Slo
 # Long enough to even out a noisy machine, short enough to measure the whole grid in half a minute.
 _REPEATS = 5
 _POINT_BUDGET_S = 0.6
-_TRANSFER_TOKENS = (64, 256, 1024)
+# KV moves in whole blocks: tokens that fill them.
+_TRANSFER_BLOCKS = (1, 2, 4)
 
 
 def measure(engines: Engines, config: ServerConfig, name: str, progress: Progress) -> dict:
@@ -143,7 +144,8 @@ def _decode_points(engine: JaxEngine) -> Iterable[tuple[int, int]]:
 
 
 def _transfer_points(engine: JaxEngine) -> list[int]:
-    return sorted({min(tokens, engine.limits.max_context) for tokens in _TRANSFER_TOKENS})
+    block = BLOCK_PAGES * engine.limits.page_size
+    return sorted({min(count * block, engine.limits.max_context) for count in _TRANSFER_BLOCKS})
 
 
 def _seq(engine: JaxEngine, index: int, computed: int, tokens: int) -> Seq:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,6 @@ from kairos_jax.streams import Router
 from kairos_jax.transfer import LocalTransport
 from schedulers.cost import CostModel
 
-log = logging.getLogger(__name__)
-
 
 def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
@@ -45,10 +44,18 @@ def define_flags() -> None:
     flags.DEFINE_float("grace_s", 30.0, "Seconds that a drain waits for requests.", 0.0)
 
 
-def prepare(
-    config: ServerConfig, profile_path: Path | None
-) -> tuple[Model, Engines, dict, CostModel]:
-    """All that takes long: fetch, load, compile, measure."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that takes long to get. measured: the profile; cost: what it predicts by."""
+
+    model: Model
+    engines: Engines
+    measured: dict
+    cost: CostModel
+
+
+def prepare(config: ServerConfig, profile_path: Path | None) -> Prepared:
+    """Fetches, loads, compiles and measures. Raises UsageError or ModelNotAvailable."""
     num_devices = config.prefill.devices + config.decode.devices
     devices = launch.start_jax(num_devices, flags.FLAGS.cpu_devices)
     with bars() as progress:
@@ -56,47 +63,58 @@ def prepare(
         engines = build_engines(config, model, devices, progress)
         measured = profile.load_or_measure(profile_path, config, model, engines, progress)
     try:
-        return model, engines, measured, CostModel.from_profile(measured)
+        return Prepared(model, engines, measured, CostModel.from_profile(measured))
     except ValueError as error:
         raise launch.UsageError(f"--profile={profile_path}: {error}") from error
 
 
-async def serve(config: ServerConfig, host: str, port: int, profile_path: Path | None) -> int:
+async def serve(
+    config: ServerConfig, host: str, port: int, grace_s: float, prepare: Callable[[], Prepared]
+) -> int:
     """Serves until a signal, or until an instance dies. Returns the exit code."""
-    loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for sign in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(sign, _on_signal, sign, stop)
+        asyncio.get_running_loop().add_signal_handler(sign, _on_signal, sign, stop)
     try:
         server = Server(host, port, time.monotonic)
     except OSError as error:
         raise launch.UsageError(str(error)) from error
     await server.start()
     print(f"starting {config.model}: gRPC on {host}:{server.port}", flush=True)
-    prepared = _in_daemon(lambda: prepare(config, profile_path))
+    prepared = _in_daemon(prepare)
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait({prepared, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not prepared.done():
-        # A compilation cannot be interrupted: leave it, and the process with it.
         print("stopped while starting", flush=True)
-        os._exit(0)
+        os._exit(0)  # a compilation cannot be interrupted: leave it, and the process with it
     if prepared.exception():
         await server.drain(0.0)
-    model, engines, measured, cost = prepared.result()
-    router = Router(loop, config.max_requests)
+    return await _serve_until(stopping, config, server, host, grace_s, prepared.result())
+
+
+async def _serve_until(
+    stopping: asyncio.Future,
+    config: ServerConfig,
+    server: Server,
+    host: str,
+    grace_s: float,
+    prepared: Prepared,
+) -> int:
+    router = Router(asyncio.get_running_loop(), config.max_requests)
     transport = LocalTransport()
-    workers = build_workers(config, engines, cost, transport, router.emit)
+    workers = build_workers(config, prepared.engines, prepared.cost, transport, router.emit)
     router.connect(*workers)
     for worker in workers:
         worker.start()
-    await server.open(_backend(config, model, router))
-    print(_ready_line(config, engines, measured, f"{host}:{server.port}"), flush=True)
+    await server.open(_backend(config, prepared.model, router))
+    print(_ready_line(config, prepared, f"{host}:{server.port}"), flush=True)
     await asyncio.wait({router.died, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    died = router.died.done()
-    print("an instance died: ending" if died else "draining", flush=True)
-    drained = await server.drain(0.0 if died else flags.FLAGS.grace_s)
-    if died:
+    if router.died.done():
+        print("an instance died: ending", flush=True)
+        await server.drain(0.0)
         return 1
+    print("draining", flush=True)
+    drained = await server.drain(grace_s)
     for worker in workers:
         worker.stop()
     transport.close()
@@ -127,7 +145,8 @@ def _backend(config: ServerConfig, model: Model, router: Router) -> Backend:
     )
 
 
-def _ready_line(config: ServerConfig, engines: Engines, measured: dict, address: str) -> str:
+def _ready_line(config: ServerConfig, prepared: Prepared, address: str) -> str:
+    engines, measured = prepared.engines, prepared.measured
     compiled = engines.prefill.num_compiled + engines.decode.num_compiled
     return (
         f"ready: {config.model} on {config.prefill.devices} prefill + {config.decode.devices} "
@@ -169,8 +188,16 @@ def main(argv: list[str]) -> int:
     """Returns the exit code."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     config = launch.read_config()
-    path = Path(flags.FLAGS.profile) if flags.FLAGS.profile else None
-    return asyncio.run(serve(config, flags.FLAGS.host, flags.FLAGS.port, path))
+    values = flags.FLAGS
+    path = Path(values.profile) if values.profile else None
+    code = asyncio.run(
+        serve(config, values.host, values.port, values.grace_s, lambda: prepare(config, path))
+    )
+    if code:
+        # The other instance's thread may be in a step that never ends.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

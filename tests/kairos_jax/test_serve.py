@@ -1,5 +1,6 @@
 """The binaries as processes: a server and its client, a conversion, a profile, wrong use."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -8,10 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import fakes
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kairos_jax.instances import Engines, Model
+from kairos_jax.rpc import kairos_pb2_grpc
+from kairos_jax.serve import Prepared, serve
+from models.checkpoint import open_checkpoint
+from schedulers.cost import CostModel
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=tests/support/tiny_config.py"
@@ -136,6 +146,37 @@ def test_a_profile_is_measured_and_kept(environment, tmp_path):
     flags, expected = golden_case(2)
     with server(environment, CONFIG, MODEL, f"--profile={path}") as (_, address):
         assert json.loads(ask(environment, address, *flags).stdout)["token_ids"] == expected
+
+
+def test_a_dead_instance_ends_the_server_with_code_1(tiny_llama, capsys):
+    limits = fakes.CONFIG.limits(fakes.CONFIG.prefill), fakes.CONFIG.limits(fakes.CONFIG.decode)
+    engines = Engines(*map(fakes.FakeEngine, limits))
+    engines.decode.fail = RuntimeError("the device is on fire")
+    prepared = Prepared(
+        Model(open_checkpoint(tiny_llama), None), engines, {}, CostModel.from_profile(fakes.PROFILE)
+    )
+    server_ready = threading.Event()
+
+    async def main():
+        serving = asyncio.ensure_future(
+            serve(fakes.CONFIG, "127.0.0.1", 0, 30.0, lambda: server_ready.wait(30) and prepared)
+        )
+        while not (starting := capsys.readouterr().out):
+            await asyncio.sleep(0)
+        async with grpc.aio.insecure_channel(starting.split()[-1]) as channel:
+            stub = kairos_pb2_grpc.KairosStub(channel)
+            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await health.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            with pytest.raises(grpc.aio.AioRpcError, match="the server is starting"):
+                await stub.Generate(fakes.ask([1], 9)).read()
+            server_ready.set()
+            assert (await health.read()).status == health_pb2.HealthCheckResponse.SERVING
+            with pytest.raises(grpc.aio.AioRpcError, match="on fire"):
+                async for _ in stub.Generate(fakes.ask([1], 9)):
+                    pass
+            assert await asyncio.wait_for(serving, 30) == 1
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,10 @@ class FakeEngine:
     """
 
     wire_sharding = None
+    num_compiled = 0
 
-    def __init__(self, page_size: int):
-        self.page_size = page_size
+    def __init__(self, limits: Limits):
+        self.limits, self.page_size = limits, limits.page_size
         self.pool: dict[int, list[int | None]] = {}
         self.gate = threading.Event()
         self.gate.set()
@@ -203,8 +204,8 @@ async def running(
     config = replace(CONFIG, **overrides)
     router = Router(asyncio.get_running_loop(), config.max_requests)
     transport = LocalTransport()
-    engines = FakeEngine(config.page_size), FakeEngine(config.page_size)
     limits = config.limits(config.prefill), config.limits(config.decode)
+    engines = FakeEngine(limits[0]), FakeEngine(limits[1])
     both = workers(engines, limits, transport, router, prefill_policy, decode_policy)
     server = Server("127.0.0.1", 0, time.monotonic)
     await server.start()
