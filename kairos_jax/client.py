@@ -4,7 +4,8 @@ python -m kairos_jax.client --prompt="What is the capital of France?" --chat
 python -m kairos_jax.client --prompt_token_ids=1,2,3 --max_tokens=8 --temperature=0 --output=json
 python -m kairos_jax.client --trace=synthetic --rate=2 --num_requests=50
 
-Exit codes: 0; 1 for what the server could not do; 2 for what it was wrong to ask; 130 for Ctrl-C.
+Exit codes: 0; 1 for what the server could not do (of a workload: none of it); 2 for what it was
+wrong to ask; 130 for Ctrl-C.
 """
 
 import asyncio
@@ -35,6 +36,18 @@ from schedulers.workload import (
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "logprobs", "ignore_eos")
 
 
+_PROMPT_ONLY = (
+    *("prompt", "prompt_token_ids", "chat", "request_id", "max_tokens", "stop_token_ids"),
+    *("temperature", "top_k", "top_p", "min_p", "logprobs"),
+)
+_TRACE_ONLY = ("rate", "num_requests", "max_prompt", "max_output")
+_WRONG_TO_ASK = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+)
+
+
 class UsageError(Exception):
     """The flags don't make a request."""
 
@@ -60,7 +73,7 @@ def define_flags(values: flags.FlagValues) -> None:
     listing("prompt_token_ids", None, "Token ids to go on from, instead of text.")
     boolean("chat", False, "Send the prompt as a user's chat message.")
     string("model", None, "Refuse to talk to any other model.")
-    string("request_id", None, "Names the request in the server's logs.")
+    string("request_id", None, "Names the request in answers and errors.")
     integer("max_tokens", None, "Tokens to generate at most.")
     number("ttft", None, "SLO: seconds to the first token.")
     number("tpot", None, "SLO: seconds per token after the first.")
@@ -163,6 +176,8 @@ async def run_workload(values: Any) -> None:
     async with grpc.aio.insecure_channel(values.address) as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)
         model = await stub.GetModel(kairos_pb2.GetModelRequest(), timeout=values.timeout)
+    if values.model not in (None, model.name):
+        raise UsageError(f"--model={values.model} is not served there; {model.name!r} is")
     arrivals = fit_to_model(arrivals, model, values.max_prompt, values.max_output)
     default = model.default_slo
     try:
@@ -192,6 +207,8 @@ async def run_workload(values: Any) -> None:
         print_table([run])
         for error, count in _count_errors(records).items():
             print(f"{count} failed: {error}")
+    if not any(record.outcome.done for record in records):
+        raise EOFError("none of the workload was answered")
 
 
 def _read_arrivals(values: Any) -> list[Arrival]:
@@ -213,6 +230,13 @@ def _count_errors(records: list[Record]) -> dict[str, int]:
     return {error: errors.count(error) for error in dict.fromkeys(errors)}
 
 
+def _refuse(values: Any, names: Sequence[str], words: str) -> None:
+    """A flag that would do nothing is an error."""
+    for name in names:
+        if values[name].present:
+            raise UsageError(words.format(name))
+
+
 def _to_dict(message: Any) -> dict[str, Any]:
     return MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
@@ -221,9 +245,9 @@ def _to_dict(message: Any) -> dict[str, Any]:
 
 async def _run(values: Any) -> None:
     if values.trace is not None:
-        if values.prompt is not None or values.prompt_token_ids is not None:
-            raise UsageError("--trace makes its own prompts; leave --prompt out")
+        _refuse(values, _PROMPT_ONLY, "--trace makes its own, greedy requests; leave --{} out")
         return await run_workload(values)
+    _refuse(values, _TRACE_ONLY, "--{} goes with --trace")
     stream = values.output is None
     answer = await generate(values.address, build_request(values), values.timeout, stream)
     if not stream:
@@ -241,8 +265,7 @@ def run(arguments: Sequence[str], values: flags.FlagValues) -> int:
     except UsageError as error:
         return _fail(f"INVALID_ARGUMENT: {error}", 2)
     except grpc.aio.AioRpcError as error:
-        usage = error.code() is grpc.StatusCode.INVALID_ARGUMENT
-        return _fail(error_line(error), 2 if usage else 1)
+        return _fail(error_line(error), 2 if error.code() in _WRONG_TO_ASK else 1)
     except EOFError as error:
         return _fail(error_line(error), 1)
     return 0

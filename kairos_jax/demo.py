@@ -67,7 +67,7 @@ def capacity(cost: CostModel, arrivals: Sequence[Arrival], max_batch: int, share
     return 1 / (prefill_s + decode_s) if shared else 1 / max(prefill_s, decode_s)
 
 
-def choose_workload(config: ServerConfig, cost: CostModel) -> Workload:
+def choose_workload(config: ServerConfig, profile: dict) -> Workload:
     """A synthetic long tail at --pressure times the capacity, for --duration_s seconds."""
     model = pb.Model(max_context=config.max_context, max_tokens=config.max_tokens)
     values = flags.FLAGS
@@ -77,7 +77,9 @@ def choose_workload(config: ServerConfig, cost: CostModel) -> Workload:
         return fit_to_model(made, model, values.max_prompt, values.max_output)
 
     typical = arrivals(2000, 1.0)
-    full = capacity(cost, typical, config.decode.max_batch, launch.on_cpu())
+    cost = CostModel.from_profile(profile)
+    shared = profile["platform"] == "cpu"
+    full = capacity(cost, typical, config.decode.max_batch, shared)
     rate = values.pressure * full
     return Workload(arrivals(max(round(rate * values.duration_s), 2), rate), rate)
 
@@ -143,6 +145,8 @@ def replay_pair(
         )
     for error in sorted({record.error for record in records if record.error}):
         console.print(f"  failed requests: {error}", style="red")
+    if not any(record.outcome.done for record in records):
+        raise ProcessFailed(f"the server under {label} answered nothing")
     return Run(label, [record.outcome for record in records])
 
 
@@ -164,13 +168,14 @@ def main(argv: list[str]) -> int:
     config = launch.read_config()
     output = Path(flags.FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
-    # What was said of the config goes on to the processes.
-    passed = [argument for argument in sys.argv[1:] if argument.startswith(_PASSED)]
+    # What was said of the config goes on to the processes, the overrides after the file.
+    said = {name: flags.FLAGS[name] for name in sorted(flags.FLAGS) if name.startswith(_PASSED)}
+    passed = [flag.serialize() for flag in said.values() if flag.present]
     console = Console()
     try:
         console.rule("[bold]step-time profile", align="left")
         profile = measure(passed, output / "profile.json")
-        load = choose_workload(config, CostModel.from_profile(profile))
+        load = choose_workload(config, profile)
         console.print(f"  {fit_line(profile)}", f"  workload: {load}", sep="\n", highlight=False)
         arguments = [*passed, f"--profile={output / 'profile.json'}"]
         runs = [replay_pair(pair, arguments, config, load) for pair in PAIRS]
@@ -187,12 +192,12 @@ def main(argv: list[str]) -> int:
         f"\nReport: {report}\n"
         "Talk to a server yourself:\n"
         "  make serve\n"
-        '  .venv/bin/python -m kairos_jax.client --chat --prompt="What is the capital of France?"'
+        '  .venv/bin/python -m kairos_jax.client --chat --temperature=0 --prompt="What is the capital of France?"'
     )
     return 0
 
 
-_PASSED = ("--config", "--model", "--cpu_devices")
+_PASSED = ("config", "model", "cpu_devices")
 
 
 def define_flags() -> None:

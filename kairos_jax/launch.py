@@ -1,6 +1,6 @@
 """The flags that binaries share, how they start JAX, and how they end on wrong use."""
 
-import glob
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -14,17 +14,9 @@ from ml_collections import config_flags
 from kairos_jax.config import ConfigError, ServerConfig
 from kairos_jax.hub import ModelNotAvailable
 
-_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
-
 
 class UsageError(Exception):
     """What was asked for cannot be done; the message says why."""
-
-
-def on_cpu() -> bool:
-    """Whether JAX will run on the CPU, told without starting it."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    return platforms == "cpu" or not (platforms or any(map(glob.glob, _ACCELERATORS)))
 
 
 def cache_dir(name: str) -> Path:
@@ -38,14 +30,14 @@ def cache_dir(name: str) -> Path:
 def start_jax(num_devices: int, cpu_devices: int = 0) -> list[Any]:
     """Turns the compilation cache on and returns the first `num_devices` devices.
 
-    On a CPU it makes them (`cpu_devices` of them, or as many as are asked for).
+    Where the CPU is all that JAX finds, it makes `cpu_devices` of it, or as many as are asked for.
 
     Raises:
         UsageError: there are not so many.
     """
-    if on_cpu():
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", cpu_devices or num_devices)
+    # That a platform is not there is no news.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    jax.config.update("jax_num_cpu_devices", cpu_devices or num_devices)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -25,7 +25,7 @@ from schedulers import cost
 from schedulers.core import Request, Seq, Slo
 
 # Long enough to even out a noisy machine, short enough to measure the whole grid in half a minute.
-_REPEATS = 5
+_REPEATS = 15
 _POINT_BUDGET_S = 0.6
 # KV moves in whole blocks: tokens that fill them.
 _TRANSFER_BLOCKS = (1, 2, 4)
@@ -58,6 +58,7 @@ def measure(engines: Engines, config: ServerConfig, name: str, progress: Progres
     return {
         "name": f"{name} {config.prefill.devices}P:{config.decode.devices}D",
         "model": name,
+        "platform": device.platform,
         "device": f"{device.device_kind} ({os.cpu_count()} cores)"
         if device.platform == "cpu"
         else device.device_kind,
@@ -80,15 +81,24 @@ def load_or_measure(
 ) -> dict:
     """The profile at `path`; without one, that of the user's cache, measured now if need be."""
     if path is not None:
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise launch.UsageError(f"--profile={path}: {error}") from error
+        return read(path)
     cached = _cached_path(config, model, engines)
     if cached.exists():
-        return json.loads(cached.read_text())
+        return read(cached)
     profile = measure(engines, config, config.model, progress)
     write(profile, cached)
+    return profile
+
+
+def read(path: Path) -> dict:
+    """Reads a profile. Raises UsageError if it is not there, or a cost model cannot use it."""
+    try:
+        profile = json.loads(path.read_text())
+        if not isinstance(profile, dict):
+            raise ValueError(f"must be a JSON object, got {type(profile).__name__}")
+        cost.CostModel.from_profile(profile)
+    except (OSError, ValueError) as error:
+        raise launch.UsageError(f"profile {path}: {error}") from error
     return profile
 
 
@@ -132,8 +142,8 @@ def _prefill_points(engine: JaxEngine) -> Iterable[tuple[int, int]]:
     for rows in engine.shapes.prefill_rows:
         tokens = rows * engine.shapes.row_tokens
         for computed in (0, engine.limits.max_chunk, 2 * engine.limits.max_chunk):
-            if computed + tokens <= room:
-                yield tokens, computed
+            if computed == 0 or computed + tokens <= room:
+                yield min(tokens, room), computed
 
 
 def _decode_points(engine: JaxEngine) -> Iterable[tuple[int, int]]:

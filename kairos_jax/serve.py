@@ -5,7 +5,8 @@
 It listens at once and answers UNAVAILABLE (health: NOT_SERVING) until every shape is compiled.
 SIGTERM and Ctrl-C drain it; a second Ctrl-C ends it at once.
 
-Exit codes: 0 after a drain; 1 if an instance died; 2 for a wrong flag, config or model.
+Exit codes: 0 after a drain; 1 if an instance died, or it was stopped before it was ready; 2 for a
+wrong flag, config or model.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from rich.console import Console
 
 from kairos_jax import launch, profile
 from kairos_jax.config import ServerConfig
@@ -33,6 +35,9 @@ from kairos_jax.service import Backend, Server
 from kairos_jax.streams import Router
 from kairos_jax.transfer import LocalTransport
 from schedulers.cost import CostModel
+
+# What a step under way is given to end in, once no request is left.
+_STOP_TIMEOUT_S = 5.0
 
 
 def define_flags() -> None:
@@ -62,10 +67,7 @@ def prepare(config: ServerConfig, profile_path: Path | None) -> Prepared:
         model = open_model(config)
         engines = build_engines(config, model, devices, progress)
         measured = profile.load_or_measure(profile_path, config, model, engines, progress)
-    try:
-        return Prepared(model, engines, measured, CostModel.from_profile(measured))
-    except ValueError as error:
-        raise launch.UsageError(f"--profile={profile_path}: {error}") from error
+    return Prepared(model, engines, measured, CostModel.from_profile(measured))
 
 
 async def serve(
@@ -85,8 +87,9 @@ async def serve(
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait({prepared, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not prepared.done():
+        Console(stderr=True).show_cursor()  # which a progress bar has hidden
         print("stopped while starting", flush=True)
-        os._exit(0)  # a compilation cannot be interrupted: leave it, and the process with it
+        return 1
     if prepared.exception():
         await server.drain(0.0)
     return await _serve_until(stopping, config, server, host, grace_s, prepared.result())
@@ -109,15 +112,12 @@ async def _serve_until(
     await server.open(_backend(config, prepared.model, router))
     print(_ready_line(config, prepared, f"{host}:{server.port}"), flush=True)
     await asyncio.wait({router.died, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if router.died.done():
-        print("an instance died: ending", flush=True)
-        await server.drain(0.0)
-        return 1
-    print("draining", flush=True)
+    print("an instance died: ending" if router.died.done() else "draining", flush=True)
     drained = await server.drain(grace_s)
+    if router.died.done():
+        return 1
     for worker in workers:
-        worker.stop()
-    transport.close()
+        await asyncio.to_thread(worker.stop, _STOP_TIMEOUT_S)
     print("drained" if drained else "ended requests that outlasted --grace_s", flush=True)
     return 0
 
@@ -193,11 +193,9 @@ def main(argv: list[str]) -> int:
     code = asyncio.run(
         serve(config, values.host, values.port, values.grace_s, lambda: prepare(config, path))
     )
-    if code:
-        # The other instance's thread may be in a step that never ends.
-        sys.stdout.flush()
-        os._exit(code)
-    return code
+    # A compilation cannot be interrupted, and a step may never end: no thread is waited for.
+    sys.stdout.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -50,20 +50,22 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
         arrival = self.clock()
         backend = await self._ready(context)
         try:
+            backend.router.check_room()
             # In a thread: a long text takes the tokenizer longer than others should wait.
             checked = await asyncio.to_thread(backend.edge.request, request, arrival)
+            await self._ready(context)  # a drain may have begun meanwhile
             stream = backend.router.submit(checked)
         except UnknownModel as error:
-            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            await context.abort(grpc.StatusCode.NOT_FOUND, _cut(error))
         except BadField as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _cut(error))
         except IdInUse as error:
-            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, _cut(error))
         except Full as error:
             retry = (("retry-after-s", f"{RETRY_AFTER_S:g}"),)
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry)
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _cut(error), retry)
         except WorkerLost as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(error))
         else:
             await _answer(backend, stream, context)
 
@@ -91,10 +93,16 @@ async def _answer(backend: Backend, stream: Stream, context) -> None:
                 _finish(response, stream)
             await context.write(response)
     except WorkerLost as error:
-        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(error))
     finally:
         # Where the client went away, or its deadline passed, this task was cancelled.
         backend.router.cancel(stream)
+
+
+def _cut(error: Exception) -> str:
+    """The message, which may quote the client, within what gRPC carries in a status."""
+    text = str(error)
+    return text if len(text) <= 1000 else text[:1000] + "..."
 
 
 def _logprobs(token: Token) -> pb.TokenLogprobs:
@@ -166,7 +174,7 @@ class Server:
         self._servicer.draining = True
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         drained = True
-        if self._servicer.backend:
+        if self._servicer.backend and self._servicer.backend.router.num_streams:
             try:
                 await asyncio.wait_for(self._servicer.backend.router.drained(), grace_s)
             except TimeoutError:

@@ -100,7 +100,13 @@ class Router:
 
     @property
     def num_streams(self) -> int:
+        """Requests in progress."""
         return len(self._streams)
+
+    def check_room(self) -> None:
+        """Raises Full if no request can be taken now."""
+        if len(self._streams) >= self.max_requests:
+            raise Full(f"{self.max_requests} requests are in progress, the most this server takes")
 
     def submit(self, request: Request) -> Stream:
         """Starts a request; its id is the client's, or empty for one made here.
@@ -112,8 +118,7 @@ class Router:
         name = request.id or f"request-{serial}"
         if name in self._names:
             raise IdInUse(f"request_id {name!r} is in use by a request in progress")
-        if len(self._streams) >= self.max_requests:
-            raise Full(f"{self.max_requests} requests are in progress, the most this server takes")
+        self.check_room()
         if self.died.done():
             raise WorkerLost(f"instance {self.died.result().instance} failed")
         # Inside, ids never come back, so that a late message can never meet a new request.

@@ -138,10 +138,10 @@ class Worker:
         """Puts a message into the inbox; the loop reads it between two steps."""
         self._inbox.put(message)
 
-    def stop(self) -> None:
-        """Ends the loop after the step it is at, and waits for that."""
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Ends the loop after the step it is at, and waits for that, `timeout_s` at most."""
         self.post(_Stop())
-        self._thread.join()
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         try:
@@ -222,9 +222,8 @@ class Worker:
             self.instance.cancel(id)
             self.emit(Lost(id, kv))
             return
-        seq = self.instance.waiting[id]
+        seq = self.instance.fetched(id)
         self.engine.write_pages(seq.pages[: self.instance.limits.pages_for(seq.computed)], kv)
-        self.instance.fetched(id)
         self.emit(Moved(id, self.clock()))
 
     def _forget(self, id: str) -> None:

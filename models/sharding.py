@@ -26,7 +26,6 @@ class Rules:
     head_dim: str | None = None
     mlp: str | None = "tensor"
     pages: str | None = None
-    page: str | None = None
 
     def spec(self, axes: Axes) -> PartitionSpec:
         """The partition of an array with these logical axes.

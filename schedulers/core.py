@@ -223,11 +223,10 @@ class Instance:
         if batch.work:
             self._step_begun = now
 
-    def fetched(self, id: str) -> Seq | None:
-        """The KV of `id` has been written here. None if it was cancelled meanwhile."""
-        seq = self.waiting.get(id)
-        if seq:
-            seq.ready = True
+    def fetched(self, id: str) -> Seq:
+        """The KV of `id`, which waits, is here: from now on it may step."""
+        seq = self.waiting[id]
+        seq.ready = True
         return seq
 
     def end(self, batch: Batch, tokens: Mapping[str, int], now: float) -> list[Seq]:

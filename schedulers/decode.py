@@ -62,10 +62,11 @@ class Continuous:
         for seq in instance.running.values():
             if len(plan.work) < cap:
                 plan.step(seq)
+        blocked = False  # no fetch overtakes another; those that are here need no pages any more
         for seq in sorted(instance.waiting.values(), key=_arrival):
-            if not plan.try_fetch(seq):
-                break
-            if seq.ready and len(plan.work) < cap:
+            if not seq.ready:
+                blocked = blocked or not plan.try_fetch(seq)
+            elif len(plan.work) < cap:
                 plan.step(seq)
         return plan.batch()
 

@@ -188,6 +188,8 @@ def test_no_server_is_unavailable():
         (["--prompt_token_ids=1", "--chat"], "--chat goes with --prompt"),
         (["stray"], "unexpected argument 'stray'"),
         (["--trace=synthetic", "--prompt=a"], "leave --prompt out"),
+        (["--trace=synthetic", "--temperature=1"], "leave --temperature out"),
+        (["--prompt=a", "--rate=2"], "--rate goes with --trace"),
         (["--trace=absent.csv"], "absent.csv"),
         (["--trace=notes.txt"], "not 'synthetic'"),
         (["--trace=synthetic", "--rate=0"], "rate must be positive"),

@@ -198,6 +198,13 @@ async def test_a_bad_request_leaves_the_others_alone(harness):
 
 
 @served
+async def test_a_refusal_quotes_no_more_than_a_status_holds(harness):
+    code, details = await refusal(harness.stub.Generate(pb.GenerateRequest(model="x" * 100_000)))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert len(details) < 1100
+
+
+@served
 async def test_a_message_over_the_size_limit_is_refused(harness):
     code, _ = await refusal(harness.stub.Generate(fakes.ask([1] * 5_000_000, 1), timeout=30))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED

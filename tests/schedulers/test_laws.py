@@ -115,12 +115,15 @@ def test_decode(name, cost, workload):
     limits, requests, seed = workload
     policy, rng = DECODE[name](cost), random.Random(seed)
     instance, now, under_way, finished = Instance("d", Role.DECODE, limits), 0.0, [], 0
-    requests = [r for r in requests if r.max_tokens > 1][::-1]
-    expected = len(requests)
-    while requests or instance.waiting or instance.running:
-        while requests and (requests[-1].arrival <= now or not instance.waiting):
-            request = requests.pop()
-            first_at = request.arrival + rng.uniform(0, 2 * request.slo.ttft)
+    # They are handed over in the order of their first tokens, which is not that of their arrivals.
+    coming = [
+        (r.arrival + rng.uniform(0, 2 * r.slo.ttft), r.id, r) for r in requests if r.max_tokens > 1
+    ]
+    coming.sort(reverse=True)
+    expected = len(coming)
+    while coming or instance.waiting or instance.running:
+        while coming and (coming[-1][0] <= now or not instance.waiting):
+            first_at, _, request = coming.pop()
             now = max(now, first_at)
             instance.add(request, [0], first_at)
         batch = decide(policy, instance, now)
