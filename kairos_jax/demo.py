@@ -192,7 +192,8 @@ def main(argv: list[str]) -> int:
         f"\nReport: {report}\n"
         "Talk to a server yourself:\n"
         "  make serve\n"
-        '  .venv/bin/python -m kairos_jax.client --chat --temperature=0 --prompt="What is the capital of France?"'
+        "  .venv/bin/python -m kairos_jax.client --chat --temperature=0 "
+        '--prompt="What is the capital of France?"'
     )
     return 0
 

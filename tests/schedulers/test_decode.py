@@ -149,3 +149,16 @@ def test_a_padded_step_pays_for_its_longest_context():
         assert set(policy(instance, 0.5).work) == {"a", "b"}, "3 * 500 is more than 900"
     for policy in (decode.Kairos(COST), decode.KairosPlus(COST)):
         assert set(policy(instance, 0.5).work) == {"a", "b", "long"}
+
+
+@pytest.mark.parametrize("name", decode.POLICIES)
+def test_one_that_is_here_steps_though_an_older_one_waits_for_its_pages(name):
+    """Neither would ever end: the pages that the older waits for are the other's."""
+    limits = Limits(max_batch=4, max_chunk=1, max_context=32, page_size=8, num_pages=4)
+    instance, policy = Instance("d", Role.DECODE, limits), decode.POLICIES[name](COST)
+    slo = Slo(100.0, 100.0)
+    instance.add(Request("younger", 1.0, range(8), 8, slo), [0], 2.0)
+    instance.begin(policy(instance, 2.0), 2.0)
+    instance.add(Request("older", 0.0, range(16), 8, slo), [0], 3.0)
+    instance.fetched("younger")
+    assert dict(policy(instance, 3.0).work) == {"younger": 1}
