@@ -1,6 +1,6 @@
 # make demo: see it work. make test: check it. make help: everything.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13)
 CONFIG ?= configs/smollm2_135m_cpu.py
 PORT ?= 50051
 VENV := .venv
@@ -23,6 +23,7 @@ help:
 setup: $(INSTALLED)
 
 $(INSTALLED): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no python3.11, 3.12 or 3.13 found: name one, make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); \
 	  sys.exit(0 if ok else "Python 3.11 to 3.13 is needed, $(PYTHON) is " + sys.version)'
 	$(PYTHON) -m venv --clear $(VENV)

@@ -205,7 +205,7 @@ def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
     launch.define_config_flag()
     flags.DEFINE_string("output", "out/demo", "Directory for the report, profile and summary.")
-    flags.DEFINE_float("pressure", 1.2, "Rate, as a multiple of the estimated capacity.", 0.01)
+    flags.DEFINE_float("pressure", 1.1, "Rate, as a multiple of the estimated capacity.", 0.01)
     flags.DEFINE_float("duration_s", 60.0, "Seconds from the first arrival to the last.", 1.0)
     flags.DEFINE_integer("max_prompt", 1024, "Longest prompt of the workload, tokens.", 1)
     flags.DEFINE_integer("max_output", 128, "Longest output of the workload, tokens.", 1)
