@@ -19,9 +19,8 @@ from typing import Any
 import grpc
 from absl import app, flags
 from google.protobuf.json_format import MessageToDict
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kairos_jax.progress import bars
 from kairos_jax.replay import Received, Record, error_line, fit_to_model, replay
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
 from schedulers.core import Slo
@@ -187,9 +186,7 @@ async def run_workload(values: Any) -> None:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(arrivals))
+    with bars() as progress:
         records = await replay(
             values.address,
             arrivals,
@@ -197,7 +194,7 @@ async def run_workload(values: Any) -> None:
             seed=values.seed or 0,
             ignore_eos=values.ignore_eos is not False,
             timeout_s=values.timeout,
-            on_done=lambda record: progress.advance(task),
+            on_ended=partial(progress, "replay", total=len(arrivals)),
         )
     label = f"{model.prefill_policy} + {model.decode_policy}"
     run = Run(label, [record.outcome for record in records])

@@ -8,6 +8,7 @@ is chosen from the measured profile so that the baseline is under pressure.
 
 import asyncio
 import contextlib
+import functools
 import json
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from kairos_jax import launch
 from kairos_jax.config import ServerConfig
 from kairos_jax.profile import fit_line
 from kairos_jax.progress import bars
-from kairos_jax.replay import Record, fit_to_model, replay
+from kairos_jax.replay import fit_to_model, replay
 from kairos_jax.report import Run, print_table, write_report
 from kairos_jax.rpc import kairos_pb2 as pb
 from schedulers.cost import CostModel
@@ -131,17 +132,10 @@ def replay_pair(
     console.rule(f"[bold]{label}", align="left")
     policies = [f"--config.prefill.policy={pair[0]}", f"--config.decode.policy={pair[1]}"]
     with server([*arguments, *policies], console) as address, bars() as progress:
-        stage, total, done = f"replay under {label}", len(load.arrivals), 0
-
-        def on_done(record: Record) -> None:
-            nonlocal done
-            done += 1
-            progress(stage, done, total)
-
-        progress(stage, 0, total)
+        show = functools.partial(progress, f"replay under {label}", total=len(load.arrivals))
         slo = config.default_slo
         records = asyncio.run(
-            replay(address, load.arrivals, slo, seed=flags.FLAGS.seed, on_done=on_done)
+            replay(address, load.arrivals, slo, seed=flags.FLAGS.seed, on_ended=show)
         )
     for error in sorted({record.error for record in records if record.error}):
         console.print(f"  failed requests: {error}", style="red")

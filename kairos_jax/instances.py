@@ -13,6 +13,7 @@ from kairos_jax.config import ServerConfig
 from kairos_jax.engine import JaxEngine, Shapes
 from kairos_jax.hub import resolve_model
 from kairos_jax.launch import UsageError
+from kairos_jax.progress import Progress
 from kairos_jax.tokenizer import Tokenizer, load_tokenizer
 from kairos_jax.transfer import LocalTransport
 from kairos_jax.worker import Event, Worker
@@ -23,9 +24,6 @@ from models.sharding import Rules, make_mesh
 from schedulers import decode, prefill
 from schedulers.core import Instance, Role
 from schedulers.cost import CostModel
-
-Progress = Callable[[str, int, int], None]
-"""(stage, steps done, steps in all)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from absl import flags
 from kairos_jax import __version__, launch
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine import BLOCK_PAGES, JaxEngine
-from kairos_jax.instances import Engines, Model, Progress, build_engines, open_model
+from kairos_jax.instances import Engines, Model, build_engines, open_model
+from kairos_jax.progress import Progress, bars
 from schedulers import cost
 from schedulers.core import Request, Seq, Slo
 
@@ -195,8 +196,6 @@ def _median_s(run: Callable[[], Any]) -> float:
 
 def main(argv: list[str]) -> int:
     """Measures and writes. Returns the exit code."""
-    from kairos_jax.progress import bars
-
     config = launch.read_config()
     devices = launch.start_jax(
         config.prefill.devices + config.decode.devices, flags.FLAGS.cpu_devices

@@ -2,34 +2,46 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Progress(Protocol):
+    """Shows how far a stage is. May be called from any thread."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
 
 
 @contextlib.contextmanager
-def bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function (stage, steps done, steps in all) that may be called from any thread."""
+def bars() -> Iterator[Progress]:
+    """Yields what shows a bar a stage, for as long as the context lasts."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _plain(console)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        tasks: dict[str, int] = {}
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console) as shown:
+        tasks: dict[str, rich_progress.TaskID] = {}
         lock = threading.Lock()
 
         def update(stage: str, done: int, total: int) -> None:
             with lock:
                 if stage not in tasks:
-                    tasks[stage] = progress.add_task(stage, total=total)
-                progress.update(progress.tasks[tasks[stage]].id, completed=done)
+                    tasks[stage] = shown.add_task(stage, total=total)
+                shown.update(tasks[stage], completed=done)
 
         yield update
 
 
-def _plain(console: Console) -> Callable[[str, int, int], None]:
+def _plain(console: Console) -> Progress:
     def update(stage: str, done: int, total: int) -> None:
         if done in (0, total):
             console.print(f"{stage}: {'done' if done else f'{total} to do'}", highlight=False)

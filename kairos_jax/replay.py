@@ -1,6 +1,7 @@
 """Sends a workload to a server, open loop: each request goes out at its time, come what may."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ async def replay(
     seed: int = 0,
     ignore_eos: bool = True,
     timeout_s: float = 600.0,
-    on_done: Callable[[Record], object] = lambda record: None,
+    on_ended: Callable[[int], object] = lambda count: None,
 ) -> list[Record]:
     """Replays `arrivals` with prompts of random token ids; returns a record each, in their order.
 
@@ -99,7 +100,7 @@ async def replay(
       seed: of the prompts. Sampling is greedy.
       ignore_eos: each request generates all of its num_output tokens.
       timeout_s: gRPC deadline of each request, from when it is sent.
-      on_done: called with each record when its request has ended.
+      on_ended: called with the number of requests that have ended, 0 first.
 
     Raises:
       grpc.aio.AioRpcError: the server can't be reached at the start.
@@ -109,6 +110,8 @@ async def replay(
         model = await stub.GetModel(kairos_pb2.GetModelRequest(), timeout=timeout_s)
         rng = np.random.default_rng(seed)
         prompts = [rng.integers(model.vocab_size, size=a.num_prompt).tolist() for a in arrivals]
+        ended = itertools.count()
+        on_ended(next(ended))
         start = time.monotonic()
 
         async def run(arrival: Arrival, prompt: list[int]) -> Record:
@@ -124,9 +127,8 @@ async def replay(
                 await received.read(stub, request, timeout_s)
             except (grpc.aio.AioRpcError, EOFError) as failure:
                 error = error_line(failure)
-            record = Record(len(prompt), received.outcome(slo, arrival.at, start), error)
-            on_done(record)
-            return record
+            on_ended(next(ended))
+            return Record(len(prompt), received.outcome(slo, arrival.at, start), error)
 
         async with asyncio.TaskGroup() as group:
             pairs = zip(arrivals, prompts, strict=True)
