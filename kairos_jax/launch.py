@@ -1,10 +1,8 @@
 """The flags that binaries share, how they start JAX, and how they end on wrong use."""
 
 import logging
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,19 +10,11 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from kairos_jax.config import ConfigError, ServerConfig
-from kairos_jax.hub import ModelNotAvailable
+from kairos_jax.hub import ModelNotAvailable, cache_dir
 
 
 class UsageError(Exception):
     """What was asked for cannot be done; the message says why."""
-
-
-def cache_dir(name: str) -> Path:
-    """A folder of ours in the user's cache, made if need be."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(root) / "kairos_jax" / name
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def start_jax(num_devices: int, cpu_devices: int = 0) -> list[Any]:

@@ -20,6 +20,7 @@ from absl import flags
 from kairos_jax import __version__, launch
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine import BLOCK_PAGES, JaxEngine
+from kairos_jax.hub import cache_dir
 from kairos_jax.instances import Engines, Model, build_engines, open_model
 from kairos_jax.progress import Progress, bars
 from schedulers import cost
@@ -134,7 +135,7 @@ def _cached_path(config: ServerConfig, model: Model, engines: Engines) -> Path:
         (device.device_kind, os.cpu_count(), jax.__version__, __version__),
     )
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return launch.cache_dir("profiles") / f"{Path(config.model).stem}-{digest}.json"
+    return cache_dir("profiles") / f"{Path(config.model).stem}-{digest}.json"
 
 
 def _prefill_points(engine: JaxEngine) -> Iterable[tuple[int, int]]:

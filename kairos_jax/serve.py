@@ -124,7 +124,7 @@ async def _serve_until(
 
 def _backend(config: ServerConfig, model: Model, router: Router) -> Backend:
     description, tokenizer = model.checkpoint.config, model.tokenizer
-    name = config.model if "/" not in config.model else Path(config.model).name
+    name = Path(config.model).name
     return Backend(
         edge=Edge(name, description.vocab_size, model.eos_ids, config, tokenizer),
         router=router,
