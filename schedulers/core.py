@@ -1,4 +1,4 @@
-"""The ledger of one instance, and the types that requests and decisions have on it.
+"""The ledger of one instance, and the decisions that change it.
 
 The live workers and the simulator drive these same objects. Times are seconds on one monotonic
 clock that the caller reads; nothing here reads a clock.
@@ -6,98 +6,24 @@ clock that the caller reads; nothing here reads a clock.
 
 import enum
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from schedulers.pages import PageTable
+import numpy as np
 
-# Least weight of a new value in the running averages below. With a fifth a step, prediction noise
+from schedulers.outputs import Outputs
+from schedulers.pages import PageTable
+from schedulers.request import Request, Seq
+from schedulers.rows import Column, Rows
+
+# Least weight of a new value in the running average below. With a fifth a step, prediction noise
 # of 20 % let too many sequences in whenever the average dipped: 50 % attained instead of 72.
 _NEWEST = 0.02
 # Steps that the profile counts for before any was measured.
 _PRIOR_STEPS = 10
 # A single stalled step (a compilation, a page fault storm) must not turn every prediction.
 _PACE_RANGE = (0.25, 8.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """Service level objectives of one request, in seconds.
-
-    ttft: time to first token, from arrival. tpot: mean time per output token after the first.
-    """
-
-    ttft: float
-    tpot: float
-
-    def __post_init__(self):
-        for name in ("ttft", "tpot"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"slo.{name} must be a positive number of seconds, got {value}")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a client asked for. Made once, at the edge, and never changed.
-
-    prompt: token ids (the simulator passes a `range`: only the length is looked at here).
-    stop: token ids that end the output. sampling: opaque to schedulers.
-    """
-
-    id: str
-    arrival: float
-    prompt: Sequence[int]
-    max_tokens: int
-    slo: Slo
-    stop: frozenset[int] = frozenset()
-    sampling: Any = None
-
-    @property
-    def deadline(self) -> float:
-        """When the first token is due."""
-        return self.arrival + self.slo.ttft
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of prompt and output together, at most."""
-        return len(self.prompt) + self.max_tokens
-
-
-@dataclass(slots=True)
-class Seq:
-    """A request's progress on one instance.
-
-    computed: how many of its tokens have their KV in `pages`. ready: that KV is on this instance
-    (False from hand-over until the transfer has been written). tokens: generated so far.
-    """
-
-    request: Request
-    computed: int = 0
-    tokens: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    ready: bool = True
-    begun_at: float | None = None
-    first_token_at: float | None = None
-    last_token_at: float | None = None
-    finish_reason: str | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt) + len(self.tokens)
-
-    @property
-    def remaining(self) -> int:
-        """Tokens whose KV is still to be computed before the next output token."""
-        return self.length - self.computed
-
-    def token_ids(self, start: int, stop: int) -> list[int]:
-        """Ids of prompt and output, from position `start` up to `stop`."""
-        num_prompt = len(self.request.prompt)
-        ids = list(self.request.prompt[start:stop])
-        ids += self.tokens[max(start - num_prompt, 0) : max(stop - num_prompt, 0)]
-        return ids
 
 
 class Role(enum.Enum):
@@ -108,8 +34,9 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one instance can hold. max_batch: sequences a step; max_chunk: prompt tokens a
-    prefill step; max_context: tokens of a sequence; pages of `page_size` tokens.
+    """What one instance can hold. max_batch: sequences a step; max_chunk: prompt tokens a step;
+    max_context: tokens of a sequence; pages of `page_size` tokens. parked_tokens: tokens whose KV
+    may wait, copied out of the pool, for the decode side.
     """
 
     max_batch: int
@@ -117,6 +44,7 @@ class Limits:
     max_context: int
     page_size: int
     num_pages: int
+    parked_tokens: float = math.inf
 
     def __post_init__(self):
         for name in ("max_batch", "max_chunk", "max_context", "page_size", "num_pages"):
@@ -128,6 +56,11 @@ class Limits:
                 f"limits.num_pages must hold max_context = {self.max_context} tokens: at least "
                 f"{self.pages_for(self.max_context)}, got {self.num_pages}"
             )
+        if self.parked_tokens < self.max_context:
+            raise ValueError(
+                f"limits.parked_tokens must be at least max_context = {self.max_context}, "
+                f"got {self.parked_tokens}"
+            )
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -136,129 +69,197 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """A decision. work: tokens to compute, by request id (more than one: prefill or a chunk of it).
-    fetch: requests to reserve room for, and whose KV to bring here. predicted_s: the cost model's
-    own figure for `work`, before the instance's pace; `Instance.end` holds it against the clock.
+    fetch: requests to bring the KV of here, into pages that are reserved now. evict: running
+    requests whose KV is copied out, and whose pages are taken back, before anything else; they wait
+    to be fetched again. predicted_s: the cost model's own figure for `work`, before the instance's
+    pace; `Instance.end` holds it against the clock.
     """
 
     work: Mapping[str, int] = field(default_factory=dict)
     fetch: tuple[str, ...] = ()
+    evict: tuple[str, ...] = ()
     predicted_s: float = 0.0
 
     def __bool__(self) -> bool:
-        return bool(self.work or self.fetch)
+        return bool(self.work or self.fetch or self.evict)
 
 
 class Instance:
     """The ledger of one instance: what waits, runs and is parked, and who holds which pages.
 
-    waiting: no step yet (on a decode instance: not yet in a batch). running: begun. parked:
-    prefilled, KV held here until the decode side has it. Only the verbs below change it.
+    waiting: no step yet, evicted, or (on a decode instance) not yet in a batch. running: begun.
+    parked: prefilled, KV held for the decode side. Only the verbs below change it. A `journal`, if
+    there is one, is told of each verb: `schedulers.journal` replays them.
 
     pace: recent measured / predicted step time, so that a prediction is anchored on what steps
-    cost at present. mean_output: tokens of recently finished requests, None before the first.
+    cost at present. outputs: how long recently finished outputs were.
     """
 
-    def __init__(self, id: str, role: Role, limits: Limits):
+    def __init__(self, id: str, role: Role, limits: Limits, learn_outputs: bool = True):
         self.id = id
         self.role = role
         self.limits = limits
         self.pages = PageTable(limits.num_pages)
-        self.waiting: dict[str, Seq] = {}
-        self.running: dict[str, Seq] = {}
-        self.parked: dict[str, Seq] = {}
+        self.waiting: Rows[Seq] = Rows()
+        self.running: Rows[Seq] = Rows()
+        self.parked: Rows[Seq] = Rows()
+        self.parked_tokens = 0
         self.pace = 1.0
-        self.mean_output: float | None = None
+        self.outputs = Outputs(learn_outputs)
+        self.busy_until = -math.inf
+        self.journal: Callable[..., None] | None = None
         self._num_paced = _PRIOR_STEPS
-        self._num_finished = 0
-        self._step_begun: float | None = None
+        self._begun: tuple[float, int, Batch] | None = None
 
     # What the policies ask.
+
+    @property
+    def under_way(self) -> Batch | None:
+        """The batch of the step under way."""
+        return self._begun[2] if self._begun else None
 
     def get(self, id: str) -> Seq | None:
         return self.waiting.get(id) or self.running.get(id) or self.parked.get(id)
 
     def pages_needed(self, seq: Seq) -> int:
-        """Pages that `seq` must still be given before it may begin.
+        """Pages that `seq` must be given before it may begin: for all its tokens so far."""
+        return self.limits.pages_for(seq.length) - len(seq.pages)
 
-        All at once, so that no two half-served requests can each wait for the other's pages: the
-        whole prompt on a prefill instance, prompt and longest output elsewhere.
-        """
-        prefill = self.role is Role.PREFILL
-        tokens = len(seq.request.prompt) if prefill else seq.request.max_length
-        return self.limits.pages_for(tokens) - len(seq.pages)
+    def unbegun(self) -> list[Seq]:
+        """The running sequences that have no output token yet."""
+        rows = (self.running.count == 0).nonzero()[0]
+        return [self.running.at(row) for row in rows.tolist()]
 
-    def fits(self, seq: Seq) -> bool:
-        return self.pages_needed(seq) <= self.pages.num_free
+    @property
+    def parked_room(self) -> float:
+        """Tokens whose KV may still be parked, those of running prompts set aside."""
+        if math.isinf(self.limits.parked_tokens):
+            return math.inf
+        return self.limits.parked_tokens - self.parked_tokens - float(self.running.length.sum())
 
     # The verbs.
 
     def add(
         self,
         request: Request,
-        tokens: Sequence[int] = (),
+        num_tokens: int = 0,
         first_token_at: float | None = None,
+        tokens: Sequence[int] = (),
     ) -> Seq:
-        """Takes in a request; with `tokens`, one whose prefill was done elsewhere."""
+        """Takes in a request. With `num_tokens`, one whose first tokens were made elsewhere, and
+        whose KV is there to be fetched; `tokens` are their ids, where they matter.
+        """
         if self.get(request.id):
             raise ValueError(f"request id {request.id!r} is in use on instance {self.id!r}")
-        seq = Seq(request, tokens=list(tokens), first_token_at=first_token_at)
-        if tokens:
-            seq.computed, seq.ready, seq.last_token_at = seq.length - 1, False, first_token_at
-        self.waiting[request.id] = seq
+        computed = len(request.prompt) + num_tokens - 1 if num_tokens else 0
+        seq = Seq(
+            request,
+            computed=computed,
+            num_tokens=num_tokens,
+            first_token_at=first_token_at,
+            tokens=tokens,
+        )
+        if num_tokens:
+            seq.cells[Column.READY] = 0.0
+            self._expect(seq)
+        self.waiting.add(request.id, seq)
+        if self.journal:
+            self.journal("add", request, num_tokens, first_token_at)
         return seq
 
     def begin(self, batch: Batch, now: float) -> None:
-        """Reserves the pages that the decision needs and moves its work to running."""
+        """Takes back and reserves the pages that the decision says, and moves its work to running.
+
+        `now` is when the policy was asked.
+        """
+        if self.journal:
+            self.journal("begin", now, batch)
+        for id in batch.evict:
+            seq = self.running.move(id, self.waiting)
+            assert seq.remaining == 1, f"request {id!r} was evicted in the midst of its prefill"
+            self._give_back(seq)
+            seq.cells[Column.READY] = 0.0
         for id in batch.fetch:
             seq = self.waiting[id]
-            seq.pages += self.pages.alloc(self.pages_needed(seq))
-        for id in batch.work:
-            seq = self.running.get(id) or self.waiting[id]
-            assert seq.ready, f"request {id!r} was scheduled before its KV arrived"
-            seq.pages += self.pages.alloc(self.pages_needed(seq))
-            if seq.begun_at is None:
-                seq.begun_at = now
-            if id in self.waiting:
-                self.running[id] = self.waiting.pop(id)
-        if batch.work:
-            self._step_begun = now
+            self._give(seq, self.pages_needed(seq))
+        if not batch.work:
+            return
+        if self.waiting:
+            # In the order of the work, not of a set: rows are the same in every process.
+            for id in [id for id in batch.work if id in self.waiting]:
+                self._admit(id, now)
+        if self.role is not Role.PREFILL:
+            self._grow()
+        self._begun = now, self.running.num_removed, batch
+        self.busy_until = now + self.pace * batch.predicted_s
 
     def fetched(self, id: str) -> Seq:
         """The KV of `id`, which waits, is here: from now on it may step."""
         seq = self.waiting[id]
-        seq.ready = True
+        seq.cells[Column.READY] = 1.0
+        if self.journal:
+            self.journal("fetched", id)
         return seq
 
-    def end(self, batch: Batch, tokens: Mapping[str, int], now: float) -> list[Seq]:
-        """Books a step that ran: `tokens` holds the id sampled for each sequence that is now
-        computed to its end. Returns those sequences. Ids cancelled meanwhile are passed over.
+    def end(self, batch: Batch, now: float, stopped: Collection[str] = ()) -> list[Seq]:
+        """Books a step that ran: one more output token for each sequence that is now computed to
+        its end. `stopped`: those of them whose output this token ends. Ids cancelled meanwhile are
+        passed over.
+
+        Returns the sequences that have left `running`: finished (with a finish_reason), or parked.
         """
-        self._anchor(batch, now)
-        produced = []
-        for id, count in batch.work.items():
-            seq = self.running.get(id)
-            if seq is None:
+        if self.journal:
+            self.journal("end", now, batch, tuple(stopped))
+        begun, self._begun = self._begun, None
+        self.busy_until = -math.inf
+        if begun is None:
+            raise ValueError(f"instance {self.id!r}: a step has ended that was not begun")
+        self._anchor(batch.predicted_s, now - begun[0])
+        rows, work = self.running, batch.work
+        ended = dict.fromkeys(stopped, "stop")
+        begun_prompts = [] if self.role is Role.DECODE else self._prompts(work)
+        if self.role is not Role.PREFILL:
+            whole = len(work) == len(rows) and rows.num_removed == begun[1] and not begun_prompts
+            where = rows.where(work) if not whole else None
+            if where is not None and begun_prompts:
+                where = where[rows.count[where] > 0]
+            ended = self._count(slice(None) if where is None else where, now) | ended
+        left = []
+        for seq in begun_prompts:
+            if not seq.advance(work[seq.request.id], now):
                 continue
-            seq.computed += count
-            if seq.remaining:
-                continue
-            seq.tokens.append(tokens[id])
-            seq.last_token_at = now
-            if seq.first_token_at is None:
-                seq.first_token_at = now
-            produced.append(seq)
-            self._settle(seq)
-        return produced
+            if seq.request.max_tokens == 1 and seq.request.id not in ended:
+                ended[seq.request.id] = "length"
+            elif self.role is Role.PREFILL and seq.request.id not in ended:
+                left.append(self._park(seq.request.id))
+            else:
+                self._expect(seq)
+        return left + [self._finish(id, why) for id, why in ended.items() if id in rows]
+
+    def copied(self, id: str) -> None:
+        """The KV of `id`, which is parked, has been copied out of the pool: frees its pages."""
+        if self.journal:
+            self.journal("copied", id)
+        self._give_back(self.parked[id])
 
     def release(self, id: str) -> None:
-        """The decode side has the KV of `id`: frees its pages. Unknown ids are passed over, since
-        a cancel may have come first.
+        """The decode side has the KV of `id`: forgets it. Unknown ids are passed over, since a
+        cancel may have come first.
         """
-        self._drop(self.parked, id)
+        if self.journal:
+            self.journal("release", id)
+        if id in self.parked:
+            self._drop(self.parked, id)
 
     def cancel(self, id: str) -> bool:
         """Forgets `id` wherever it is and frees its pages. False if it is not here."""
-        return any(self._drop(place, id) for place in (self.waiting, self.running, self.parked))
+        if self.journal:
+            self.journal("cancel", id)
+        for place in (self.waiting, self.running, self.parked):
+            if id in place:
+                self._drop(place, id)
+                return True
+        return False
 
     def check(self) -> None:
         """Raises AssertionError if a page is leaked or shared, or an id stands twice."""
@@ -266,48 +267,117 @@ class Instance:
         seqs = [seq for place in places for seq in place.values()]
         ids = [seq.request.id for seq in seqs]
         assert len(ids) == len(set(ids)), "a request stands in two places"
+        for place in places:
+            place.check()
+        for seq in seqs:
+            held = len(seq.pages) * self.limits.page_size
+            assert held == seq.cells[Column.CAPACITY], f"pages of {seq.request.id!r}"
+        assert self.parked_tokens == sum(seq.computed for seq in self.parked.values())
         self.pages.check([page for seq in seqs for page in seq.pages])
 
-    def _anchor(self, batch: Batch, now: float) -> None:
-        begun, self._step_begun = self._step_begun, None
-        if begun is None or batch.predicted_s <= 0:
-            return
-        low, high = _PACE_RANGE
-        ratio = min(max((now - begun) / batch.predicted_s, low), high)
-        self._num_paced += 1
-        self.pace = _average(self.pace, ratio, self._num_paced)
+    # How they do it.
 
-    def _settle(self, seq: Seq) -> None:
-        request = seq.request
-        if seq.tokens[-1] in request.stop:
-            seq.finish_reason = "stop"
-        elif len(seq.tokens) >= request.max_tokens:
-            seq.finish_reason = "length"
-        if seq.finish_reason:
-            self._num_finished += 1
-            mean = self.mean_output or 0.0
-            self.mean_output = _average(mean, len(seq.tokens), self._num_finished)
-            self._drop(self.running, request.id)
-        elif self.role is Role.PREFILL:
-            self.parked[request.id] = self.running.pop(request.id)
+    def _admit(self, id: str, now: float) -> None:
+        seq = self.waiting[id]
+        assert seq.ready, f"request {id!r} was scheduled before its KV arrived"
+        self._give(seq, self.pages_needed(seq))
+        if seq.begun_at is None:
+            seq.begun_at = now
+        self.waiting.move(id, self.running)
 
-    def _drop(self, place: dict[str, Seq], id: str) -> bool:
-        seq = place.pop(id, None)
-        if seq is None:
-            return False
+    def _grow(self) -> None:
+        """A page more for each running sequence whose next token has no room."""
+        rows = self.running
+        lacking = rows.length > rows.capacity
+        if np.logical_or.reduce(lacking):
+            for row in lacking.nonzero()[0].tolist():
+                self._give(rows.at(row), 1)
+
+    def _give(self, seq: Seq, count: int) -> None:
+        seq.pages += self.pages.alloc(count)
+        seq.cells[Column.CAPACITY] = len(seq.pages) * self.limits.page_size
+
+    def _give_back(self, seq: Seq) -> None:
         self.pages.free(seq.pages)
         seq.pages = []
-        return True
+        seq.cells[Column.CAPACITY] = 0.0
 
+    def _anchor(self, predicted_s: float, took_s: float) -> None:
+        if predicted_s <= 0:
+            return
+        low, high = _PACE_RANGE
+        ratio = min(max(took_s / predicted_s, low), high)
+        self._num_paced += 1
+        self.pace += max(_NEWEST, 1 / self._num_paced) * (ratio - self.pace)
 
-def _average(mean: float, value: float, count: int) -> float:
-    """The mean of `count` values of which `value` is the last; of the recent ones once many."""
-    return mean + max(_NEWEST, 1 / count) * (value - mean)
+    def _prompts(self, work: Mapping[str, int]) -> list[Seq]:
+        """Those of `work` that are still at their prompts, and here."""
+        seqs = map(self.running.get, work) if self.role is Role.PREFILL else self.unbegun()
+        return [seq for seq in seqs if seq and seq.request.id in work]
+
+    def _count(self, where: Any, now: float) -> dict[str, str]:
+        """A token more for each row of `where`. Returns why some have ended so, by id."""
+        cells = self.running.cells
+        cells[Column.COMPUTED : Column.COUNT + 1, where] += 1
+        due = cells[Column.DUE, where]
+        worst = np.minimum(cells[Column.WORST_SLACK, where], due - now)
+        cells[Column.WORST_SLACK, where] = worst
+        cells[Column.DUE, where] = due + cells[Column.TPOT, where]
+        # Never above max_tokens, so it also finds those that have all that they may have.
+        outlived = cells[Column.COUNT, where] >= cells[Column.EXPECTED, where]
+        if not np.logical_or.reduce(outlived):
+            return {}
+        full = {}
+        for row in np.arange(len(self.running))[where][outlived].tolist():
+            seq = self.running.at(row)
+            if seq.num_tokens >= seq.request.max_tokens:
+                full[seq.request.id] = "length"
+            else:
+                self._expect(seq)
+        return full
+
+    def _expect(self, seq: Seq) -> None:
+        if self.role is Role.PREFILL:
+            return
+        request = seq.request
+        expected = self.outputs.expect(len(request.prompt), seq.num_tokens)
+        seq.cells[Column.EXPECTED] = min(expected, request.max_tokens)
+
+    def _finish(self, id: str, reason: str) -> Seq:
+        seq = self.running[id]
+        seq.finish_reason = reason
+        self.outputs.add(len(seq.request.prompt), seq.num_tokens)
+        self._drop(self.running, id)
+        return seq
+
+    def _park(self, id: str) -> Seq:
+        seq = self.running.move(id, self.parked)
+        self.parked_tokens += seq.computed
+        return seq
+
+    def _drop(self, place: Rows[Seq], id: str) -> None:
+        seq = place.remove(id)
+        if place is self.parked:
+            self.parked_tokens -= seq.computed
+        self._give_back(seq)
 
 
 Policy = Callable[[Instance, float], Batch]
 """(instance, now) -> Batch. Pure: leaves the ledger as it is and answers the same twice.
 
-A ledger that holds work gets a batch, unless it waits for `parked` pages to be released, for a
-fetch under way, or for a running sequence to give back its pages.
+A ledger that holds work gets a batch, unless it waits for `parked` KV to be released, for a fetch
+under way, or for a running sequence to give back its pages.
 """
+
+
+def during_step(batch: Batch) -> Batch:
+    """What of a decision can begin while a step is under way: fetches into pages that are free."""
+    return Batch() if batch.evict else Batch(fetch=batch.fetch)
+
+
+def fetchable(instance: Instance) -> bool:
+    """Whether some waiting request's KV is elsewhere and not under way."""
+    if instance.role is Role.PREFILL:
+        return False
+    waiting = instance.waiting
+    return bool(waiting) and bool(((waiting.capacity == 0) & ~waiting.ready).any())

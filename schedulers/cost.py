@@ -7,10 +7,13 @@ coefficients from measured samples. All times are seconds, all lengths tokens.
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+Number = Any
+"""A number, or an array of numbers of one shape: these formulas hold elementwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,8 @@ class DecodeCost:
     """base_s a step; per_seq_s and per_context_token_s for its sequences.
 
     form: "ragged" reads each context as long as it is; "padded" reads every context as long as
-    the longest, and rounds the number of sequences up to one of `buckets`, if any.
+    the longest, and rounds the number of sequences up to one of `buckets`, if any. factors: by how
+    much a step of each bucket takes longer than these coefficients say; empty: by nothing.
     """
 
     base_s: float
@@ -38,6 +42,7 @@ class DecodeCost:
     per_context_token_s: float
     form: str = "ragged"
     buckets: tuple[int, ...] = ()
+    factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +74,7 @@ class CostModel:
         form = decode.get("form", "ragged")
         if form not in ("ragged", "padded"):
             raise ValueError(f'profile decode.form must be "ragged" or "padded", got {form!r}')
-        buckets = decode.get("buckets", ())
-        if not isinstance(buckets, list | tuple):
-            raise ValueError(f"profile decode.buckets must be a list, got {buckets!r}")
+        buckets, factors = _buckets(decode.get("buckets", ()), decode.get("factors", ()))
         return cls(
             PrefillCost(
                 *_coefficients(prefill, "prefill", "base_s", "per_token_s", "per_token_sq_s"),
@@ -80,20 +83,23 @@ class CostModel:
             DecodeCost(
                 *_coefficients(decode, "decode", "base_s", "per_seq_s", "per_context_token_s"),
                 form=form,
-                buckets=tuple(sorted(_count(size, "decode.buckets") for size in buckets)),
+                buckets=buckets,
+                factors=factors,
             ),
             TransferCost(*_coefficients(transfer, "transfer", "base_s", "per_token_s")),
             _count(profile.get("kv_capacity_tokens"), "kv_capacity_tokens"),
         )
 
-    def prefill_s(self, num_tokens: int, computed: int = 0) -> float:
+    def prefill_s(self, num_tokens: Number, computed: Number = 0) -> Number:
         """A step of one chunk of `num_tokens`, after `computed` tokens of the same prompt."""
         return self.prefill.base_s + self.chunk_s(num_tokens, computed)
 
-    def chunk_s(self, num_tokens: int, computed: int = 0) -> float:
+    def chunk_s(self, num_tokens: Number, computed: Number = 0) -> Number:
         """What one more chunk adds to a prefill step that runs anyway."""
         cost = self.prefill
-        n = -(-num_tokens // cost.row_tokens) * cost.row_tokens
+        n = num_tokens
+        if cost.row_tokens > 1:
+            n = -(-num_tokens // cost.row_tokens) * cost.row_tokens
         return n * (cost.per_token_s + cost.per_token_sq_s * (2 * computed + n))
 
     def prefill_step_s(self, chunks: Iterable[tuple[int, int]]) -> float:
@@ -101,7 +107,7 @@ class CostModel:
         parts = [self.chunk_s(num_tokens, computed) for num_tokens, computed in chunks]
         return self.prefill.base_s + sum(parts) if parts else 0.0
 
-    def prompt_s(self, num_tokens: int, computed: int, max_chunk: int) -> float:
+    def prompt_s(self, num_tokens: Number, computed: Number, max_chunk: int) -> Number:
         """All `num_tokens` that remain of a prompt, in chunks of `max_chunk`.
 
         Closed form: only the last chunk is taken to be padded, so it is exact where max_chunk is a
@@ -116,15 +122,45 @@ class CostModel:
             return 0.0
         return self.decode_step_s(len(contexts), sum(contexts), max(contexts))
 
-    def decode_step_s(self, batch: int, sum_context: int, max_context: int) -> float:
-        """`decode_s` from its aggregates, for loops that grow a batch one sequence at a time."""
+    def decode_of(self, length: np.ndarray) -> float:
+        """`decode_s` of an array of at least one context length [S]."""
+        longest = 0.0 if self.decode.form == "ragged" else length.max()
+        return float(self.decode_step_s(length.size, np.add.reduce(length), longest))
+
+    def decode_step_s(self, batch: Number, sum_context: Number, max_context: Number) -> Number:
+        """`decode_s` from its aggregates, of one batch of at least one or an array of them."""
         cost = self.decode
         if cost.form == "ragged":
-            per_batch = cost.per_seq_s * batch + cost.per_context_token_s * sum_context
-        else:
-            padded = next((size for size in cost.buckets if size >= batch), batch)
-            per_batch = padded * (cost.per_seq_s + cost.per_context_token_s * max_context)
-        return cost.base_s + per_batch
+            return cost.base_s + cost.per_seq_s * batch + cost.per_context_token_s * sum_context
+        size, factor = self._bucket(batch)
+        per_row_s = cost.per_seq_s + cost.per_context_token_s * max_context
+        return factor * (cost.base_s + size * per_row_s)
+
+    def _bucket(self, batch: Number) -> tuple[Number, Number]:
+        """The batch that a padded step computes for a `batch`: a bucket, if one is as large; and
+        the bucket's factor.
+        """
+        buckets, factors = self.decode.buckets, self.decode.factors
+        if not buckets:
+            return batch, 1.0
+        index = np.minimum(np.searchsorted(buckets, batch), len(buckets) - 1)
+        size = np.maximum(np.asarray(buckets)[index], batch)
+        return size, np.asarray(factors)[index] if factors else 1.0
+
+    def scaled(self, factor: float) -> "CostModel":
+        """The model whose every time is `factor` times this one's."""
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"factor must be positive, got {factor}")
+
+        def scale(table: Any, *names: str) -> Any:
+            return replace(table, **{name: factor * getattr(table, name) for name in names})
+
+        return replace(
+            self,
+            prefill=scale(self.prefill, "base_s", "per_token_s", "per_token_sq_s"),
+            decode=scale(self.decode, "base_s", "per_seq_s", "per_context_token_s"),
+            transfer=scale(self.transfer, "base_s", "per_token_s"),
+        )
 
     def transfer_s(self, num_tokens: int) -> float:
         """Bringing the KV of one request over."""
@@ -163,7 +199,7 @@ def fit(
 
     rows = [(-(-n // row_tokens) * row_tokens, computed) for n, computed, _ in prefill]
     batches = [(padded(batch), context) for batch, context, _ in decode]
-    fitted, residuals = {}, {}
+    fitted, lines = {}, {}
     for kind, features, names, seconds in (
         (
             "prefill",
@@ -189,10 +225,28 @@ def fit(
         x, y = np.array(features, dtype=float), np.array(seconds, dtype=float)
         coefficients = _relative_nnls(x, y)
         fitted[kind] = dict(zip(names, coefficients.tolist(), strict=True))
-        residuals[kind] = _residuals(x @ coefficients, y)
+        lines[kind] = x @ coefficients, y
     fitted["prefill"]["row_tokens"] = row_tokens
     fitted["decode"] |= {"form": form, "buckets": list(buckets)}
-    return fitted | {"fit": residuals}
+    if form == "padded" and buckets:
+        predicted, measured = lines["decode"]
+        sizes = np.array([batch for batch, _ in batches])
+        factors, of_samples = _factors(sizes, measured / predicted, sorted(buckets))
+        fitted["decode"]["factors"] = factors
+        lines["decode"] = predicted * of_samples, measured
+    return fitted | {"fit": {kind: _residuals(*line) for kind, line in lines.items()}}
+
+
+def _factors(
+    sizes: np.ndarray, ratios: np.ndarray, buckets: Sequence[int]
+) -> tuple[list[float], np.ndarray]:
+    """A factor for each bucket: the geometric mean of its samples' ratios of measured to predicted
+    times, or between those of its neighbours where it has none. And the factor of each sample [S].
+    """
+    known = np.unique(sizes)
+    logs = np.array([np.log(ratios[sizes == size]).mean() for size in known])
+    factors = np.exp(np.interp(buckets, known, logs))
+    return factors.tolist(), np.exp(np.interp(sizes, known, logs))
 
 
 def _relative_nnls(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -240,6 +294,21 @@ def _coefficients(table: Mapping[str, Any], prefix: str, *names: str) -> list[fl
             raise ValueError(f"profile {prefix}.{name} must be finite and at least 0, got {value}")
         values.append(float(value))
     return values
+
+
+def _buckets(sizes: Any, factors: Any) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """decode.buckets and decode.factors of a profile, by size."""
+    for name, values in (("buckets", sizes), ("factors", factors)):
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"profile decode.{name} must be a list, got {values!r}")
+    if factors and len(factors) != len(sizes):
+        raise ValueError(f"profile decode.factors must be as many as buckets, got {factors!r}")
+    for value in factors:
+        if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            raise ValueError(f"profile decode.factors must be positive, got {value!r}")
+    counts = [_count(size, "decode.buckets") for size in sizes]
+    order = sorted(range(len(counts)), key=counts.__getitem__)
+    return tuple(counts[i] for i in order), tuple(float(factors[i]) for i in order if factors)
 
 
 def _count(value: Any, name: str) -> int:

@@ -1,74 +1,52 @@
-"""Decode policies: who steps, who is admitted, and whose KV is fetched, on a decode instance.
+"""Decode policies: who steps, whose KV is fetched, and who gives its pages back.
 
 A waiting request is in one of three states: its KV is elsewhere (no pages), under way (pages, not
-ready) or here (ready). Only the last may step; the first may be fetched, which reserves all the
-pages it can ever need, so no admitted request waits for another's pages.
+ready) or here (ready). Only the last may step. A request is given pages for the tokens that it has,
+and one more page whenever it needs it; where none is left, a running one is evicted: its KV is
+copied out, and it waits to be fetched again.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from schedulers.core import Batch, Instance, Policy, Seq
+import numpy as np
+
+from schedulers.core import Batch, Instance
 from schedulers.cost import CostModel
+from schedulers.room import Room, prefix
+from schedulers.rows import Column
+from schedulers.view import View
 
-
-@dataclass(slots=True)
-class Plan:
-    """A batch in the making: what it takes so far of time and pages."""
-
-    cost: CostModel
-    instance: Instance
-    work: dict[str, int] = field(default_factory=dict)
-    fetch: dict[str, None] = field(default_factory=dict)
-    sum_context: int = 0
-    max_context: int = 0
-    free: int = 0
-
-    def __post_init__(self):
-        self.free = self.instance.pages.num_free
-
-    def step(self, seq: Seq) -> None:
-        self.work[seq.request.id] = 1
-        self.sum_context += seq.length
-        self.max_context = max(self.max_context, seq.length)
-
-    def try_fetch(self, seq: Seq) -> bool:
-        """Whether `seq` is here, is under way, or has room and is now fetched."""
-        if seq.ready or seq.pages or seq.request.id in self.fetch:
-            return True
-        needed = self.instance.pages_needed(seq)
-        if needed > self.free:
-            return False
-        self.free -= needed
-        self.fetch[seq.request.id] = None
-        return True
-
-    def batch(self) -> Batch:
-        step_s = self.cost.decode_step_s(len(self.work), self.sum_context, self.max_context)
-        return Batch(self.work, tuple(self.fetch), step_s if self.work else 0.0)
+_NONE = np.empty(0, np.intp)
+_FIRST = np.zeros(1, np.intp)
 
 
 @dataclass(frozen=True, slots=True)
 class Continuous:
-    """Continuous batching: first come, first served, up to `cap` sequences (None: max_batch)."""
+    """Continuous batching: first come, first served, up to `cap` sequences (None: max_batch). The
+    last come is evicted first.
+    """
 
     cost: CostModel
     cap: int | None = None
 
     def __call__(self, instance: Instance, now: float) -> Batch:
         cap = min(self.cap or instance.limits.max_batch, instance.limits.max_batch)
-        plan = Plan(self.cost, instance)
-        for seq in instance.running.values():
-            if len(plan.work) < cap:
-                plan.step(seq)
-        blocked = False  # no fetch overtakes another; those that are here need no pages any more
-        for seq in sorted(instance.waiting.values(), key=_arrival):
-            if not seq.ready:
-                blocked = blocked or not plan.try_fetch(seq)
-            elif len(plan.work) < cap:
-                plan.step(seq)
-        return plan.batch()
+        running, waiting = instance.running, instance.waiting
+        room = Room(instance)
+        stay = room.make(lambda: -running.arrival)
+        if stay.size > cap:
+            stay = stay[running.arrival[stay].argsort()[:cap]]
+        here = fetch = _NONE
+        if waiting:
+            here, fetch = _in_turn(instance, room)
+            here = here[: cap - stay.size]
+        return _batch(self.cost, instance, stay, here, fetch, room)
+
+    def limit_s(self, instance: Instance, batch: Batch, now: float) -> float:
+        """Seconds that a step which also prefills may take: as many as it likes."""
+        return math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,215 +54,259 @@ class Kairos:
     """Shortest context first, while the predicted step stays within `target` of the least TPOT.
 
     All that are admitted step. A request whose KV is under way holds its place in the prediction.
-    Under lasting overload the long wait for as long as shorter ones come.
+    Under lasting overload the long wait for as long as shorter ones come. The longest is evicted
+    first.
     """
 
     cost: CostModel
     target: float = 0.95
 
     def __call__(self, instance: Instance, now: float) -> Batch:
-        plan = Plan(self.cost, instance)
-        tpot = math.inf
-        for seq in instance.running.values():
-            plan.step(seq)
-            tpot = min(tpot, seq.request.slo.tpot)
-        count, total, longest = len(plan.work), plan.sum_context, plan.max_context
-        waiting = sorted(instance.waiting.values(), key=_length)
-        for seq in waiting:
-            tpot = min(tpot, seq.request.slo.tpot)
-            count, total, longest = count + 1, total + seq.length, max(longest, seq.length)
-            step_s = instance.pace * self.cost.decode_step_s(count, total, longest)
-            within = step_s <= self.target * tpot and count <= instance.limits.max_batch
-            if not (within or count == 1) or not plan.try_fetch(seq):
-                break
-            if seq.ready:
-                plan.step(seq)
-        if not plan.work:
+        running, waiting = instance.running, instance.waiting
+        room = Room(instance)
+        stay = room.make(lambda: -running.length)
+        if not waiting:
+            return _batch(self.cost, instance, stay, _NONE, _NONE, room)
+        if room.free >= 0 and (batch := _all(self.cost, instance, self.target, room)):
+            return batch
+        order = _shortest(waiting.length, instance.limits.max_batch)
+        if order.size:
+            length, tpot = running.length[stay], running.tpot[stay]
+            count = stay.size + np.arange(1, order.size + 1)
+            step_s = instance.pace * self.cost.decode_step_s(
+                count,
+                length.sum() + waiting.length[order].cumsum(),
+                np.maximum(np.maximum.accumulate(waiting.length[order]), length.max(initial=0.0)),
+            )
+            least = np.minimum(
+                np.minimum.accumulate(waiting.tpot[order]), tpot.min(initial=math.inf)
+            )
+            within = (step_s <= self.target * least) & (count <= instance.limits.max_batch)
+            within[0] |= not stay.size  # an empty instance takes the shortest in any case
+            order = order[: prefix(within)]
+        # One that is under way holds up no other: it has its room already.
+        fetch = room.fetch(order)
+        here = order[waiting.ready[order]]
+        if not stay.size and not here.size:
             # Nothing steps, yet the pages of a longer one may be what the shortest waits for.
-            for seq in waiting:
-                if seq.ready:
-                    plan.step(seq)
-                    break
-        return plan.batch()
+            ready = waiting.ready.nonzero()[0]
+            here = ready[waiting.length[ready].argsort(kind="stable")][:1]
+        return _batch(self.cost, instance, stay, here, fetch, room)
 
-
-@dataclass(slots=True)
-class Load:
-    """The share of time that a set of sequences needs if each steps once a period: the step's base
-    once in the least TPOT, and each sequence's own cost once in its period.
-    """
-
-    cost: CostModel
-    pace: float
-    tpot: float = math.inf
-    rate: float = 0.0
-    context_rate: float = 0.0
-    max_context: int = 0
-
-    def add(self, seq: Seq, period: float) -> None:
-        context = seq.length
-        self.tpot = min(self.tpot, seq.request.slo.tpot)
-        self.rate += 1 / period
-        self.context_rate += context / period
-        self.max_context = max(self.max_context, context)
-
-    def with_one(self, seq: Seq, period: float) -> float:
-        """The load if `seq` were added."""
-        cost, context = self.cost.decode, seq.length
-        rate = self.rate + 1 / period
-        if cost.form == "ragged":
-            context_rate = self.context_rate + context / period
-        else:
-            context_rate = rate * max(self.max_context, context)
-        own = cost.per_seq_s * rate + cost.per_context_token_s * context_rate
-        return self.pace * (cost.base_s / min(self.tpot, seq.request.slo.tpot) + own)
-
-
-@dataclass(slots=True)
-class Outlook:
-    """One set of sequences, judged. feasible: (slack, period, seq), seconds each."""
-
-    feasible: list[tuple[float, float, Seq]] = field(default_factory=list)
-    hopeless: list[Seq] = field(default_factory=list)
+    def limit_s(self, instance: Instance, batch: Batch, now: float) -> float:
+        """Seconds that a step which also prefills may take: `target` of the least TPOT."""
+        rows = [place.tpot for place in (instance.running, instance.waiting) if place]
+        return self.target * float(np.concatenate(rows).min())
 
 
 @dataclass(frozen=True, slots=True)
 class KairosPlus:
-    """Admission by load, steps by slack; hopeless requests fill what is left.
+    """Serves the feasible requests that cost least, while their load fits; steps by urgency; the
+    hopeless fill what is left.
 
-    Slack is how far a sequence is ahead of its TPOT line. A feasible one must step once in its
-    period: its TPOT, stretched by the slack that it has banked. Feasible requests are fetched and
-    admitted shortest first while the load stays within `target`. Each step takes the feasible of
-    least slack, the longest prefix within `target` of their least TPOT. A request is hopeless if
-    it missed its TTFT or can no longer make its TPOT; it counts in no minimum.
+    A request must step once in its period, or it misses its TPOT: the TPOT, changed by its slack
+    spread over the tokens still expected. One that missed its TTFT, or whose period is below
+    `least` of its TPOT, is hopeless. Of the others, running or not, those are served whose
+    remaining work is least (expected tokens times seconds a token), while the load is at most
+    `target`; so under overload the fewest are given up. A step takes the served by period, shortest
+    first, then whoever else, as long as it takes no longer than the shortest period, nor than
+    `target` of a TPOT: newcomers, behind by the transfer of their KV, catch up in short steps.
 
     hopeless_share, period_s: in the first part of every period the hopeless step first, the oldest
     foremost, so that each comes to its end. A share of the time and not of the batch: beside a
     large base cost even a few sequences more in every step break the balance of the load.
-    hopeless_pages: share of all pages they are given, beyond one's, while feasible ones are here.
-    patience_s: a request this late whose pages do not fit holds back all other fetches.
+    hopeless_pages: share of all pages that the hopeless may be fetched into while feasible ones are
+    here; those that hold pages are evicted when a served one needs them.
     """
 
     cost: CostModel
-    target: float = 0.95
+    target: float = 0.96
+    least: float = 0.9
     hopeless_share: float = 0.01
     period_s: float = 2.0
-    hopeless_pages: float = 0.25
-    patience_s: float = 60.0
+    hopeless_pages: float = 0.05
 
     def __call__(self, instance: Instance, now: float) -> Batch:
-        running = instance.running.values()
-        step_s = instance.pace * self.cost.decode_s([seq.length for seq in running])
-        residents = self._judge(running, now, step_s, instance.mean_output)
-        waiting = self._judge(instance.waiting.values(), now, step_s, instance.mean_output)
-        plan = Plan(self.cost, instance)
-        blocked = not self._overdue_fits(plan, now)
-        admitted, crowded = self._admit(residents, waiting, plan, blocked)
-        hopeless = sorted(residents.hopeless + waiting.hopeless, key=_arrival)
-        if not blocked:
-            share = self.hopeless_pages if residents.feasible or waiting.feasible else 1.0
-            _fetch_oldest(hopeless, share, plan)
-        ready = [seq for seq in hopeless if seq.ready]
-        urgent = [seq for _, _, seq in sorted(residents.feasible + admitted, key=_slack)]
-        if now % self.period_s < self.hopeless_share * self.period_s:
-            order = ready + urgent
-        else:
-            if crowded and urgent:
-                ready = [seq for seq in ready if seq.request.id in instance.running]
-            order = urgent + sorted(ready, key=_length)
-        limit_s = self.target * min((s.request.slo.tpot for s in urgent or order), default=0.0)
-        _step_prefix(order, limit_s, plan)
-        return plan.batch()
+        running, waiting = instance.running, instance.waiting
+        if not running and not waiting:
+            return Batch()
+        room = Room(instance)
+        light_s = self._newcomers * self.least
+        if room.free >= 0 and (batch := _all(self.cost, instance, light_s, room)):
+            return batch
+        view = View(self.cost, instance, now, self.least)
+        served, passed = view.serve(self.target, self._newcomers)
+        hopeless = view.by(Column.ARRIVAL, (~view.feasible).nonzero()[0])
+        if room.free < 0:
+            room.make(lambda: np.where(view.feasible, 0.0, -1e9)[: len(running)] - running.length)
+        fetch = self._fetch(instance, view, served, hopeless, room) if waiting else _NONE
+        if waiting or room.evict:
+            may = view.cells[Column.READY] > 0
+            may[room.evict] = False
+            served, passed, hopeless = (
+                rows[may[rows]] if rows.size else rows for rows in (served, passed, hopeless)
+            )
+        urgent = served[view.period[served].argsort(kind="stable")]
+        turn = now % self.period_s < self.hopeless_share * self.period_s
+        order = [urgent, view.by(Column.DUE, passed)]
+        order = np.concatenate([hopeless, *order] if turn else [*order, hopeless])
+        order = order[: instance.limits.max_batch]
+        step_s = None
+        if order.size:
+            steps_s = view.steps_s(order)
+            count = max(prefix(steps_s <= self._limit_s(view, urgent, order)), 1)
+            order, step_s = order[:count], float(steps_s[count - 1]) / view.pace
+        num_running = len(running)
+        stay, admit = order[order < num_running], order[order >= num_running] - num_running
+        return _batch(self.cost, instance, stay, admit, fetch, room, step_s)
 
-    def _judge(
-        self, seqs: Iterable[Seq], now: float, step_s: float, mean_output: float | None
-    ) -> Outlook:
-        outlook = Outlook()
-        for seq in seqs:
-            request, first_at, count = seq.request, seq.first_token_at, len(seq.tokens)
-            if first_at is None or first_at > request.deadline:
-                outlook.hopeless.append(seq)
-                continue
-            tpot, expected = request.slo.tpot, request.max_tokens - count
-            if mean_output is not None:
-                # Outputs are long-tailed: one that outlived the mean is not about to end.
-                expected = min(expected, max(mean_output - count, 0.5 * mean_output))
-            slack = first_at + count * tpot - now
-            period = tpot + (slack - tpot) / max(expected, 1)
-            if period < min(step_s, self.target * tpot):
-                outlook.hopeless.append(seq)
-            else:
-                # Not far below the TPOT: one about to end late would otherwise look like a crowd.
-                outlook.feasible.append((slack, max(period, 0.3 * tpot), seq))
-        return outlook
-
-    def _overdue_fits(self, plan: Plan, now: float) -> bool:
-        """False while the oldest waiting request is overdue and its pages do not fit."""
-        oldest = min(plan.instance.waiting.values(), key=_arrival, default=None)
-        if oldest is None or now - oldest.request.deadline <= self.patience_s:
-            return True
-        return plan.try_fetch(oldest)
-
-    def _admit(
-        self, residents: Outlook, waiting: Outlook, plan: Plan, blocked: bool
-    ) -> tuple[list[tuple[float, float, Seq]], bool]:
-        """The ready ones to admit, and whether any feasible one is left out. Fetches the others
-        that the load allows, so they hold their place in it while their KV is under way.
+    def limit_s(self, instance: Instance, batch: Batch, now: float) -> float:
+        """Seconds that a step which also prefills may take: as long as each feasible one keeps its
+        line by the slack that it has, or at the pace that it needs.
         """
-        load = Load(self.cost, plan.instance.pace)
-        for _, period, seq in residents.feasible:
-            load.add(seq, period)
-        admitted, crowded = [], blocked
-        for view in sorted(waiting.feasible, key=lambda view: view[2].length):
-            _, period, seq = view
-            if load.rate and load.with_one(seq, period) > self.target:
-                crowded = True
-            elif seq.ready or (not blocked and plan.try_fetch(seq)):
-                load.add(seq, period)
-                if seq.ready:
-                    admitted.append(view)
-            else:
-                crowded = True
-        return admitted, crowded
+        view = View(self.cost, instance, now, self.least)
+        feasible = view.feasible
+        if not feasible.any():
+            return math.inf
+        slack = view.cells[Column.DUE] - now
+        return self.target * float(np.maximum(slack, view.period)[feasible].min())
+
+    def verdict(self, instance: Instance, now: float, id: str) -> str:
+        """What the policy thinks of one sequence, in words."""
+        ids = [*instance.running, *instance.waiting]
+        if id not in ids:
+            return ""
+        view, row = View(self.cost, instance, now, self.least), ids.index(id)
+        cells, period = view.cells[:, row], float(view.period[row])
+        if cells[Column.FIRST_AT] > cells[Column.DEADLINE]:
+            return "hopeless: it missed its TTFT"
+        need = f"it needs a token every {1000 * period:.1f} ms"
+        if not view.feasible[row]:
+            return f"hopeless: {need} to keep its TPOT of {1000 * cells[Column.TPOT]:.1f} ms"
+        served, _ = view.serve(self.target, self._newcomers)
+        slack = f"slack {cells[Column.DUE] - now:.3f} s, {view.left[row]:.0f} tokens expected"
+        if row in served:
+            return f"served: {slack}"
+        return f"held off, for the load of {served.size} cheaper ones: {slack}"
+
+    @property
+    def _newcomers(self) -> float:
+        """The load that newcomers may bring about. They must leave as much spare again, or the next
+        and cheaper one would drive them out when they have hardly begun.
+        """
+        return 2 * self.target - 1
+
+    def _limit_s(self, view: View, urgent: np.ndarray, order: np.ndarray) -> float:
+        """How long the step may take."""
+        tpot = view.cells[Column.TPOT]
+        if not urgent.size:
+            # Of the hopeless none may hold up the others by the TPOT that it has missed.
+            return self.target * float(tpot[order].max())
+        return min(float(view.period[urgent[0]]), self.target * float(tpot[urgent].min()))
+
+    def _fetch(
+        self,
+        instance: Instance,
+        view: View,
+        served: np.ndarray,
+        hopeless: np.ndarray,
+        room: Room,
+    ) -> np.ndarray:
+        """Whose KV to bring over: the served, and hopeless ones, the oldest first, into pages that
+        nobody needs.
+        """
+        waiting, num_running = instance.waiting, len(instance.running)
+        far = served[served >= num_running] - num_running
+        far = far[waiting.capacity[far] == 0]
+        late = hopeless[hopeless >= num_running]
+        if far.size:
+            fetched = room.fetch(far)
+            if fetched.size < far.size:
+                rest = far[fetched.size :]
+                room.evict_for(waiting.length[rest], hopeless[hopeless < num_running])
+                return np.concatenate([fetched, room.fetch(rest)])
+        if not late.size:
+            return far
+        late = late - num_running
+        share = self.hopeless_pages if view.feasible.any() else 1.0
+        held = view.cells[Column.CAPACITY, hopeless].sum() / instance.limits.page_size
+        limit = share * instance.limits.num_pages
+        if held and held >= limit:
+            return far
+        more = room.fetch(late, held, limit)
+        return np.concatenate([far, more]) if far.size else more
 
 
-def _fetch_oldest(hopeless: list[Seq], share: float, plan: Plan) -> None:
-    """Fetches in order, at least one, while they all hold at most `share` of the pages."""
-    held = sum(len(seq.pages) for seq in hopeless)
-    for seq in hopeless:
-        if seq.ready or seq.pages:
-            continue
-        after = held + plan.instance.pages_needed(seq)
-        if (held and after > share * plan.instance.limits.num_pages) or not plan.try_fetch(seq):
-            break
-        held = after
+def _all(cost: CostModel, instance: Instance, share: float, room: Room) -> Batch | None:
+    """Everybody steps, or is fetched, if a step of all takes at most `share` of the least TPOT:
+    under light load nothing is to be weighed.
+    """
+    running, waiting = instance.running, instance.waiting
+    here = far = _NONE
+    step_s, tpot = 0.0, math.inf
+    if running:
+        step_s, tpot = cost.decode_of(running.length), np.minimum.reduce(running.tpot)
+    if len(running) + len(waiting) > instance.limits.max_batch:
+        return None
+    if instance.pace * step_s > share * tpot:
+        return None
+    if waiting:
+        step_s = cost.decode_of(np.concatenate([running.length, waiting.length]))
+        tpot = min(tpot, np.minimum.reduce(waiting.tpot))
+        if instance.pace * step_s > share * tpot:
+            return None
+        here, far = _in_turn(instance, room)
+    whole = here.size == len(waiting)
+    return _batch(cost, instance, room.all, here, far, room, step_s if whole else None)
 
 
-def _step_prefix(order: list[Seq], limit_s: float, plan: Plan) -> None:
-    """Steps the longest prefix within `limit_s`, and the first in any case."""
-    pace = plan.instance.pace
-    for seq in order[: plan.instance.limits.max_batch]:
-        count, total = len(plan.work) + 1, plan.sum_context + seq.length
-        longest = max(plan.max_context, seq.length)
-        step_s = pace * plan.cost.decode_step_s(count, total, longest)
-        if plan.work and step_s > limit_s:
-            break
-        plan.step(seq)
+def _in_turn(instance: Instance, room: Room) -> tuple[np.ndarray, np.ndarray]:
+    """Of the waiting, by arrival: those that are here, and those that can be fetched now."""
+    waiting = instance.waiting
+    if len(waiting) > 1:
+        order = waiting.arrival.argsort(kind="stable")
+        here = order[waiting.ready[order]]
+        return here, room.fetch(order) if here.size < order.size else _NONE
+    (seq,) = waiting.seqs
+    if seq.ready:
+        return _FIRST, _NONE
+    return _NONE, _NONE if seq.pages else room.fetch(_FIRST)
 
 
-def _slack(view: tuple[float, float, Seq]) -> float:
-    return view[0]
+def _batch(
+    cost: CostModel,
+    instance: Instance,
+    step: np.ndarray,
+    admit: np.ndarray,
+    fetch: np.ndarray,
+    room: Room,
+    step_s: float | None = None,
+) -> Batch:
+    """step_s: what the step takes, if it is known."""
+    running, waiting = instance.running, instance.waiting
+    fetched = tuple(waiting.ids_at(fetch)) if fetch.size else ()
+    evicted = tuple(running.id_at(row) for row in room.evict)
+    if not step.size + admit.size:
+        return Batch({}, fetched, evicted)
+    whole = step.size == len(running)
+    work = running.ones() if whole else dict.fromkeys(running.ids_at(step), 1)
+    if admit.size:
+        work |= dict.fromkeys(waiting.ids_at(admit), 1)
+    if step_s is None:
+        length = running.length if whole else running.length[step]
+        step_s = cost.decode_of(np.concatenate([length, waiting.length[admit]]))
+    return Batch(work, fetched, evicted, step_s)
 
 
-def _arrival(seq: Seq) -> float:
-    return seq.request.arrival
+def _shortest(length: np.ndarray, count: int) -> np.ndarray:
+    """Where the `count` shortest are, shortest first."""
+    if length.size > 4 * count:
+        some = np.argpartition(length, count)[:count]
+        return some[length[some].argsort(kind="stable")]
+    return length.argsort(kind="stable")[:count]
 
 
-def _length(seq: Seq) -> int:
-    return seq.length
-
-
-POLICIES: dict[str, Callable[[CostModel], Policy]] = {
+POLICIES: dict[str, Callable[[CostModel], Continuous | Kairos | KairosPlus]] = {
     "continuous": Continuous,
     "kairos": Kairos,
     "kairos_plus": KairosPlus,

@@ -2,7 +2,7 @@
 
 
 class OutOfPages(Exception):
-    """More pages were asked for than are free; a policy must check `Instance.fits` first."""
+    """More pages were asked for than are free; a policy must look at `num_free` first."""
 
 
 class PageTable:

@@ -1,25 +1,30 @@
-"""Prefill policies: whose prompt runs next, on an instance that only prefills.
+"""Prefill policies: whose prompt runs next.
 
 A step is one chunk of one prompt, the first in the policy's order. Others join it, in order, while
 all of their tokens end in that step and together cost at most `pack` times the step's base cost: 0
-never packs, math.inf fills max_chunk, up to max_batch prompts. All policies take the same default,
-math.inf, since it is the one that does not cripple the baseline. First tokens come at the step's
-end, so packing delays the first prompt; but near capacity the base costs that it saves weigh more
-(one long-tailed workload, H100 roofline, base cost 5 ms, max_chunk 4096; TTFT attained without and
-with packing: fcfs 58.8 and 68.5 %, kairos_plus 99.2 and 99.3; kairos is better off with 4: 94.7
-without, 95.8 with 4, 93.2 with all).
+never packs, math.inf fills max_chunk, up to max_batch prompts. First tokens come at the step's end,
+so packing delays the first prompt; but near capacity the base costs that it saves weigh more.
 
 A begun prompt holds all its pages, so it can always go on; others whose pages do not fit are
 passed over.
 """
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from schedulers.core import Batch, Instance, Policy, Seq
+import numpy as np
+
+from schedulers.core import Batch, Instance, Policy
 from schedulers.cost import CostModel
+from schedulers.request import Seq
+from schedulers.rows import Rows
+
+# Live prompts that Moore-Hodgson looks at, those due first: with more, which of them all to drop
+# changes nothing about the next step, and a decision would take over a millisecond.
+_HORIZON = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +32,31 @@ class Ordered:
     """Begun prompts first, so a prompt is never preempted; then by `key`, least first."""
 
     cost: CostModel
-    key: Callable[[Seq], float]
+    key: Callable[[Rows[Seq]], np.ndarray]
     pack: float = math.inf
 
     def __call__(self, instance: Instance, now: float) -> Batch:
-        waiting = sorted(instance.waiting.values(), key=self.key)
-        return _step(self.cost, instance, [*instance.running.values(), *waiting], self.pack)
+        waiting, begun, rows = instance.waiting, _begun(instance), []
+        if waiting and (self.pack or not begun):
+            keys = np.where(_fits(instance, waiting, now), self.key(waiting), math.inf)
+            rows = _first(keys, instance.limits.max_batch if self.pack else 1)
+        order = itertools.chain(begun, map(waiting.at, rows))
+        return _step(self.cost, instance, order, self.pack, now)
 
 
 def fcfs(cost: CostModel, pack: float = math.inf) -> Policy:
     """First come, first served."""
-    return Ordered(cost, _arrival, pack)
+    return Ordered(cost, lambda rows: rows.arrival, pack)
 
 
 def sjf(cost: CostModel, pack: float = math.inf) -> Policy:
-    """Shortest prompt first."""
-    return Ordered(cost, _remaining, pack)
+    """Shortest prompt first; the older of two that are as long."""
+    return Ordered(cost, lambda rows: rows.length + 1e-9 * rows.arrival, pack)
 
 
 def edf(cost: CostModel, pack: float = math.inf) -> Policy:
     """Earliest deadline first."""
-    return Ordered(cost, _deadline, pack)
+    return Ordered(cost, lambda rows: rows.deadline, pack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +70,19 @@ class Kairos:
     pack: float = math.inf
 
     def __call__(self, instance: Instance, now: float) -> Batch:
-        live: list[tuple[float, Seq]] = []
-        hopeless: list[Seq] = []
-        for seq in instance.waiting.values():
-            laxity = seq.request.deadline - now - _predicted_s(self.cost, instance, seq)
-            if laxity >= 0:
-                live.append((laxity, seq))
-            else:
-                hopeless.append(seq)
-        live.sort(key=lambda item: item[0])
-        hopeless.sort(key=_arrival)
-        order = [*instance.running.values(), *(seq for _, seq in live), *hopeless]
-        return _step(self.cost, instance, order, self.pack)
+        waiting, begun, rows = instance.waiting, _begun(instance), []
+        if waiting and (self.pack or not begun):
+            laxity = waiting.deadline - now - predicted_s(self.cost, instance, waiting)
+            # Behind all of the live, by arrival.
+            keys = np.where(laxity >= 0, laxity, 1e9 + waiting.arrival)
+            keys = np.where(_fits(instance, waiting, now), keys, math.inf)
+            rows = _first(keys, instance.limits.max_batch if self.pack else 1)
+        order = itertools.chain(begun, map(waiting.at, rows))
+        return _step(self.cost, instance, order, self.pack, now)
+
+    def verdict(self, instance: Instance, now: float, id: str) -> str:
+        """What the policy thinks of one prompt, in words."""
+        return laxity_of(self.cost, instance, now, id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,96 +97,179 @@ class KairosPlus:
 
     cost: CostModel
     pack: float = math.inf
-    hopeless_share: float = 0.01
+    hopeless_share: float = 0.001
     period_s: float = 2.0
 
     def __call__(self, instance: Instance, now: float) -> Batch:
-        live: list[tuple[float, float, Seq]] = []
-        hopeless: list[Seq] = []
-        for place in (instance.running, instance.waiting):
-            for seq in place.values():
-                predicted, deadline = _predicted_s(self.cost, instance, seq), seq.request.deadline
-                if not instance.fits(seq):
-                    continue
-                if now + predicted <= deadline:
-                    live.append((deadline, predicted, seq))
-                else:
-                    hopeless.append(seq)
-        hopeless.sort(key=_arrival)
-        order = feasible_first(live, now)
-        if now % self.period_s < self.hopeless_share * self.period_s:
-            order = hopeless + order
-        else:
-            order = order + hopeless
-        return _step(self.cost, instance, order, self.pack)
+        places = [place for place in (instance.running, instance.waiting) if place]
+        if sum(map(len, places)) <= 1:
+            return _step(self.cost, instance, [place.at(0) for place in places], self.pack, now)
+        predicted = _join([predicted_s(self.cost, instance, place) for place in places])
+        deadline = _join([place.deadline for place in places])
+        fits = _join([_fits(instance, place, now) for place in places])
+        live = (now + predicted <= deadline) & fits
+        count = instance.limits.max_batch if self.pack else 1
+        (alive,) = live.nonzero()
+        order = feasible_first(alive, deadline[alive], predicted[alive], now)[:count]
+        turn = now % self.period_s < self.hopeless_share * self.period_s
+        if turn or len(order) < count:
+            arrival = _join([place.arrival for place in places])
+            oldest = _first(np.where(fits & ~live, arrival, math.inf), count)
+            order = (oldest + order if turn else order + oldest)[:count]
+        seqs = (_at(places, row) for row in order)
+        return _step(self.cost, instance, seqs, self.pack, now)
+
+    def verdict(self, instance: Instance, now: float, id: str) -> str:
+        """What the policy thinks of one prompt, in words."""
+        return laxity_of(self.cost, instance, now, id)
 
 
-def feasible_first(jobs: list[tuple[float, float, Seq]], now: float) -> list[Seq]:
-    """Moore-Hodgson on (deadline, predicted seconds, seq), one server free at `now`.
+def feasible_first(
+    jobs: np.ndarray, deadline: np.ndarray, seconds: np.ndarray, now: float
+) -> list[int]:
+    """Moore-Hodgson, for one server that is free at `now`.
 
-    Returns the jobs of a largest feasible set by deadline, then the others, shortest first.
+    Args:
+        jobs: what to return [J]; deadline, seconds: of each [J].
+
+    Returns:
+        The jobs of a largest feasible set by deadline, then the others, shortest first. Those due
+        last are left out where there are very many.
     """
-    jobs = sorted(jobs, key=lambda job: job[0])
-    kept: list[tuple[float, int]] = []  # a heap of (-predicted, index): the longest on top
+    if len(jobs) > _HORIZON:
+        due_first = np.argpartition(deadline, _HORIZON)[:_HORIZON]
+        jobs, deadline, seconds = jobs[due_first], deadline[due_first], seconds[due_first]
+    order = deadline.argsort(kind="stable")
+    deadline, seconds = deadline[order], seconds[order]
+    if bool((now + seconds.cumsum() <= deadline).all()):
+        return jobs[order].tolist()
+    kept: list[tuple[float, int]] = []  # a heap of (-seconds, index): the longest on top
     dropped: list[tuple[float, int]] = []
     end = now
-    for index, (deadline, predicted, _) in enumerate(jobs):
-        heapq.heappush(kept, (-predicted, index))
-        end += predicted
-        if end > deadline:
-            longest, which = heapq.heappop(kept)
-            end += longest
-            dropped.append((-longest, which))
+    for index, (due, duration) in enumerate(zip(deadline.tolist(), seconds.tolist(), strict=True)):
+        heapq.heappush(kept, (-duration, index))
+        end += duration
+        if end > due:
+            longest = heapq.heappop(kept)
+            end += longest[0]
+            dropped.append((-longest[0], longest[1]))
     indices = [*sorted(index for _, index in kept), *(index for _, index in sorted(dropped))]
-    return [jobs[index][2] for index in indices]
+    return jobs[order[indices]].tolist()
 
 
-def _step(cost: CostModel, instance: Instance, order: Iterable[Seq], pack: float) -> Batch:
-    """A chunk of the first in `order` whose pages fit, and those after it that may join."""
+def predicted_s(cost: CostModel, instance: Instance, rows: Rows[Seq]) -> np.ndarray:
+    """Seconds [S] that each still needs until its prompt is computed, at the present pace."""
+    computed = rows.computed
+    chunk = instance.limits.max_chunk
+    return instance.pace * cost.prompt_s(rows.length - computed, computed, chunk)
+
+
+def laxity_of(cost: CostModel, instance: Instance, now: float, id: str) -> str:
+    """The laxity of one prompt, and what follows from it."""
+    seq = instance.get(id)
+    if seq is None or seq.num_tokens:
+        return ""
+    chunk = instance.limits.max_chunk
+    need_s = instance.pace * cost.prompt_s(seq.remaining, seq.computed, chunk)
+    laxity = seq.request.deadline - now - need_s
+    if laxity < 0:
+        return f"hopeless: it needs {need_s:.3f} s, and would be {-laxity:.3f} s late"
+    return f"live: laxity {laxity:.3f} s"
+
+
+def _fits(instance: Instance, rows: Rows[Seq], now: float) -> np.ndarray:
+    """Which of them [S] may run: begun, or with room for all their pages, here and parked."""
+    free, parked_room = _free(instance, now)
+    fits = rows.length - rows.capacity <= free * instance.limits.page_size
+    if rows is not instance.running and parked_room < math.inf:
+        fits &= rows.length <= parked_room
+    return fits
+
+
+def _free(instance: Instance, now: float) -> tuple[int, float]:
+    """Pages that prompts may take, and tokens that may be parked. What the oldest overdue one lacks
+    is set aside, or shorter ones would take whatever is given back, for ever.
+    """
+    limits, free, parked_room = instance.limits, instance.pages.num_free, instance.parked_room
+    if min(free * limits.page_size, parked_room) >= limits.max_context or not instance.waiting:
+        return free, parked_room
+    waiting = instance.waiting
+    needed = np.ceil(waiting.length / limits.page_size)
+    lacks = (needed > free) | (waiting.length > parked_room)
+    (stuck,) = (lacks & (waiting.deadline < now)).nonzero()
+    if stuck.size:
+        oldest = stuck[waiting.arrival[stuck].argmin()]
+        free = max(free - int(needed[oldest]), 0)
+        parked_room = max(parked_room - float(waiting.length[oldest]), 0.0)
+    return free, parked_room
+
+
+def _begun(instance: Instance) -> list[Seq]:
+    if not instance.running:
+        return []
+    return sorted(instance.running.values(), key=lambda seq: seq.begun_at or 0.0)
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _at(places: list[Rows[Seq]], row: int) -> Seq:
+    first = places[0]
+    return first.at(row) if row < len(first) else places[1].at(row - len(first))
+
+
+def _first(keys: np.ndarray, count: int) -> list[int]:
+    """Where the `count` least finite keys are, least first."""
+    if count == 1 and keys.size:
+        best = int(keys.argmin())
+        return [best] if keys[best] < math.inf else []
+    if keys.size > 4 * count:
+        some = np.argpartition(keys, count)[:count]
+        rows = some[keys[some].argsort(kind="stable")]
+    else:
+        rows = keys.argsort(kind="stable")[:count]
+    return rows[keys[rows] < math.inf].tolist()
+
+
+def _step(
+    cost: CostModel, instance: Instance, order: Iterable[Seq], pack: float, now: float
+) -> Batch:
+    """A chunk of the first in `order`, which fits, and those after it that may join."""
     work: dict[str, int] = {}
-    free = instance.pages.num_free
+    free, parked_room = _free(instance, now)
     room = instance.limits.max_chunk
-    spare_s = math.inf
-    predicted_s = cost.prefill.base_s
+    spare_s, row_tokens = math.inf, cost.prefill.row_tokens
+    predicted = cost.prefill.base_s
     for seq in order:
-        needed = instance.pages_needed(seq)
-        if needed > free:
+        length, computed = seq.length, seq.computed
+        needed = instance.limits.pages_for(length) - len(seq.pages)
+        begun = bool(instance.running) and seq.request.id in instance.running
+        if needed > free or (not begun and length > parked_room):
             continue
-        count = min(seq.remaining, room)
-        chunk_s = cost.chunk_s(count, seq.computed)
-        if work and (count < seq.remaining or chunk_s > spare_s):
+        remaining = length - computed
+        count = min(remaining, room)
+        chunk_s = cost.chunk_s(count, computed)
+        if work and (count < remaining or chunk_s > spare_s):
             break
         spare_s = spare_s - chunk_s if work else pack * cost.prefill.base_s
         work[seq.request.id] = count
-        predicted_s += chunk_s
+        predicted += chunk_s
         free -= needed
-        room -= count
-        if not room or len(work) == instance.limits.max_batch:
+        parked_room -= 0 if begun else length
+        room -= -(-count // row_tokens) * row_tokens
+        if room <= 0 or not pack or len(work) == instance.limits.max_batch:
             break
-    return Batch(work, predicted_s=predicted_s) if work else Batch()
+    return Batch(work, predicted_s=predicted) if work else Batch()
 
 
-def _predicted_s(cost: CostModel, instance: Instance, seq: Seq) -> float:
-    chunk = instance.limits.max_chunk
-    return instance.pace * cost.prompt_s(seq.remaining, seq.computed, chunk)
-
-
-def _arrival(seq: Seq) -> float:
-    return seq.request.arrival
-
-
-def _remaining(seq: Seq) -> float:
-    return seq.remaining
-
-
-def _deadline(seq: Seq) -> float:
-    return seq.request.deadline
-
-
-POLICIES: dict[str, Callable[[CostModel], Policy]] = {
+POLICIES: dict[str, Callable[..., Policy]] = {
     "fcfs": fcfs,
     "sjf": sjf,
     "edf": edf,
     "kairos": Kairos,
     "kairos_plus": KairosPlus,
 }
+
+DEMOTING = frozenset({"kairos", "kairos_plus"})
+"""Those that put hopeless prompts behind all others."""

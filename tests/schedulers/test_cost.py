@@ -74,6 +74,9 @@ def test_a_bad_coefficient_is_named(kind, value):
         ({"decode": {"form": "square"}}, "decode.form"),
         ({"decode": {"buckets": [0]}}, "decode.buckets"),
         ({"decode": {"buckets": 8}}, "decode.buckets"),
+        ({"decode": {"buckets": [1, 2], "factors": [1.0]}}, "decode.factors"),
+        ({"decode": {"buckets": [1], "factors": [0.0]}}, "decode.factors"),
+        ({"decode": {"factors": 1.0}}, "decode.factors"),
         ({"prefill": {"row_tokens": 0}}, "prefill.row_tokens"),
         ({"kv_capacity_tokens": 1.5}, "kv_capacity_tokens"),
         ({"transfer": None}, "transfer"),
@@ -130,3 +133,23 @@ def test_fit_never_goes_negative():
 def test_fit_wants_positive_samples(bad):
     with pytest.raises(ValueError, match="transfer needs samples"):
         fit([(1, 0, 1.0)], [(1, 1, 1.0)], bad)
+
+
+def test_fit_finds_how_far_each_bucket_is_off_the_line():
+    """Small batches cost less than the line says, middle ones more, as measured on a CPU."""
+    buckets, factors = [1, 2, 4, 8], {1: 0.8, 2: 1.1, 4: 1.2, 8: 0.95}
+    steps = [
+        (b, c, factors[b] * (0.02 + b * (0.003 + 5e-6 * c)))
+        for b in buckets
+        for c in (64, 256, 1024)
+    ]
+    found = fit([(1, 0, 1.0)], steps[:3] + steps[6:], [(1, 1.0)], form="padded", buckets=buckets)
+    assert len(found["decode"]["factors"]) == len(buckets), "one not measured too"
+    found = fit([(1, 0, 1.0)], steps, [(1, 1.0)], form="padded", buckets=buckets)
+    assert found["fit"]["decode"]["p90_rel_error"] < 0.03
+    cost = CostModel.from_profile(found | {"kv_capacity_tokens": 100})
+    for batch, context, seconds in steps:
+        assert cost.decode_s([context] * batch) == pytest.approx(seconds, rel=0.05)
+    assert cost.decode_s([64] * 3) == cost.decode_s([64] * 4)
+    in_one = cost.decode_step_s(np.array([1, 3, 8]), 0, np.array([64, 64, 64]))
+    assert in_one.tolist() == [cost.decode_s([64] * n) for n in (1, 3, 8)]

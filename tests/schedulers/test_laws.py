@@ -1,14 +1,23 @@
 """Laws that every policy keeps on random ledgers, driven until all work is done."""
 
+import dataclasses
+import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schedulers import decode, prefill
-from schedulers.core import Instance, Limits, Request, Role, Slo
+from schedulers.colocated import Colocated
+from schedulers.core import Instance, Limits, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.request import Request, Slo
+
+LONGEST = 48
+# Decisions in a row that bring nobody a token nearer.
+PATIENCE = 100
 
 
 def costs():
@@ -31,63 +40,94 @@ def costs():
 
 @st.composite
 def workloads(draw):
-    """Limits whose pages hold the longest request, and requests within them."""
+    """Limits whose pages hold the longest request, often no more, and requests within them."""
     page_size = draw(st.sampled_from([1, 4]))
-    needed = -(-48 // page_size)
+    needed = -(-LONGEST // page_size)
     limits = Limits(
         max_batch=draw(st.integers(1, 6)),
         max_chunk=draw(st.integers(1, 40)),
-        max_context=48,
+        max_context=LONGEST,
         page_size=page_size,
-        num_pages=draw(st.integers(needed, 4 * needed)),
+        num_pages=draw(st.just(needed) | st.integers(needed, 4 * needed)),
+        parked_tokens=draw(st.just(math.inf) | st.integers(LONGEST, 3 * LONGEST)),
     )
     slos = st.builds(Slo, st.floats(0.01, 10), st.floats(0.01, 1))
     requests = [
-        Request(str(i), draw(st.floats(0, 5)), range(draw(st.integers(1, 40))), count, slo)
+        Request(str(i), draw(st.floats(0, 5)), range(draw(st.integers(1, 32))), count, slo)
         for i, (count, slo) in enumerate(
-            draw(st.lists(st.tuples(st.integers(1, 8), slos), min_size=1, max_size=12))
+            draw(st.lists(st.tuples(st.integers(1, 16), slos), min_size=1, max_size=12))
         )
     ]
     return limits, sorted(requests, key=lambda r: r.arrival), draw(st.integers(0, 99))
 
 
+def snapshot(instance):
+    """All that a policy could change about a ledger, to compare."""
+    places = [
+        (list(place), place.cells.copy(), [list(seq.pages) for seq in place.values()])
+        for place in (instance.waiting, instance.running, instance.parked)
+    ]
+    return places, instance.pages.num_free, instance.pace, instance.parked_tokens
+
+
 def decide(policy, instance, now):
     """The decision, after checking all that a ledger's state can say about it."""
-    before = repr([instance.waiting, instance.running, instance.parked, instance.pages._free])
+    before = snapshot(instance)
     batch = policy(instance, now)
     assert batch == policy(instance, now), "another answer the second time"
-    after = repr([instance.waiting, instance.running, instance.parked, instance.pages._free])
-    assert before == after, "the policy changed the ledger"
-    taken = 0
+    np.testing.assert_equal(snapshot(instance), before, "the policy changed the ledger")
+    limits, running, waiting = instance.limits, instance.running, instance.waiting
+    for ids in (batch.fetch, batch.evict):
+        assert len(set(ids)) == len(ids)
+    assert not (batch.work.keys() & {*batch.fetch, *batch.evict})
+    for id in batch.evict:
+        assert running[id].remaining == 1, "evicted in the midst of its prefill"
+    for id in batch.fetch:
+        assert not waiting[id].ready
+        assert not waiting[id].pages, "fetched twice"
     for id, count in batch.work.items():
-        seq = instance.running.get(id) or instance.waiting[id]
+        seq = running.get(id) or waiting[id]
         assert seq.ready
         assert 1 <= count <= seq.remaining
-        taken += instance.pages_needed(seq)
-    for id in batch.fetch:
-        seq = instance.waiting[id]
-        assert not seq.ready
-        assert not seq.pages
-        taken += instance.pages_needed(seq)
-    assert len(set(batch.fetch)) == len(batch.fetch)
-    assert taken <= instance.pages.num_free
-    assert len(batch.work) <= instance.limits.max_batch
+    check_pages(instance, batch)
+    assert len(batch.work) <= limits.max_batch
+    if instance.role is not Role.DECODE:
+        chunks = [
+            n for id, n in batch.work.items() if not (running.get(id) or waiting[id]).num_tokens
+        ]
+        assert sum(chunks) <= limits.max_chunk
     if instance.role is Role.PREFILL:
-        assert sum(batch.work.values()) <= instance.limits.max_chunk
         assert not batch.fetch
-    else:
+        assert not batch.evict
+        begun = running.ids | batch.work.keys()
+        held = sum((running.get(id) or waiting[id]).length for id in begun)
+        assert instance.parked_tokens + held <= limits.parked_tokens
+    elif instance.role is Role.DECODE:
         assert set(batch.work.values()) <= {1}
+    assert math.isfinite(batch.predicted_s)
     assert bool(batch.predicted_s) <= bool(batch.work)
     return batch
 
 
+def check_pages(instance, batch):
+    """What it frees and takes, and what all that stay in `running` grow by, is there."""
+    running, waiting = instance.running, instance.waiting
+    free = instance.pages.num_free + sum(len(running[id].pages) for id in batch.evict)
+    taken = [instance.pages_needed(waiting[id]) for id in batch.fetch]
+    taken += [instance.pages_needed(waiting[id]) for id in batch.work if id in waiting]
+    if batch.work and instance.role is not Role.PREFILL:
+        stay = [running[id] for id in running if id not in batch.evict]
+        taken += [instance.pages_needed(seq) for seq in stay]
+    assert sum(taken) <= free
+
+
 @pytest.mark.parametrize("name", prefill.POLICIES)
-@given(costs(), workloads(), st.sampled_from([0.0, 1.0, float("inf")]))
-@settings(max_examples=40, deadline=None)
+@given(costs(), workloads(), st.sampled_from([0.0, 1.0, math.inf]))
+@settings(max_examples=30, deadline=None)
 def test_prefill(name, cost, workload, pack):
     limits, requests, seed = workload
     policy, rng = prefill.POLICIES[name](cost, pack), random.Random(seed)
-    instance, now, produced = Instance("p", Role.PREFILL, limits), 0.0, 0
+    instance, now, left = Instance("p", Role.PREFILL, limits), 0.0, []
     requests = requests[::-1]
     while requests or instance.waiting or instance.running:
         while requests and (requests[-1].arrival <= now or not instance.waiting):
@@ -96,16 +136,21 @@ def test_prefill(name, cost, workload, pack):
         batch = decide(policy, instance, now)
         if not batch:
             assert instance.parked, "an idle instance that waits for nothing"
-            instance.release(rng.choice(list(instance.parked)))
+            id = rng.choice(list(instance.parked))
+            rng.choice([instance.copied, instance.release])(id)
             continue
         instance.begin(batch, now)
         now += batch.predicted_s * rng.uniform(0.5, 2.0) + 1e-6
-        produced += len(instance.end(batch, dict.fromkeys(batch.work, 0), now))
+        ended = instance.end(batch, now)
+        left += [seq.request.id for seq in ended]
+        assert all(bool(seq.finish_reason) == (seq.request.max_tokens == 1) for seq in ended)
         instance.check()
-    assert produced == len(workload[1])
+    assert sorted(left) == sorted(request.id for request in workload[1])
 
 
-DECODE = decode.POLICIES | {"impatient": lambda cost: decode.KairosPlus(cost, patience_s=0.5)}
+DECODE = decode.POLICIES | {"one_at_a_time": lambda cost: decode.Continuous(cost, cap=1)}
+if "patience_s" in {field.name for field in dataclasses.fields(decode.KairosPlus)}:
+    DECODE["impatient"] = lambda cost: decode.KairosPlus(cost, patience_s=0.5)
 
 
 @pytest.mark.parametrize("name", DECODE)
@@ -114,27 +159,60 @@ DECODE = decode.POLICIES | {"impatient": lambda cost: decode.KairosPlus(cost, pa
 def test_decode(name, cost, workload):
     limits, requests, seed = workload
     policy, rng = DECODE[name](cost), random.Random(seed)
-    instance, now, under_way, finished = Instance("d", Role.DECODE, limits), 0.0, [], 0
+    instance, now, under_way, finished = Instance("d", Role.DECODE, limits), 0.0, [], []
     # They are handed over in the order of their first tokens, which is not that of their arrivals.
     coming = [
         (r.arrival + rng.uniform(0, 2 * r.slo.ttft), r.id, r) for r in requests if r.max_tokens > 1
     ]
     coming.sort(reverse=True)
-    expected = len(coming)
+    expected, idle = sorted(id for _, id, _ in coming), 0
     while coming or instance.waiting or instance.running:
         while coming and (coming[-1][0] <= now or not instance.waiting):
             first_at, _, request = coming.pop()
             now = max(now, first_at)
-            instance.add(request, [0], first_at)
+            instance.add(request, 1, first_at)
         batch = decide(policy, instance, now)
         assert batch or under_way, "an idle instance that waits for nothing"
         instance.begin(batch, now)
+        instance.check()
         under_way += batch.fetch
         if under_way and (not batch.work or rng.random() < 0.5):
             instance.fetched(under_way.pop(rng.randrange(len(under_way))))
         now += batch.predicted_s * rng.uniform(0.5, 2.0) + 1e-6
+        idle = 0 if batch.work else idle + 1
+        assert idle < PATIENCE, "requests are fetched and evicted, and never step"
         if batch.work:
-            done = instance.end(batch, dict.fromkeys(batch.work, 0), now)
-            finished += sum(seq.finish_reason is not None for seq in done)
+            stopped = [id for id in batch.work if rng.random() < 0.05]
+            finished += [seq.request.id for seq in instance.end(batch, now, stopped)]
         instance.check()
-    assert finished == expected
+    assert sorted(finished) == expected
+
+
+@pytest.mark.parametrize(
+    "names", [("fcfs", "continuous"), ("kairos", "kairos"), ("kairos_plus",) * 2]
+)
+@given(costs(), workloads())
+@settings(max_examples=40, deadline=None)
+def test_colocated(names, cost, workload):
+    limits, requests, seed = workload
+    policy, rng = Colocated(cost, *names), random.Random(seed)
+    instance, now, under_way, finished = Instance("b", Role.BOTH, limits), 0.0, [], []
+    requests, idle = requests[::-1], 0
+    while requests or instance.waiting or instance.running:
+        while requests and (requests[-1].arrival <= now or not instance.waiting):
+            now = max(now, requests[-1].arrival)
+            instance.add(requests.pop())
+        batch = decide(policy, instance, now)
+        assert batch or under_way, "an idle instance that waits for nothing"
+        instance.begin(batch, now)
+        instance.check()
+        under_way += batch.fetch
+        if under_way and (not batch.work or rng.random() < 0.5):
+            instance.fetched(under_way.pop(rng.randrange(len(under_way))))
+        now += batch.predicted_s * rng.uniform(0.5, 2.0) + 1e-6
+        idle = 0 if batch.work else idle + 1
+        assert idle < PATIENCE, "requests are fetched and evicted, and never step"
+        if batch.work:
+            finished += [seq.request.id for seq in instance.end(batch, now)]
+        instance.check()
+    assert sorted(finished) == sorted(request.id for request in workload[1])

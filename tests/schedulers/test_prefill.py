@@ -4,33 +4,41 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 
 from schedulers import prefill
-from schedulers.core import Batch, Instance, Limits, Request, Role, Slo
+from schedulers.core import Batch, Instance, Limits, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.request import Request, Slo
 
 # A token takes 1 s, a step nothing more: predictions are prompt lengths.
 COST = CostModel(PrefillCost(0.0, 1.0, 0.0), DecodeCost(1, 0, 0), TransferCost(0, 0), 1000)
 LIMITS = Limits(max_batch=8, max_chunk=10, max_context=200, page_size=1, num_pages=200)
 
 
-def ledger(requests, limits=LIMITS):
+def ledger(requests, limits=LIMITS, max_tokens=1):
     """requests: {id: (arrival, ttft, num_prompt)}."""
     instance = Instance("p", Role.PREFILL, limits)
     for id, (arrival, ttft, num_prompt) in requests.items():
-        instance.add(Request(id, arrival, range(num_prompt), 1, Slo(ttft, 1.0)))
+        instance.add(Request(id, arrival, range(num_prompt), max_tokens, Slo(ttft, 1.0)))
     return instance
+
+
+def step(policy, instance, now):
+    """One decision, run for as long as it was predicted to take. Returns it and its end."""
+    batch = policy(instance, now)
+    instance.begin(batch, now)
+    now += batch.predicted_s
+    instance.end(batch, now)
+    return batch, now
 
 
 def order(policy, instance, now):
     """Runs the instance until it is empty; the ids in the order in which they are stepped."""
     steps = []
     while instance.waiting or instance.running:
-        batch = policy(instance, now)
-        instance.begin(batch, now)
-        now += batch.predicted_s
-        instance.end(batch, dict.fromkeys(batch.work, 7), now)
+        batch, now = step(policy, instance, now)
         steps.append("+".join(batch.work))
     return steps
 
@@ -62,28 +70,45 @@ def test_order(name, expected):
 def test_only_kairos_plus_preempts_a_begun_prompt(name, first):
     instance = ledger({"old": (0, 500, 100)})
     policy = prefill.POLICIES[name](COST)
-    instance.begin(batch := policy(instance, 1.0), 1.0)
-    instance.end(batch, {}, 11.0)
+    _, now = step(policy, instance, 1.0)
     instance.add(Request("new", 10.0, range(5), 1, Slo(10.0, 1.0)))
-    assert list(policy(instance, 11.0).work) == [first]
+    assert list(policy(instance, now).work) == [first]
 
 
 @pytest.mark.parametrize("name", prefill.POLICIES)
 def test_pages_that_do_not_fit_are_passed_over(name):
     limits = Limits(max_batch=8, max_chunk=10, max_context=20, page_size=1, num_pages=20)
-    instance = ledger({"done": (0, 99, 10)}, limits)
+    instance = ledger({"done": (0, 99, 10)}, limits, max_tokens=2)
     policy = prefill.POLICIES[name](COST)
-    first = Batch({"done": 10})
-    instance.begin(first, 0.0)
-    # Booked as a prefill whose request goes on elsewhere: its pages stay held.
-    instance.running["done"].request = Request("done", 0, range(10), 2, Slo(99, 1))
-    instance.end(first, {"done": 7}, 10.0)
+    step(policy, instance, 1.0)
+    assert "done" in instance.parked
     instance.add(Request("large", 1, range(11), 1, Slo(99, 1)))
-    assert not policy(instance, 10.0), "waits for parked pages"
+    assert not policy(instance, 11.0), "waits for parked pages"
     instance.add(Request("small", 2, range(10), 1, Slo(99, 1)))
-    assert dict(policy(instance, 10.0).work) == {"small": 10}
-    instance.release("done")
-    assert policy(instance, 10.0)
+    assert dict(policy(instance, 11.0).work) == {"small": 10}
+    instance.cancel("small")
+    instance.copied("done")
+    assert dict(policy(instance, 11.0).work) == {"large": 10}
+
+
+@pytest.mark.parametrize("name", prefill.POLICIES)
+def test_no_prompt_is_begun_that_could_not_be_parked(name):
+    limits = Limits(
+        max_batch=8, max_chunk=10, max_context=20, page_size=1, num_pages=99, parked_tokens=25
+    )
+    instance = ledger({"first": (0, 99, 10)}, limits, max_tokens=2)
+    policy = prefill.POLICIES[name](COST, pack=0.0)
+    step(policy, instance, 1.0)
+    instance.copied("first")
+    instance.add(Request("large", 1, range(16), 2, Slo(99, 1)))
+    assert not policy(instance, 11.0), "10 of 25 are parked, and 16 more would be"
+    instance.add(Request("fits", 2, range(15), 2, Slo(99, 1)))
+    step(policy, instance, 11.0)
+    assert list(instance.running) == ["fits"]
+    instance.add(Request("small", 3, range(1), 2, Slo(999, 1)))
+    assert list(policy(instance, 21.0).work) == ["fits"], "it will be parked, though it is not yet"
+    instance.release("first")
+    assert "large" not in policy(instance, 21.0).work, "its room is one token short"
 
 
 @pytest.mark.parametrize("name", prefill.POLICIES)
@@ -125,23 +150,59 @@ def test_feasible_first_keeps_as_many_as_any_subset():
     """Against every subset, run by deadline."""
     rng = random.Random(1)
     for _ in range(50):
-        jobs = [(rng.uniform(1, 12), rng.uniform(0.1, 5), index) for index in range(6)]
-        ends, on_time = 0.0, 0
-        for index in prefill.feasible_first(jobs, 0.0):
-            deadline, seconds, _ = jobs[index]
-            if ends + seconds > deadline:
-                break
-            ends, on_time = ends + seconds, on_time + 1
+        deadline = np.array([rng.uniform(1, 12) for _ in range(6)])
+        seconds = np.array([rng.uniform(0.1, 5) for _ in range(6)])
+        order = prefill.feasible_first(np.arange(6), deadline, seconds, 0.0)
+        assert sorted(order) == list(range(6))
+        ends = seconds[order].cumsum()
+        kept = int(np.argmin(ends <= deadline[order])) if (ends > deadline[order]).any() else 6
+        dropped = seconds[order[kept:]]
+        assert dropped.tolist() == sorted(dropped), "the others follow, shortest first"
 
-        def feasible(subset):
-            ends = itertools.accumulate(seconds for _, seconds, _ in subset)
-            return all(end <= job[0] for end, job in zip(ends, subset, strict=True))
+        def feasible(subset, deadline=deadline, seconds=seconds):
+            jobs = sorted(subset, key=lambda job: deadline[job])
+            return bool((seconds[jobs].cumsum() <= deadline[jobs]).all())
 
-        jobs.sort()
         best = max(
-            len(subset)
+            size
             for size in range(7)
-            for subset in itertools.combinations(jobs, size)
-            if feasible(subset)
+            if any(feasible(subset) for subset in itertools.combinations(range(6), size))
         )
-        assert on_time >= best
+        assert kept >= best
+
+
+def test_feasible_first_names_jobs_and_counts_from_now():
+    jobs, deadline = np.array([7, 3, 5]), np.array([14.0, 12.0, 30.0])
+    assert prefill.feasible_first(jobs, deadline, np.array([2.0, 2.0, 9.0]), 10.0) == [3, 7, 5]
+    assert prefill.feasible_first(jobs, deadline, np.array([2.0, 2.1, 9.0]), 10.0) == [7, 5, 3]
+    assert prefill.feasible_first(jobs[:0], deadline[:0], deadline[:0], 10.0) == []
+
+
+def test_feasible_first_keeps_the_earliest_of_very_many():
+    """The others, of which the last due may be left out, change nothing about the next step."""
+    deadline = np.arange(10_000, 0.0, -1.0)
+    order = prefill.feasible_first(np.arange(10_000), deadline, np.full(10_000, 0.9), 0.0)
+    assert order[:3] == [9999, 9998, 9997]
+    assert len(order) >= 1000
+
+
+def test_packed_prompts_fill_the_chunk_by_their_padded_rows():
+    cost = CostModel(PrefillCost(4.0, 1.0, 0.0, 5), COST.decode, COST.transfer, 1000)
+    batch = prefill.fcfs(cost)(ledger({"a": (0, 90, 2), "b": (1, 90, 3), "c": (2, 90, 1)}), 5.0)
+    assert dict(batch.work) == {"a": 2, "b": 3}, "two rows of 5 are the chunk of 10"
+
+
+@pytest.mark.parametrize("name", prefill.POLICIES)
+def test_the_room_of_the_oldest_overdue_prompt_is_kept_for_it(name):
+    limits = Limits(max_batch=8, max_chunk=10, max_context=20, page_size=1, num_pages=20)
+    instance = ledger({"held": (0, 99, 8)}, limits)
+    instance.begin(Batch({"held": 8}), 0.0)
+    instance.running["held"].request = Request("held", 0, range(8), 9, Slo(99, 1))
+    instance.add(Request("long", 1, range(15), 1, Slo(5, 1)))
+    instance.add(Request("short", 2, range(4), 1, Slo(99, 1)))
+    policy = prefill.POLICIES[name](COST, 0.0)
+    instance.end(Batch({"held": 8}), 8.0)
+    assert dict(policy(instance, 5.5).work) == {"short": 4}, "the long one is not overdue yet"
+    assert not policy(instance, 9.0), "12 pages are free, and the long one needs them and 3 more"
+    instance.release("held")
+    assert policy(instance, 9.0)

@@ -1,0 +1,335 @@
+"""The ledger's verbs: random ones against a model in plain Python, and the words of its errors."""
+
+import dataclasses
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schedulers.core import Batch, Instance, Limits, Role
+from schedulers.pages import OutOfPages
+from schedulers.request import Request, Seq, Slo
+from schedulers.rows import Column
+
+LIMITS = Limits(max_batch=8, max_chunk=16, max_context=26, page_size=2, num_pages=32)
+
+
+@dataclass
+class Known:
+    """All that should be known of one request. Pages are a number."""
+
+    request: Request
+    place: str
+    computed: int
+    count: int
+    ready: bool
+    first_at: float | None
+    due: float | None
+    pages: int = 0
+    worst_slack: float = math.inf
+
+    @property
+    def length(self):
+        return len(self.request.prompt) + self.count
+
+    @property
+    def remaining(self):
+        return self.length - self.computed
+
+    @property
+    def lacks(self):
+        """Pages for the tokens it has."""
+        return math.ceil(self.length / LIMITS.page_size) - self.pages
+
+
+class Verbs:
+    """A ledger and what is known of it, led through random verbs: only what a policy may decide is
+    begun, and only what an engine can tell is ended.
+    """
+
+    def __init__(self, role: Role, rng: random.Random):
+        self.role, self.rng = role, rng
+        self.instance = Instance("i", role, LIMITS)
+        self.model: dict[str, Known] = {}
+        self.step: Batch | None = None
+        self.now, self.number = 0.0, 0
+
+    def do_one(self):
+        step = self.end if self.step else self.begin
+        verbs = {self.add: 2, step: 6, self.fetched: 2, self.copied: 1, self.release: 1}
+        (verb,) = self.rng.choices([*verbs, self.cancel], [*verbs.values(), 0.5])
+        verb()
+
+    def subset(self, ids):
+        """All, or some, in any order."""
+        some = self.rng.choice([len(ids), self.rng.randint(0, len(ids))])
+        return self.rng.sample(ids, some)
+
+    def few(self, ids):
+        return [id for id in ids if self.rng.random() < 0.1]
+
+    def those(self, place, **is_so):
+        return [
+            id
+            for id, known in self.model.items()
+            if known.place == place
+            and all(getattr(known, name) == value for name, value in is_so.items())
+        ]
+
+    def add(self):
+        num_prompt, max_tokens = self.rng.randint(1, 20), self.rng.randint(2, 6)
+        least = 1 if self.role is Role.DECODE else 0
+        most = 0 if self.role is Role.PREFILL else max_tokens - 1
+        count = self.rng.randint(least, most)
+        slo = Slo(1, 0.5)
+        request = Request(str(self.number), self.now, range(num_prompt), max_tokens, slo, serial=7)
+        first_at = self.now - 0.25 if count else None
+        self.instance.add(request, count, first_at)
+        self.model[request.id] = Known(
+            request,
+            "waiting",
+            computed=num_prompt + count - 1 if count else 0,
+            count=count,
+            ready=not count,
+            first_at=first_at,
+            due=first_at + 0.5 * count if count else None,
+        )
+        self.number += 1
+
+    def begin(self):
+        model, running = self.model, self.those("running")
+        free = LIMITS.num_pages - sum(known.pages for known in model.values())
+        evict = []
+        if self.role is not Role.PREFILL:
+            evict = self.few([id for id in running if model[id].remaining == 1])
+        free += sum(model[id].pages for id in evict)
+        stay = [id for id in running if id not in evict]
+        # Also those that do not step grow to the tokens that they have.
+        free -= sum(model[id].lacks for id in stay) if self.role is not Role.PREFILL else 0
+        fetch, admit = [], []
+        for ids, chosen in (
+            (self.those("waiting", ready=False, pages=0), fetch),
+            (self.those("waiting", ready=True), admit),
+        ):
+            for id in self.subset(ids):
+                if model[id].lacks <= free:
+                    free -= model[id].lacks
+                    chosen.append(id)
+        steps = admit + self.subset(stay) if free >= 0 else []
+        work = {id: self.rng.randint(1, model[id].remaining) for id in steps}
+        batch = Batch(work, tuple(fetch), tuple(evict), 0.1 if work else 0.0)
+        self.instance.begin(batch, self.now)
+        for id in evict:
+            model[id].place, model[id].ready, model[id].pages = "waiting", False, 0
+        for id in fetch + [id for id in admit if id in work]:
+            model[id].pages += model[id].lacks
+        for id in work:
+            model[id].place = "running"
+        if work:
+            self.step = batch
+            for id in self.those("running") if self.role is not Role.PREFILL else ():
+                model[id].pages += model[id].lacks
+
+    def end(self):
+        self.now += self.rng.uniform(0.01, 1.0)
+        work = {id: n for id, n in self.step.work.items() if id in self.model}
+        whole = [id for id, n in work.items() if self.model[id].remaining == n]
+        stopped = self.few(whole)
+        left = self.instance.end(self.step, self.now, stopped)
+        self.step = None
+        expected = {}
+        for id, n in work.items():
+            known = self.model[id]
+            known.computed += n
+            if id in whole:
+                self.give_token(known)
+                if id in stopped or known.count == known.request.max_tokens:
+                    expected[id] = "stop" if id in stopped else "length"
+                elif self.role is Role.PREFILL:
+                    expected[id] = None
+        assert {seq.request.id: seq.finish_reason for seq in left} == expected
+        for seq in left:
+            self.compare(seq, self.model[seq.request.id])
+        for id, reason in expected.items():
+            if reason:
+                del self.model[id]
+            else:
+                self.model[id].place = "parked"
+
+    def give_token(self, known):
+        if known.count == 0:
+            known.first_at = known.due = self.now
+        else:
+            known.worst_slack = min(known.worst_slack, known.due - self.now)
+        known.count += 1
+        known.due += 0.5
+
+    def fetched(self):
+        under_way = [id for id in self.those("waiting", ready=False) if self.model[id].pages]
+        for id in self.subset(under_way):
+            self.instance.fetched(id)
+            self.model[id].ready = True
+
+    def copied(self):
+        for id in self.subset(self.those("parked")):
+            self.instance.copied(id)
+            self.model[id].pages = 0
+
+    def release(self):
+        self.instance.release("nobody")
+        for id in self.subset(self.those("parked")):
+            self.instance.release(id)
+            del self.model[id]
+
+    def cancel(self):
+        assert not self.instance.cancel("nobody")
+        for id in self.few(list(self.model)):
+            assert self.instance.cancel(id)
+            assert self.instance.get(id) is None
+            del self.model[id]
+
+    def check(self):
+        instance = self.instance
+        instance.check()
+        for place in ("waiting", "running", "parked"):
+            assert set(getattr(instance, place)) == set(self.those(place))
+        for id, known in self.model.items():
+            seq = instance.get(id)
+            assert seq is not None
+            self.compare(seq, known)
+            assert len(seq.pages) == known.pages
+        held = sum(known.pages for known in self.model.values())
+        assert instance.pages.num_free == LIMITS.num_pages - held
+        assert instance.parked_tokens == sum(self.model[id].computed for id in self.those("parked"))
+
+    def compare(self, seq: Seq, known: Known):
+        assert seq.request is known.request
+        assert (seq.computed, seq.num_tokens, seq.length, seq.ready) == (
+            *(known.computed, known.count, known.length, known.ready),
+        )
+        assert seq.first_token_at == known.first_at
+        # Where an instance gives the first token, that one counts as having had no slack.
+        assert min(seq.worst_slack, 0.0) == min(known.worst_slack, 0.0)
+        cells = seq.cells
+        assert known.due is None or cells[Column.DUE] == known.due
+        assert (cells[Column.DEADLINE], cells[Column.SERIAL]) == (known.request.arrival + 1, 7)
+        decodes = self.role is not Role.PREFILL
+        if decodes and known.count and known.count < known.request.max_tokens:
+            assert known.count < cells[Column.EXPECTED] <= known.request.max_tokens
+
+
+@pytest.mark.parametrize("role", Role)
+@given(st.integers(0, 2**32))
+@settings(max_examples=50, deadline=None)
+def test_random_verbs(role, seed):
+    verbs = Verbs(role, random.Random(seed))
+    for _ in range(150):
+        verbs.do_one()
+        verbs.check()
+
+
+def request(id="a", num_prompt=6, max_tokens=9, **fields):
+    return Request(id, 0.0, range(num_prompt), max_tokens, Slo(1.0, 0.5), **fields)
+
+
+def test_admission_is_in_the_order_of_the_work():
+    """Not of a set, whose order is another in each process: a replay would break ties otherwise."""
+    instance = Instance("p", Role.PREFILL, LIMITS)
+    ids = [f"r{i}" for i in range(8)]
+    for id in ids:
+        instance.add(request(id, 1))
+    order = ids[::-2] + ids[::2]
+    instance.begin(Batch(dict.fromkeys(order, 1)), 0.0)
+    assert list(instance.running) == order
+
+
+def test_pages_are_given_as_a_sequence_grows():
+    instance = Instance("d", Role.DECODE, LIMITS)
+    seq = instance.add(request(num_prompt=6, max_tokens=19), 1, 0.0)
+    instance.begin(Batch(fetch=("a",)), 0.0)
+    instance.fetched("a")
+    held = []
+    for now in range(6):
+        instance.begin(batch := Batch({"a": 1}), now)
+        held.append((seq.length, len(seq.pages)))
+        instance.end(batch, now + 0.5)
+    assert held == [(7, 4), (8, 4), (9, 5), (10, 5), (11, 6), (12, 6)]
+
+
+def test_pace_follows_the_measured_steps_slowly():
+    instance = Instance("p", Role.PREFILL, LIMITS)
+    instance.add(request(num_prompt=20))
+    assert instance.pace == 1.0
+    instance.begin(batch := Batch({"a": 1}, predicted_s=1.0), 10.0)
+    assert instance.busy_until == 11.0
+    instance.end(batch, 13.0)
+    assert instance.pace == 1 + 2 / 11, "the profile counts for ten steps"
+    instance.begin(batch, 20.0)
+    instance.end(batch, 9999.0)
+    assert instance.pace < 2, "one stalled step does not turn it"
+    pace = instance.pace
+    instance.begin(unpredicted := Batch({"a": 1}), 20.0)
+    instance.end(unpredicted, 9999.0)
+    assert instance.pace == pace
+
+
+def test_parked_room_sets_running_prompts_aside():
+    limits = dataclasses.replace(LIMITS, parked_tokens=40)
+    instance = Instance("p", Role.PREFILL, limits)
+    assert instance.parked_room == 40
+    instance.add(request(num_prompt=6))
+    instance.begin(batch := Batch({"a": 6}), 0.0)
+    assert instance.parked_room == 34
+    instance.end(batch, 1.0)
+    instance.copied("a")
+    assert (instance.parked_room, instance.pages.num_free) == (34, LIMITS.num_pages)
+    instance.release("a")
+    assert instance.parked_room == 40
+    assert Instance("p", Role.PREFILL, LIMITS).parked_room == math.inf
+
+
+def test_ids_of_prompt_and_output():
+    seq = Instance("d", Role.DECODE, LIMITS).add(request(num_prompt=3), 2, 0.0, tokens=(70, 71))
+    assert seq.token_ids(0, 5) == [0, 1, 2, 70, 71]
+    assert (seq.token_ids(2, 4), seq.token_ids(4, 5)) == ([2, 70], [71])
+
+
+def test_verbs_that_cannot_be():
+    instance = Instance("d", Role.DECODE, LIMITS)
+    instance.add(request("a"), 1, 0.0)
+    with pytest.raises(ValueError, match="request id 'a' is in use on instance 'd'"):
+        instance.add(request("a"))
+    with pytest.raises(ValueError, match="'d': a step has ended that was not begun"):
+        instance.end(Batch({"a": 1}), 1.0)
+    with pytest.raises(AssertionError, match="request 'a' was scheduled before its KV arrived"):
+        instance.begin(Batch({"a": 1}), 0.0)
+    for number in range(7):
+        instance.add(request(f"b{number}", num_prompt=20), 1, 0.0)
+    with pytest.raises(OutOfPages, match="asked for"):
+        instance.begin(Batch(fetch=tuple(f"b{number}" for number in range(7))), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_batch": 0}, "limits.max_batch must be at least 1, got 0"),
+        (
+            {"num_pages": 6},
+            "limits.num_pages must hold max_context = 26 tokens: at least 13, got 6",
+        ),
+        ({"parked_tokens": 9}, "limits.parked_tokens must be at least max_context = 26, got 9"),
+    ],
+)
+def test_limits_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(LIMITS, **change)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["ttft", "tpot"])
+def test_slos_are_checked(name, value):
+    with pytest.raises(ValueError, match=rf"slo.{name} must be a positive number of seconds, got"):
+        Slo(**({"ttft": 1.0, "tpot": 1.0} | {name: value}))
