@@ -1,0 +1,111 @@
+"""One instance that does both jobs: a prefill and a decode policy share its steps.
+
+Decode goes first; what it may be slowed down by, its slack, sets how large a chunk of prompts fits
+between two of its steps. So under overload prompts wait, rather than that all answers grow slow.
+Each of the two policies sees the ledger as if its own sequences were all there is.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from schedulers import decode, prefill
+from schedulers.core import Batch, Instance, Policy, Role
+from schedulers.cost import CostModel
+from schedulers.rows import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Pages that a half may use. See `PageTable`."""
+
+    num_free: int
+
+
+class Colocated:
+    """A prefill and a decode policy, by name, on one instance.
+
+    A prompt gets all its pages when it begins, and begins only while fewer than max_batch
+    sequences are here.
+    """
+
+    def __init__(self, cost: CostModel, prefill_policy: str, decode_policy: str, pack: float = 0.0):
+        self.cost = cost
+        self.prefill: Policy = prefill.POLICIES[prefill_policy](cost, pack)
+        self.decode = decode.POLICIES[decode_policy](cost)
+
+    def __call__(self, instance: Instance, now: float) -> Batch:
+        decoding = _half(instance, Role.DECODE)
+        batch = self.decode(decoding, now)
+        prompts = _half(instance, Role.PREFILL)
+        if batch.evict or not (prompts.waiting or prompts.running):
+            return batch
+        limit_s = math.inf
+        if batch.work:
+            limit_s = self.decode.limit_s(decoding, batch, now) / instance.pace
+        chunk = self._chunk(prompts, limit_s - batch.predicted_s)
+        beside = instance.limits.max_batch - len(batch.work)
+        places = instance.limits.max_batch - len(instance.running) - len(decoding.waiting)
+        if places > 0:
+            beside = min(beside, places)
+        else:
+            prompts.waiting = Rows()
+        if not chunk or beside <= 0:
+            return batch
+        taken = sum(instance.pages_needed(instance.waiting[id]) for id in batch.fetch)
+        free = instance.pages.num_free - taken - len(decoding.running)
+        prompts.pages = Free(max(free, 0))  # type: ignore[assignment]
+        prompts.limits = replace(instance.limits, max_chunk=chunk, max_batch=beside)
+        if limit_s < math.inf:
+            # A prompt has only the time that decode leaves it.
+            prompts.pace = instance.pace / max(1 - batch.predicted_s / limit_s, 0.1)
+        more = self.prefill(prompts, now)
+        return Batch(
+            {**batch.work, **more.work}, batch.fetch, (), batch.predicted_s + more.predicted_s
+        )
+
+    def _chunk(self, prompts: Instance, spare_s: float) -> int:
+        """Prompt tokens that fit into `spare_s`: none rather than so few that the base of the step
+        outweighs them, unless they are all that a prompt lacks.
+        """
+        limit, cost = prompts.limits.max_chunk, self.cost.prefill
+        spare_s -= cost.base_s
+        if math.isinf(spare_s) or spare_s <= 0:
+            return limit if spare_s > 0 else 0
+        # The most that n tokens after `computed` others cost: a n + b n^2.
+        computed = float(prompts.running.computed.max(initial=0.0))
+        linear = cost.per_token_s + 2 * cost.per_token_sq_s * computed
+        root = math.sqrt(linear * linear + 4 * cost.per_token_sq_s * spare_s)
+        fits = 2 * spare_s / (linear + root) if linear + root else math.inf
+        count = int(min(fits, limit)) // cost.row_tokens * cost.row_tokens
+        places = [place for place in (prompts.running, prompts.waiting) if place]
+        least = min(float((place.length - place.computed).min()) for place in places)
+        return count if spare_s >= cost.base_s or count >= least else 0
+
+
+def _half(instance: Instance, role: Role) -> Instance:
+    """The ledger as the policy of one of the two jobs sees it."""
+    half = copy.copy(instance)
+    half.role = role
+    half.waiting = _of(instance.waiting, role)
+    half.running = _of(instance.running, role)
+    return half
+
+
+def _of(rows: Rows, role: Role) -> Rows:
+    begun = rows.count > 0
+    which = begun if role is Role.DECODE else ~begun
+    return rows if which.all() else rows.select(np.nonzero(which)[0])
+
+
+def policy_for(
+    role: Role, cost: CostModel, prefill_policy: str, decode_policy: str, pack: float = 0.0
+) -> Policy:
+    """Who decides on an instance of this role, given the names of both policies."""
+    if role is Role.BOTH:
+        return Colocated(cost, prefill_policy, decode_policy, pack)
+    if role is Role.PREFILL:
+        return prefill.POLICIES[prefill_policy](cost, pack)
+    return decode.POLICIES[decode_policy](cost)

@@ -1,0 +1,164 @@
+"""Which instance a request goes to, by what each would make of its SLO.
+
+A router may be far from the ledgers, so it decides on summaries of them. What it has sent since the
+last summary came, it adds itself (`with_prompt`, `with_context`).
+"""
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from schedulers.core import Instance, Role
+from schedulers.cost import CostModel, Number
+from schedulers.request import Request, Slo
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a router knows of one instance.
+
+    free_s: seconds until the step under way is over. deadline, ahead_s: of the prompts that count
+    [Q], by deadline: when each is due, and the seconds that it and those due before it need. pace:
+    see `Instance`. load: the share of its time that its sequences need to keep their TPOT. room:
+    tokens whose KV it could still take in.
+    """
+
+    id: str
+    role: Role
+    free_s: float
+    deadline: list[float]
+    ahead_s: list[float]
+    pace: float
+    load: float
+    room: float
+
+    @property
+    def work_s(self) -> float:
+        """Seconds that all its prompts need."""
+        return self.free_s + (self.ahead_s[-1] if self.ahead_s else 0.0)
+
+    def finish_s(self, deadline: float, seconds: float) -> float:
+        """Seconds until a prompt of so many seconds, due then, would have its first token."""
+        before = bisect.bisect_right(self.deadline, deadline)
+        return self.free_s + (self.ahead_s[before - 1] if before else 0.0) + seconds
+
+    def with_prompt(self, deadline: float, seconds: float) -> "Summary":
+        """The summary with a further prompt."""
+        at = bisect.bisect_right(self.deadline, deadline)
+        before = self.ahead_s[at - 1] if at else 0.0
+        return replace(
+            self,
+            deadline=[*self.deadline[:at], deadline, *self.deadline[at:]],
+            ahead_s=[
+                *self.ahead_s[:at],
+                before + seconds,
+                *(ahead + seconds for ahead in self.ahead_s[at:]),
+            ],
+        )
+
+    def with_context(self, length: int, slo: Slo, cost: CostModel) -> "Summary":
+        """The summary with a further sequence to decode."""
+        load = self.load + self.pace * share(length, slo.tpot, cost)
+        return replace(self, load=load, room=self.room - length)
+
+
+def outline(instance: Instance, cost: CostModel, now: float, demotes: bool = True) -> Summary:
+    """Sums up a ledger. demotes: its policy puts hopeless prompts behind all others, so that they
+    are in nobody's way.
+    """
+    due: list[float] = []
+    ahead_s: list[float] = []
+    if instance.role is not Role.DECODE and (instance.running or instance.waiting):
+        deadline, seconds = _prompts(instance, cost)
+        if demotes:
+            live = now + seconds <= deadline
+            seconds, deadline = seconds[live], deadline[live]
+        order = deadline.argsort(kind="stable")
+        due, ahead_s = deadline[order].tolist(), seconds[order].cumsum().tolist()
+    load = room = 0.0
+    if instance.role is not Role.PREFILL:
+        load, room = _decode_state(instance, cost)
+    free_s = max(instance.busy_until - now, 0.0)
+    return Summary(instance.id, instance.role, free_s, due, ahead_s, instance.pace, load, room)
+
+
+def route_prefill(
+    request: Request, summaries: Sequence[Summary], cost: CostModel, now: float
+) -> int:
+    """The instance on which the first token comes soonest; if it comes too late on each, the one
+    that has the least to do. One that also decodes must have the time for it.
+    """
+    if len(summaries) == 1:
+        return 0
+    base = cost.prefill_s(len(request.prompt))
+    best, best_key = 0, (math.inf, math.inf, math.inf)
+    for index, summary in enumerate(summaries):
+        stretch = 1.0
+        if summary.role is Role.BOTH:
+            stretch = 1 / max(1.0 - summary.load, 0.05)
+        finish_s = stretch * summary.finish_s(request.deadline, summary.pace * base)
+        late = now + finish_s > request.deadline
+        key = (float(late), stretch * summary.work_s if late else finish_s, summary.load)
+        if key < best_key:
+            best, best_key = index, key
+    return best
+
+
+def route_decode(
+    length: int, slo: Slo, summaries: Sequence[Summary], cost: CostModel, now: float
+) -> int:
+    """The instance with room for its KV whose sequences need the least of its time."""
+    keys = [
+        (summary.room < length, summary.load + summary.pace * share(length, slo.tpot, cost))
+        for summary in summaries
+    ]
+    return keys.index(min(keys))
+
+
+def prompt_s(request: Request, summary: Summary, cost: CostModel) -> float:
+    """Seconds that the prompt takes on an instance."""
+    return summary.pace * cost.prefill_s(len(request.prompt))
+
+
+def share(length: Number, tpot: Number, cost: CostModel) -> Number:
+    """Share of an instance's time that a sequence needs beside others, at a step a TPOT."""
+    decode = cost.decode
+    return (decode.per_seq_s + decode.per_context_token_s * length) / tpot
+
+
+def _prompts(instance: Instance, cost: CostModel) -> tuple[np.ndarray, np.ndarray]:
+    """Of all prompts, when each is due, and the seconds it needs after the step under way."""
+    chunk = instance.limits.max_chunk
+    waiting, under_way = instance.waiting, instance.under_way
+    deadline, seconds = [], []
+    for seq in instance.running.seqs if instance.role is Role.PREFILL else instance.unbegun():
+        done = under_way.work.get(seq.request.id, 0) if under_way else 0
+        if seq.remaining > done:
+            rest_s = cost.prompt_s(seq.remaining - done, seq.computed + done, chunk)
+            deadline.append(seq.request.deadline)
+            seconds.append(instance.pace * rest_s)
+    if not waiting:
+        return np.array(deadline), np.array(seconds)
+    prompts = waiting.count == 0
+    computed = waiting.computed[prompts]
+    rest_s = cost.prompt_s(waiting.length[prompts] - computed, computed, chunk)
+    return (
+        np.concatenate([deadline, waiting.deadline[prompts]]),
+        np.concatenate([seconds, instance.pace * rest_s]),
+    )
+
+
+def _decode_state(instance: Instance, cost: CostModel) -> tuple[float, float]:
+    """Load and room (tokens); the prompts of a colocated instance count in both."""
+    own, least, needed = 0.0, math.inf, 0.0
+    for rows in (instance.running, instance.waiting):
+        if rows:
+            own += float(share(rows.length, rows.tpot, cost).sum())
+            least = min(least, float(rows.tpot.min()))
+            needed += float((rows.length * (rows.capacity == 0)).sum())
+    base = cost.decode.base_s / least
+    room = instance.pages.num_free * instance.limits.page_size - needed
+    return instance.pace * (base + own), room

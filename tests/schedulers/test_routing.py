@@ -1,0 +1,94 @@
+"""Routing on summaries whose answer can be worked out by hand."""
+
+import pytest
+
+from schedulers import routing
+from schedulers.core import Batch, Instance, Limits, Role
+from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.request import Request, Slo
+
+# A prompt takes 1 s a token; a step 1 s, and 0.01 s a token of context.
+COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(1, 0, 0.01), TransferCost(0, 0), 1000)
+LIMITS = Limits(max_batch=8, max_chunk=10, max_context=200, page_size=1, num_pages=200)
+
+
+def prompt(id, length, arrival=0.0, ttft=100.0):
+    return Request(id, arrival, range(length), 5, Slo(ttft, 2.0))
+
+
+def prefill(*requests):
+    instance = Instance("p", Role.PREFILL, LIMITS)
+    for request in requests:
+        instance.add(request)
+    return instance
+
+
+def decode(*lengths):
+    instance = Instance("d", Role.DECODE, LIMITS)
+    for index, length in enumerate(lengths):
+        instance.add(prompt(str(index), length - 1), 1, 0.0)
+    return instance
+
+
+def route(request, *instances, now=0.0, demotes=True):
+    summaries = [routing.outline(instance, COST, now, demotes) for instance in instances]
+    return routing.route_prefill(request, summaries, COST, now)
+
+
+def test_a_prompt_goes_where_its_first_token_comes_soonest():
+    busy, idle = prefill(prompt("a", 20)), prefill(prompt("b", 10))
+    assert route(prompt("new", 5), busy, idle) == 1
+    assert route(prompt("new", 5), idle, busy) == 0
+
+
+def test_only_prompts_due_before_are_in_its_way():
+    later, sooner = prefill(prompt("a", 30, ttft=900)), prefill(prompt("b", 10, ttft=50))
+    assert route(prompt("new", 5, ttft=60), later, sooner) == 0
+
+
+def test_hopeless_prompts_are_in_nobodys_way_unless_the_policy_takes_them_in_turn():
+    hopeless, live = prefill(prompt("a", 50, ttft=9)), prefill(prompt("b", 10))
+    assert route(prompt("new", 5), hopeless, live) == 0
+    assert route(prompt("new", 5), hopeless, live, demotes=False) == 1
+
+
+def test_one_that_is_late_everywhere_goes_where_least_is_to_be_done():
+    first, second = prefill(prompt("a", 20, ttft=30)), prefill(prompt("b", 10, ttft=90))
+    assert route(prompt("new", 40, ttft=10), first, second) == 1
+
+
+def test_the_step_under_way_counts_once():
+    instance = prefill(prompt("a", 15))
+    instance.begin(Batch({"a": 10}, predicted_s=10.0), 0.0)
+    summary = routing.outline(instance, COST, 4.0)
+    assert summary.free_s == 6.0
+    assert summary.ahead_s == [5.0], "10 of the 15 tokens are computed when it is free"
+    assert summary.finish_s(1000.0, 3.0) == 14.0
+
+
+def test_what_was_sent_since_is_added():
+    summary = routing.outline(prefill(prompt("a", 20), prompt("b", 10, ttft=50)), COST, 0.0)
+    assert summary.ahead_s == [10.0, 30.0]
+    more = summary.with_prompt(70.0, 4.0)
+    assert more.deadline == [50.0, 70.0, 100.0]
+    assert more.ahead_s == [10.0, 14.0, 34.0]
+    assert more.work_s == 34.0
+
+
+def test_a_sequence_goes_where_the_load_is_least_and_has_room():
+    slo = Slo(100.0, 2.0)
+    light, heavy = decode(50), decode(50, 60)
+    summaries = [routing.outline(instance, COST, 0.0) for instance in (heavy, light)]
+    assert routing.route_decode(20, slo, summaries, COST, 0.0) == 1
+    # 1 s of base in 2 s, and 0.5 s of own.
+    assert summaries[1].load == pytest.approx(0.5 + 0.25)
+    assert summaries[1].room == 150
+    full = summaries[1].with_context(140, slo, COST)
+    assert full.room == 10
+    assert routing.route_decode(20, slo, [summaries[0], full], COST, 0.0) == 0
+
+
+def test_a_colocated_instance_has_less_time_for_prompts_the_more_it_decodes():
+    both = [Instance(str(i), Role.BOTH, LIMITS) for i in range(2)]
+    both[0].add(prompt("a", 50), 1, 0.0)
+    assert route(prompt("new", 5), *both) == 1
