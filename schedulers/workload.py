@@ -1,15 +1,13 @@
-"""When requests arrive and how long they are: synthetic long tails and recorded traces."""
+"""When requests arrive, how long they are and what they are due: synthetic, or recorded traces."""
 
-import csv
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from schedulers.request import Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +19,30 @@ class Arrival:
     num_output: int
 
 
-def arrival_times(num_requests: int, rate: float, rng: np.random.Generator, cv: float = 1.0):
+@dataclass(frozen=True, slots=True)
+class SloClass:
+    """A kind of request: its share of all requests (0 to 1), and its SLO."""
+
+    share: float
+    slo: Slo
+
+    def __post_init__(self):
+        if not (math.isfinite(self.share) and self.share > 0):
+            raise ValueError(f"share must be a positive number, got {self.share}")
+
+
+def arrival_times(
+    num_requests: int, rate: float, rng: np.random.Generator, cv: float = 1.0
+) -> np.ndarray:
     """Times in seconds of a renewal process of `rate` requests a second, from 0.
 
     Gaps are gamma with coefficient of variation `cv`: 1 is Poisson, more is burstier.
     """
-    for name, value in (("rate", rate), ("cv", cv)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive, got {value}")
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"rate must be positive, got {rate}")
+    if not 1e-3 <= cv <= 1e3:
+        # Beyond, the gamma's shape leaves the range in which floats can draw it.
+        raise ValueError(f"cv must be from 0.001 to 1000, got {cv}")
     shape = cv**-2
     gaps = rng.gamma(shape, 1 / (rate * shape), num_requests)
     return np.cumsum(gaps) - gaps[0] if num_requests else gaps
@@ -64,51 +78,24 @@ def synthetic(
     ]
 
 
-def read_azure_csv(path: str | Path) -> list[Arrival]:
-    """Reads an Azure LLM inference trace: TIMESTAMP,ContextTokens,GeneratedTokens.
+def poisson(arrivals: Sequence[Arrival], rate: float, seed: int) -> list[Arrival]:
+    """The same lengths in the same order at Poisson times, so that N / (t_last - t_first) = `rate`.
 
-    Raises ValueError with the line's number where a line is malformed, and for an empty trace.
+    `rescale` keeps a trace's bursts; this takes them away.
     """
-    columns = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = enumerate(csv.reader(file), start=1)
-        _, header = next(lines, (1, []))
-        if header != columns:
-            raise ValueError(f"{path}: line 1: the header must be {','.join(columns)}")
-
-        def parse(row: list[str]) -> Arrival:
-            at, num_prompt, num_output = row
-            # Relative to a date near the trace's, not to 1970: a float keeps its microseconds.
-            seconds = (datetime.fromisoformat(at) - datetime(2023, 1, 1)).total_seconds()
-            return Arrival(seconds, int(num_prompt), int(num_output))
-
-        return _trace(path, lines, parse)
-
-
-def read_mooncake_jsonl(path: str | Path) -> list[Arrival]:
-    """Reads a Mooncake trace: a JSON object a line with timestamp (ms), input_length and
-    output_length.
-
-    Raises ValueError with the line's number where a line is malformed, and for an empty trace.
-    """
-
-    def parse(line: str) -> Arrival:
-        entry = json.loads(line)
-        lengths = entry["input_length"], entry["output_length"]
-        if not all(type(length) is int for length in lengths):
-            raise ValueError(f"lengths must be whole numbers, got {lengths}")
-        return Arrival(float(entry["timestamp"]) / 1000, *lengths)
-
-    with open(path, encoding="utf-8") as file:
-        return _trace(path, enumerate(file, start=1), parse)
+    times = arrival_times(len(arrivals), rate, np.random.default_rng(seed)).tolist()
+    return rescale([replace(a, at=at) for a, at in zip(arrivals, times, strict=True)], rate)
 
 
 def rescale(arrivals: Sequence[Arrival], rate: float) -> list[Arrival]:
-    """Stretches time so that N / (t_last - t_first) = `rate` a second; bursts stay bursts."""
+    """Stretches time so that N / (t_last - t_first) = `rate` a second; bursts stay bursts.
+
+    A single arrival has no rate, and is put at 0.
+    """
     if not (math.isfinite(rate) and rate > 0):
         raise ValueError(f"rate must be positive, got {rate}")
-    if not arrivals:
-        return []
+    if len(arrivals) < 2:
+        return [replace(a, at=0.0) for a in arrivals]
     first, last = arrivals[0].at, arrivals[-1].at
     if last <= first:
         raise ValueError(f"{len(arrivals)} arrivals at one time have no rate to rescale")
@@ -125,6 +112,9 @@ def fit_lengths(
     to the limit; the few above are clipped to it. So a small percentile keeps lengths near the
     trace's and cuts the tail; 100 cuts nothing.
     """
+    for name, limit in (("max_prompt", max_prompt), ("max_output", max_output)):
+        if limit < 1:
+            raise ValueError(f"{name} must be at least 1, got {limit}")
     if not arrivals:
         return []
     prompts = np.percentile([a.num_prompt for a in arrivals], percentile)
@@ -140,23 +130,66 @@ def fit_lengths(
     ]
 
 
-def _trace(
-    path: str | Path, lines: Iterable[tuple[int, Any]], parse: Callable[[Any], Arrival]
-) -> list[Arrival]:
-    arrivals: list[Arrival] = []
-    for number, line in lines:
+def check_slo(ttft: float, tpot: float) -> Slo:
+    """An SLO from a person's hand, in seconds.
+
+    Raises:
+      ValueError: a time that is not positive; a TPOT not below the TTFT, which is the two mixed up.
+    """
+    slo = Slo(ttft, tpot)
+    if tpot >= ttft:
+        raise ValueError(
+            f"slo.tpot must be less than slo.ttft, got slo.tpot = {tpot} and slo.ttft = {ttft}"
+        )
+    return slo
+
+
+def parse_classes(text: str) -> tuple[SloClass, ...]:
+    """Classes of requests from SHARE:TTFT:TPOT,..., in seconds: "0.7:1:0.025,0.3:10:0.1".
+
+    Raises:
+      ValueError: a malformed class, by its number from 1; shares that don't sum to 1.
+    """
+    classes = []
+    for number, part in enumerate(text.split(","), start=1):
         try:
-            arrival = parse(line)
-            if not math.isfinite(arrival.at) or min(arrival.num_prompt, arrival.num_output) < 1:
-                raise ValueError(f"lengths must be at least 1 and times finite, got {arrival}")
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: line {number}: {line!r}: {error!r}") from error
-        arrivals.append(arrival)
-    if not arrivals:
-        raise ValueError(f"{path}: the trace holds no requests")
-    arrivals.sort(key=lambda a: a.at)
-    first = arrivals[0].at
-    return [replace(a, at=a.at - first) for a in arrivals]
+            classes.append(_parse_class(part))
+        except ValueError as error:
+            raise ValueError(f"class {number}: {error}") from error
+    total = sum(c.share for c in classes)
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"shares must sum to 1 (within 1e-6), got {total:g}")
+    return tuple(classes)
+
+
+def assign_classes(num_requests: int, classes: Sequence[SloClass], seed: int) -> np.ndarray:
+    """[num_requests], an index into `classes` for each, by share; the same for a same seed."""
+    if not classes:
+        raise ValueError("classes must hold at least one, got none")
+    bounds = np.cumsum([c.share for c in classes])
+    # Shares only sum to about 1. The last bound becomes 1 exactly, which no draw reaches.
+    draws = np.random.default_rng(seed).random(num_requests)
+    return np.searchsorted(bounds / bounds[-1], draws, side="right")
+
+
+def _parse_class(text: str) -> SloClass:
+    fields = text.split(":")
+    if len(fields) != 3:
+        raise ValueError(f"must be SHARE:TTFT:TPOT, got {_short(text)}")
+    numbers = []
+    for name, field in zip(("share", "slo.ttft", "slo.tpot"), fields, strict=True):
+        try:
+            numbers.append(float(field))
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {_short(field)}") from None
+    share, ttft, tpot = numbers
+    return SloClass(share, check_slo(ttft, tpot))
+
+
+def _short(value: object) -> str:
+    """For an error of one line: reprlib bounds depth and count, but not their product."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _clip(length: float, limit: int) -> int:
