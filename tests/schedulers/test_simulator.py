@@ -1,0 +1,111 @@
+"""The simulator on workloads whose course can be worked out by hand, and its own laws."""
+
+import pytest
+
+from schedulers import decode, prefill
+from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.request import Slo
+from schedulers.scenario import Scenario, build, simulate
+from schedulers.workload import Arrival, SloClass, synthetic
+
+# A prompt takes 1 s a token, a step 1 s a sequence, a transfer 1 s a token.
+COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(0, 1, 0), TransferCost(0, 1), 10_000)
+ROOMY = (SloClass(1.0, Slo(1e6, 1e5)),)
+PAIRS = [(first, second) for first in prefill.POLICIES for second in decode.POLICIES]
+
+
+def run(arrivals, cost=COST, **options):
+    return build(Scenario(cost, ROOMY, **options), arrivals).run()
+
+
+def test_one_request_prefills_moves_and_decodes():
+    (outcome,) = run([Arrival(5.0, 4, 3)])
+    # 4 s of prefill, 4 s for the KV of 4 tokens, then two steps of 1 s.
+    assert outcome.first_token_at == 9.0
+    assert outcome.last_token_at == 15.0
+    assert outcome.num_output == 3
+
+
+def test_a_colocated_instance_moves_nothing():
+    (outcome,) = run([Arrival(5.0, 4, 3)], colocated=1)
+    assert (outcome.first_token_at, outcome.last_token_at) == (9.0, 11.0)
+
+
+def test_a_fetch_begins_in_the_midst_of_a_step():
+    slow = CostModel(COST.prefill, DecodeCost(10, 0, 0), COST.transfer, 10_000)
+    arrivals = [Arrival(0.0, 1, 9), Arrival(2.0, 1, 9)]
+    first, second = run(arrivals, slow, prefill_policy="fcfs", decode_policy="continuous")
+    # Prefilled at 3 s, in the other's step from 2 s to 12 s; moved at 4 s, in the next step.
+    assert first.first_token_at == 1.0
+    assert second.first_token_at == 3.0
+    assert second.last_token_at == pytest.approx(12 + 8 * 10)
+
+
+@pytest.mark.parametrize("colocated", [0, 1, 2])
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_every_request_gets_exactly_its_tokens(first, second, colocated):
+    cost = CostModel(
+        PrefillCost(5e-3, 32e-6, 0.66e-9),
+        DecodeCost(7e-3, 20e-6, 55e-9),
+        TransferCost(2e-3, 5.2e-6),
+        40_000,  # so little that some are evicted
+    )
+    arrivals = synthetic(150, 12.0, seed=5, max_prompt=8000)
+    scenario = Scenario(
+        cost,
+        (SloClass(0.5, Slo(1.0, 0.025)), SloClass(0.5, Slo(10.0, 0.1))),
+        prefill_policy=first,
+        decode_policy=second,
+        colocated=colocated,
+        num_decode=2,
+    )
+    simulation = build(scenario, arrivals)
+    outcomes = simulation.run()
+    assert [outcome.num_output for outcome in outcomes] == [a.num_output for a in arrivals]
+    for outcome, arrival in zip(outcomes, arrivals, strict=True):
+        assert outcome.first_token_at is not None
+        assert outcome.last_token_at is not None
+        assert arrival.at < outcome.first_token_at <= outcome.last_token_at
+    for instance, _ in (*simulation.fleet.prefill, *simulation.fleet.decode):
+        instance.check()
+        assert instance.pages.num_free == instance.limits.num_pages, "pages are held"
+
+
+def test_same_seed_same_result_and_noise_keeps_the_mean():
+    arrivals = synthetic(300, 5.0, seed=1)
+    cost = CostModel(
+        PrefillCost(5e-3, 32e-6, 0.66e-9),
+        DecodeCost(7e-3, 20e-6, 55e-9),
+        TransferCost(2e-3, 5.2e-6),
+        400_000,
+    )
+    noisy = Scenario(cost, ROOMY, noise=0.3, seed=3)
+    assert simulate(noisy, arrivals) == simulate(noisy, arrivals)
+    exact = simulate(Scenario(cost, ROOMY), arrivals)["tpot_s"]["p50"]
+    assert simulate(noisy, arrivals)["tpot_s"]["p50"] == pytest.approx(exact, rel=0.05)
+
+
+def test_one_token_after_a_prompt_in_chunks_ends_at_once_beside_a_decoder():
+    arrivals = [Arrival(0.0, 100, 300), Arrival(0.5, 1400, 1)]
+    cost = CostModel(PrefillCost(5e-3, 32e-6, 0), DecodeCost(7e-3, 0, 0), COST.transfer, 10_000)
+    outcomes = run(arrivals, cost, colocated=1, chunk=512)
+    assert [outcome.num_output for outcome in outcomes] == [300, 1]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "edf"])
+def test_a_long_prompt_gets_its_room_in_its_turn(policy):
+    """Though short ones fit into whatever is given back, and come without a pause."""
+    cost = CostModel(
+        PrefillCost(5e-3, 32e-6, 0), DecodeCost(7e-3, 20e-6, 55e-9), TransferCost(2e-3, 0), 8000
+    )
+    arrivals = [Arrival(0.04 * i, 200, 300) for i in range(600)]
+    arrivals.insert(50, Arrival(1.99, 3000, 300))
+    scenario = Scenario(
+        cost,
+        (SloClass(1.0, Slo(1.0, 0.05)),),
+        colocated=1,
+        prefill_policy=policy,
+        decode_policy="continuous",
+    )
+    outcome = build(scenario, arrivals).run()[50]
+    assert outcome.first_token_at < 15.0, "the last short one comes at 24 s"
