@@ -7,6 +7,8 @@ measures the step times; later starts reuse all three), 3.5 GB of memory, about 
 second and 35 ms a token for a lone request.
 """
 
+import math
+
 from ml_collections import ConfigDict
 
 
@@ -21,14 +23,19 @@ def get_config() -> ConfigDict:
             "max_tokens": 1024,
             "max_requests": 1024,
             "page_size": 64,
+            "colocated": False,
             "prefill": {
+                "instances": 1,
                 "devices": 1,
                 "policy": "kairos_plus",
                 "kv_tokens": 16384,
+                "parked_tokens": 16384,
                 "max_chunk": 512,
                 "row_tokens": 64,
+                "pack": math.inf,
             },
             "decode": {
+                "instances": 1,
                 "devices": 1,
                 "policy": "kairos_plus",
                 "kv_tokens": 32768,

@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,11 +22,10 @@ from google.protobuf.json_format import MessageToDict
 from kairos_jax.progress import bars
 from kairos_jax.replay import Received, Record, error_line, fit_to_model, replay
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
-from schedulers.core import Slo
+from schedulers.request import Slo
+from schedulers.traces import read_trace
 from schedulers.workload import (
     Arrival,
-    read_azure_csv,
-    read_mooncake_jsonl,
     rescale,
     synthetic,
 )
@@ -210,15 +208,14 @@ async def run_workload(values: Any) -> None:
 
 def _read_arrivals(values: Any) -> list[Arrival]:
     count, rate, trace = values.num_requests, values.rate, values.trace
-    readers = {".csv": read_azure_csv, ".jsonl": read_mooncake_jsonl}
     try:
         if trace == "synthetic":
             return synthetic(count, 1.0 if rate is None else rate, values.seed or 0)
-        if Path(trace).suffix not in readers:
-            raise UsageError(f"--trace={trace} is not 'synthetic', a .csv or a .jsonl file")
-        arrivals = readers[Path(trace).suffix](trace)[:count]
+        arrivals = read_trace(trace)[:count]
         return arrivals if rate is None else rescale(arrivals, rate)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"--trace={trace}: {error.strerror}") from error
+    except ValueError as error:
         raise UsageError(f"--trace={trace}: {error}") from error
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from models.ops import ATTENTION
 from schedulers import decode, prefill
-from schedulers.core import Limits, Slo
+from schedulers.core import Limits, Role
+from schedulers.request import Slo
 
 DTYPES = ("float32", "bfloat16")
 
@@ -23,8 +24,11 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class InstanceConfig:
-    """One instance. devices: size of its mesh; kv_tokens: tokens whose KV its pool holds."""
+    """The instances of one role. instances: how many; devices: size of each one's mesh; kv_tokens:
+    tokens whose KV the pool of each holds.
+    """
 
+    instances: int
     devices: int
     policy: str
     kv_tokens: int
@@ -32,10 +36,15 @@ class InstanceConfig:
 
 @dataclass(frozen=True, slots=True)
 class PrefillConfig(InstanceConfig):
-    """max_chunk: prompt tokens a step; row_tokens: a chunk is padded to a multiple of it."""
+    """parked_tokens: tokens whose KV may wait, outside of the pool, for decode. max_chunk: prompt
+    tokens a step; row_tokens: a chunk is padded to a multiple of it. pack: base costs of a step
+    that other prompts may add to it (`schedulers.prefill`).
+    """
 
+    parked_tokens: int
     max_chunk: int
     row_tokens: int
+    pack: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +64,12 @@ class SloConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """A server: a model on a prefill and a decode mesh.
+    """A server: a model on one or more prefill and decode meshes.
 
     model: path, hub id or the default model's name. max_context: prompt and output together, at
     most; max_tokens: output, at most. max_requests: in progress at once; more are rejected.
+    colocated: the prefill instances decode too, with decode's max_batch, kv_tokens and policy;
+    there are no decode instances then.
     """
 
     model: str
@@ -68,6 +79,7 @@ class ServerConfig:
     max_tokens: int
     max_requests: int
     page_size: int
+    colocated: bool
     prefill: PrefillConfig
     decode: DecodeConfig
     slo: SloConfig
@@ -83,18 +95,46 @@ class ServerConfig:
     def default_slo(self) -> Slo:
         return Slo(self.slo.ttft, self.slo.tpot)
 
-    def limits(self, instance: PrefillConfig | DecodeConfig) -> Limits:
-        """The ledger's limits of the prefill or the decode instance."""
-        is_prefill = isinstance(instance, PrefillConfig)
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Of each instance, in the order in which they get their devices."""
+        if self.colocated:
+            return (Role.BOTH,) * self.prefill.instances
+        return (Role.PREFILL,) * self.prefill.instances + (Role.DECODE,) * self.decode.instances
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all instances."""
+        return sum(self.devices(role) for role in self.roles)
+
+    @property
+    def layout(self) -> str:
+        """Instances and devices in words, such as "2 x 1 prefill + 1 x 4 decode"."""
+        prefill, decode = self.prefill, self.decode
+        if self.colocated:
+            return f"{prefill.instances} x {prefill.devices} colocated"
+        return (
+            f"{prefill.instances} x {prefill.devices} prefill + "
+            f"{decode.instances} x {decode.devices} decode"
+        )
+
+    def devices(self, role: Role) -> int:
+        """Devices of one instance."""
+        return self.decode.devices if role is Role.DECODE else self.prefill.devices
+
+    def limits(self, role: Role) -> Limits:
+        """What the ledger of an instance can hold."""
+        prefill, decode = self.prefill, self.decode
+        kv_tokens = prefill.kv_tokens if role is Role.PREFILL else decode.kv_tokens
+        # A prompt fills a row of a prefill step at least.
+        prompts = prefill.max_chunk // prefill.row_tokens
         return Limits(
-            # A prompt fills a row of the step at least.
-            max_batch=instance.max_chunk // instance.row_tokens
-            if is_prefill
-            else instance.max_batch,
-            max_chunk=instance.max_chunk if is_prefill else 1,
+            max_batch=prompts if role is Role.PREFILL else decode.max_batch,
+            max_chunk=1 if role is Role.DECODE else prefill.max_chunk,
             max_context=self.max_context,
             page_size=self.page_size,
-            num_pages=instance.kv_tokens // self.page_size,
+            num_pages=kv_tokens // self.page_size,
+            parked_tokens=prefill.parked_tokens if role is Role.PREFILL else math.inf,
         )
 
 
@@ -116,7 +156,7 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     assert isinstance(kind, type)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
         raise ConfigError(f"config.{path} must be of type {kind.__name__}, got {value!r}")
     return value
 
@@ -127,9 +167,11 @@ def _check(config: ServerConfig) -> None:
         "max_tokens": config.max_tokens,
         "max_requests": config.max_requests,
         "page_size": config.page_size,
+        "prefill.instances": config.prefill.instances,
         "prefill.devices": config.prefill.devices,
         "prefill.max_chunk": config.prefill.max_chunk,
         "prefill.row_tokens": config.prefill.row_tokens,
+        "decode.instances": config.decode.instances,
         "decode.devices": config.decode.devices,
         "decode.max_batch": config.decode.max_batch,
     }
@@ -148,6 +190,8 @@ def _check(config: ServerConfig) -> None:
     for name, value in (("slo.ttft", config.slo.ttft), ("slo.tpot", config.slo.tpot)):
         if not (math.isfinite(value) and value > 0):
             raise ConfigError(f"config.{name} must be a positive number of seconds, got {value}")
+    if not config.prefill.pack >= 0:
+        raise ConfigError(f"config.prefill.pack must be at least 0, got {config.prefill.pack}")
     if config.max_tokens >= config.max_context:
         raise ConfigError(
             f"config.max_tokens must be below max_context {config.max_context}, "
@@ -164,6 +208,11 @@ def _check(config: ServerConfig) -> None:
                 f"config.{name} must hold max_context {config.max_context} in whole pages of "
                 f"{config.page_size}, got {tokens}"
             )
+    if config.prefill.parked_tokens < config.max_context:
+        raise ConfigError(
+            f"config.prefill.parked_tokens must be at least max_context {config.max_context}, "
+            f"got {config.prefill.parked_tokens}"
+        )
     if config.prefill.max_chunk % config.prefill.row_tokens:
         raise ConfigError(
             f"config.prefill.max_chunk must be a multiple of row_tokens "

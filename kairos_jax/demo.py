@@ -55,17 +55,25 @@ class Workload:
         return f"{count} requests at {self.rate:.2f}/s; prompts {prompts}; outputs {outputs}"
 
 
-def capacity(cost: CostModel, arrivals: Sequence[Arrival], max_batch: int, shared: bool) -> float:
-    """Requests a second that the two meshes finish when busy without a pause.
+def capacity(
+    cost: CostModel, arrivals: Sequence[Arrival], config: ServerConfig, shared: bool
+) -> float:
+    """Requests a second that all instances finish when busy without a pause.
 
-    shared: both run on the same cores, so that their times add up. Otherwise the slower decides.
+    shared: they run on the same cores, so that their times add up. Otherwise the slower role
+    decides.
     """
+    max_batch = config.decode.max_batch
     count = len(arrivals)
     prefill_s = sum(cost.prefill_s(arrival.num_prompt) for arrival in arrivals) / count
     outputs = sum(arrival.num_output for arrival in arrivals) / count
     context = sum(arrival.num_prompt + arrival.num_output / 2 for arrival in arrivals) / count
     decode_s = outputs * cost.decode_s([round(context)] * max_batch) / max_batch
-    return 1 / (prefill_s + decode_s) if shared else 1 / max(prefill_s, decode_s)
+    if shared:
+        return 1 / (prefill_s + decode_s)
+    if config.colocated:
+        return config.prefill.instances / (prefill_s + decode_s)
+    return min(config.prefill.instances / prefill_s, config.decode.instances / decode_s)
 
 
 def choose_workload(config: ServerConfig, profile: dict) -> Workload:
@@ -80,7 +88,7 @@ def choose_workload(config: ServerConfig, profile: dict) -> Workload:
     typical = arrivals(2000, 1.0)
     cost = CostModel.from_profile(profile)
     shared = profile["platform"] == "cpu"
-    full = capacity(cost, typical, config.decode.max_batch, shared)
+    full = capacity(cost, typical, config, shared)
     rate = values.pressure * full
     return Workload(arrivals(max(round(rate * values.duration_s), 2), rate), rate)
 
@@ -147,8 +155,7 @@ def replay_pair(
 def _facts(config: ServerConfig, profile: dict, load: Workload) -> dict[str, str]:
     return {
         "Model": f"{profile['model']}, {config.dtype}",
-        "Devices": f"{config.prefill.devices} prefill + {config.decode.devices} decode, "
-        f"{profile['device']}",
+        "Devices": f"{config.layout}, {profile['device']}",
         "Workload": f"{load}; greedy, end of sequence ignored",
         "Step times": f"{profile['source']} {profile['date']}; {fit_line(profile)}",
         "Versions": ", ".join(f"{name} {v}" for name, v in profile["versions"].items()),

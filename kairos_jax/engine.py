@@ -21,7 +21,8 @@ from models.llama import Params, forward
 from models.ops import ATTENTION
 from models.sampling import SamplingInput, SamplingParams
 from models.sharding import Rules
-from schedulers.core import Limits, Role, Seq
+from schedulers.core import Limits, Role
+from schedulers.request import Seq
 
 KV = Sequence[jax.Array]
 """Pages in wire form: blocks of `BLOCK_PAGES` pages (models.kv_cache.read_pages), the last padded.
@@ -42,6 +43,8 @@ class Token(NamedTuple):
 
 class Engine(Protocol):
     """What a worker needs of an engine. `JaxEngine` is the real one; tests have a fake."""
+
+    limits: Limits
 
     @property
     def wire_sharding(self) -> Sharding | None:
@@ -89,9 +92,11 @@ class Shapes:
     @classmethod
     def for_role(cls, role: Role, limits: Limits, row_tokens: int) -> "Shapes":
         rows = -(-limits.max_chunk // row_tokens)
+        # Small chunks are not padded further: a row of prompt costs as much as many decode steps.
+        few = range(1, min(rows, 8) + 1)
         return cls(
             row_tokens,
-            bucket_sizes(rows) if role is not Role.DECODE else (),
+            tuple(sorted({*few, *bucket_sizes(rows)})) if role is not Role.DECODE else (),
             bucket_sizes(limits.max_batch) if role is not Role.PREFILL else (),
         )
 

@@ -1,8 +1,7 @@
-"""Builds what a config describes: the model on both meshes, the compiled engines, the workers."""
+"""Builds what a config describes: the model on every mesh, the compiled engines, the workers."""
 
 import functools
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +9,24 @@ from typing import Any
 import jax
 
 from kairos_jax.config import ServerConfig
-from kairos_jax.engine import JaxEngine, Shapes
+from kairos_jax.engine import Engine, JaxEngine, Shapes
 from kairos_jax.hub import resolve_model
 from kairos_jax.launch import UsageError
+from kairos_jax.messages import Event
 from kairos_jax.progress import Progress
 from kairos_jax.tokenizer import Tokenizer, load_tokenizer
-from kairos_jax.transfer import LocalTransport
-from kairos_jax.worker import Event, Worker
+from kairos_jax.transfer import KVTransport
+from kairos_jax.worker import Worker
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.checkpoint.gguf import GgufCheckpoint
 from models.llama import Params, abstract_params
 from models.sharding import Rules, make_mesh
-from schedulers import decode, prefill
-from schedulers.core import Instance, Role
+from schedulers import prefill
+from schedulers.colocated import policy_for
+from schedulers.core import Instance, Policy, Role
 from schedulers.cost import CostModel
+from schedulers.journal import Journal
+from schedulers.routing import Summary, outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,48 +68,72 @@ def open_model(config: ServerConfig) -> Model:
     return Model(checkpoint, tokenizer)
 
 
-@dataclass(frozen=True, slots=True)
-class Engines:
-    """The two engines of a disaggregated server, on disjoint devices."""
-
-    prefill: JaxEngine
-    decode: JaxEngine
-
-
 def build_engines(
     config: ServerConfig, model: Model, devices: Sequence[Any], progress: Progress
-) -> Engines:
-    """Loads the weights onto both meshes and compiles every shape. Raises UsageError."""
-    split = config.prefill.devices
-    try:
-        prefill_engine = _build_engine(config, model, Role.PREFILL, devices[:split], progress)
-        decode_engine = _build_engine(
-            config, model, Role.DECODE, devices[split:], progress, prefill_engine.params
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+) -> list[JaxEngine]:
+    """One for each of the config's roles: the weights loaded, every shape compiled.
+
+    Raises:
+        UsageError: the model cannot be split over so many devices, or its files are broken.
+    """
+    engines: list[JaxEngine] = []
+    first, names = 0, _names(config)
+    for role, name in zip(config.roles, names, strict=True):
+        mine = devices[first : first + config.devices(role)]
+        first += len(mine)
+        progress(f"load {name} weights", 0, 1)
+        try:
+            loaded = engines[0].params if engines else None
+            engines.append(_build_engine(config, model, role, mine, loaded))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        progress(f"load {name} weights", 1, 1)
     # XLA compiles mostly on one thread: two at once take little longer than one.
-    jobs = {"prefill": prefill_engine, "decode": decode_engine}
-    parallel([functools.partial(_warm_up, jobs[name], name, progress) for name in jobs])
-    return Engines(prefill_engine, decode_engine)
+    named = zip(engines, names, strict=True)
+    parallel([functools.partial(_warm_up, engine, name, progress) for engine, name in named])
+    return engines
 
 
 def build_workers(
     config: ServerConfig,
-    engines: Engines,
+    engines: Sequence[Engine],
     cost: CostModel,
-    transport: LocalTransport,
+    transport: KVTransport,
     emit: Callable[[Event], None],
-) -> tuple[Worker, Worker]:
-    """The prefill and the decode worker, not yet started."""
-    prefill_policy = prefill.POLICIES[config.prefill.policy](cost)
-    decode_policy = decode.POLICIES[config.decode.policy](cost)
-    prefill_ledger = Instance("prefill-0", Role.PREFILL, engines.prefill.limits)
-    decode_ledger = Instance("decode-0", Role.DECODE, engines.decode.limits)
-    return (
-        Worker(prefill_ledger, prefill_policy, engines.prefill, transport, emit, time.monotonic),
-        Worker(decode_ledger, decode_policy, engines.decode, transport, emit, time.monotonic),
-    )
+    journal: Journal | None = None,
+) -> list[Worker]:
+    """One for each of the config's roles, not yet started. journal: told of all that happens to
+    their ledgers.
+    """
+    workers = []
+    for role, name, engine in zip(config.roles, _names(config), engines, strict=True):
+        instance = Instance(name, role, engine.limits)
+        if journal:
+            instance.journal = journal.recorder(instance)
+        policy = build_policy(config, role, cost)
+        # Where a role has one instance, there is nothing for the router to choose by.
+        demotes = config.prefill.policy in prefill.DEMOTING
+        summed_up = functools.partial(_outline, cost, demotes)
+        if config.roles.count(role) == 1:
+            summed_up = None
+        workers.append(Worker(instance, policy, engine, transport, emit, summed_up))
+    return workers
+
+
+def build_policy(config: ServerConfig, role: Role, cost: CostModel) -> Policy:
+    """Who decides on an instance of this role."""
+    return policy_for(role, cost, config.prefill.policy, config.decode.policy, config.prefill.pack)
+
+
+def _outline(cost: CostModel, demotes: bool, instance: Instance, now: float) -> Summary:
+    return outline(instance, cost, now, demotes)
+
+
+def _names(config: ServerConfig) -> list[str]:
+    """An id for each instance: its role, and its number among those of its role."""
+    roles = config.roles
+    words = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.BOTH: "colocated"}
+    return [f"{words[role]}-{roles[:index].count(role)}" for index, role in enumerate(roles)]
 
 
 def _build_engine(
@@ -114,25 +141,20 @@ def _build_engine(
     model: Model,
     role: Role,
     devices: Sequence[Any],
-    progress: Progress,
-    loaded: Params | None = None,
+    loaded: Params | None,
 ) -> JaxEngine:
     """loaded: the weights on another mesh, from where they are copied rather than read again."""
-    stage = f"load {role.value} weights"
-    progress(stage, 0, 1)
     mesh, rules, description = make_mesh(devices), Rules(), model.checkpoint.config
     if loaded is None:
         params = model.checkpoint.load(mesh, rules, config.dtype)
     else:
         wanted = abstract_params(description, config.dtype, mesh, rules)
         params = jax.device_put(dict(loaded), {path: w.sharding for path, w in wanted.items()})
-    limits = config.limits(config.prefill if role is Role.PREFILL else config.decode)
+    limits = config.limits(role)
     shapes = Shapes.for_role(role, limits, config.prefill.row_tokens)
-    engine = JaxEngine(
+    return JaxEngine(
         description, params, mesh, rules, limits, shapes, config.dtype, config.attention
     )
-    progress(stage, 1, 1)
-    return engine
 
 
 def _warm_up(engine: JaxEngine, name: str, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""The flags that binaries share, how they start JAX, and how they end on wrong use."""
+"""What the binaries that run a model share: the config's flags, and how they start JAX."""
 
 import logging
 import sys
@@ -6,15 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from kairos_jax import command
+from kairos_jax.command import UsageError, fail
 from kairos_jax.config import ConfigError, ServerConfig
 from kairos_jax.hub import ModelNotAvailable, cache_dir
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message says why."""
 
 
 def start_jax(num_devices: int, cpu_devices: int = 0) -> list[Any]:
@@ -34,7 +32,7 @@ def start_jax(num_devices: int, cpu_devices: int = 0) -> list[Any]:
     devices = jax.devices()
     if len(devices) < num_devices:
         raise UsageError(
-            f"config.prefill.devices + config.decode.devices is {num_devices}, and there are "
+            f"the instances of the config need {num_devices} devices, and there are "
             f"{len(devices)} {devices[0].platform} devices"
         )
     return devices[:num_devices]
@@ -64,30 +62,18 @@ def read_config() -> ServerConfig:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a binary's `main`: wrong flags, config or model end it with one line and code 2."""
 
-    def guarded(argv: list[str]) -> int | None:
+    def checked(argv: list[str]) -> int | None:
         try:
-            if len(argv) > 1:
-                raise UsageError(f"unexpected argument {argv[1]!r}")
             return main(argv)
-        except KeyboardInterrupt:
-            return 130
-        except (UsageError, ConfigError, ModelNotAvailable) as error:
-            return fail(error)
+        except (ConfigError, ModelNotAvailable) as error:
+            raise UsageError(str(error)) from error
 
-    app.run(guarded, flags_parser=_parse)
-
-
-def fail(error: Exception) -> int:
-    """Prints an error in one line; returns the exit code for wrong use."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+    command.run(checked, _parse)
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(fail(error))
+        return command.parse_flags(argv)
     except (AttributeError, KeyError) as error:  # from an override of a config's key
         key = str(error.args[0]).strip("'\"") if error.args else ""
         overrides = [each for each in argv if each.startswith("--config.") and key in each]

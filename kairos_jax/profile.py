@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +21,48 @@ from kairos_jax import __version__, launch
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine import BLOCK_PAGES, JaxEngine
 from kairos_jax.hub import cache_dir
-from kairos_jax.instances import Engines, Model, build_engines, open_model
+from kairos_jax.instances import Model, build_engines, open_model
+from kairos_jax.profile_file import read
 from kairos_jax.progress import Progress, bars
 from schedulers import cost
-from schedulers.core import Request, Seq, Slo
+from schedulers.request import Request, Seq, Slo
 
-# Long enough to even out a noisy machine, short enough to measure the whole grid in half a minute.
-_REPEATS = 15
-_POINT_BUDGET_S = 0.6
+# Passes over all points, so that a noisy moment spoils no point's median; and what each point gets
+# in each of them: short enough to measure the whole grid in about a minute.
+_PASSES = 3
+_REPEATS = 5
+_BUDGET_S = 0.2
 # KV moves in whole blocks: tokens that fill them.
 _TRANSFER_BLOCKS = (1, 2, 4)
 
 
-def measure(engines: Engines, config: ServerConfig, name: str, progress: Progress) -> dict:
-    """Times each kind of step over its shapes, with the other mesh idle, and fits the profile.
+def measure(
+    engines: Sequence[JaxEngine], config: ServerConfig, name: str, progress: Progress
+) -> dict:
+    """Times each kind of step over its shapes, on one instance of each role with all others idle,
+    and fits the profile.
 
     Returns:
         The profile (DESIGN: "Profile file"); "samples" are medians in seconds.
     """
-    prefill, decode = engines.prefill, engines.decode
+    prefill, decode = engines[0], engines[-1]
     points: list[tuple[str, tuple[int, ...], Callable[[], Any]]] = [
         *(("prefill", p, lambda p=p: _prefill(prefill, *p)) for p in _prefill_points(prefill)),
         *(("decode", p, lambda p=p: _decode(decode, *p)) for p in _decode_points(decode)),
-        *(("transfer", (n,), lambda n=n: _transfer(engines, n)) for n in _transfer_points(prefill)),
+        *(
+            ("transfer", (n,), lambda n=n: _transfer(prefill, decode, n))
+            for n in _transfer_points(prefill)
+        ),
     ]
+    times: list[list[float]] = [[] for _ in points]
+    total = _PASSES * len(points)
+    for done, (_, index) in enumerate(itertools.product(range(_PASSES), range(len(points)))):
+        progress("measure step times", done, total)
+        times[index] += _times_s(points[index][-1])
+    progress("measure step times", total, total)
     samples: dict[str, list[tuple]] = {"prefill": [], "decode": [], "transfer": []}
-    for index, (kind, point, run) in enumerate(points):
-        progress("measure step times", index, len(points))
-        samples[kind].append((*point, _median_s(run)))
-    progress("measure step times", len(points), len(points))
+    for (kind, point, _), of_point in zip(points, times, strict=True):
+        samples[kind].append((*point, statistics.median(of_point)))
     fitted = cost.fit(
         **samples,
         form="padded",
@@ -58,7 +71,7 @@ def measure(engines: Engines, config: ServerConfig, name: str, progress: Progres
     )
     device = prefill.mesh.devices.flat[0]
     return {
-        "name": f"{name} {config.prefill.devices}P:{config.decode.devices}D",
+        "name": f"{name}, {config.layout}",
         "model": name,
         "platform": device.platform,
         "device": f"{device.device_kind} ({os.cpu_count()} cores)"
@@ -78,7 +91,7 @@ def load_or_measure(
     path: Path | None,
     config: ServerConfig,
     model: Model,
-    engines: Engines,
+    engines: Sequence[JaxEngine],
     progress: Progress,
 ) -> dict:
     """The profile at `path`; without one, that of the user's cache, measured now if need be."""
@@ -89,18 +102,6 @@ def load_or_measure(
         return read(cached)
     profile = measure(engines, config, config.model, progress)
     write(profile, cached)
-    return profile
-
-
-def read(path: Path) -> dict:
-    """Reads a profile. Raises UsageError if it is not there, or a cost model cannot use it."""
-    try:
-        profile = json.loads(path.read_text())
-        if not isinstance(profile, dict):
-            raise ValueError(f"must be a JSON object, got {type(profile).__name__}")
-        cost.CostModel.from_profile(profile)
-    except (OSError, ValueError) as error:
-        raise launch.UsageError(f"profile {path}: {error}") from error
     return profile
 
 
@@ -121,17 +122,17 @@ def fit_line(profile: dict) -> str:
     )
 
 
-def _cached_path(config: ServerConfig, model: Model, engines: Engines) -> Path:
+def _cached_path(config: ServerConfig, model: Model, engines: Sequence[JaxEngine]) -> Path:
     """Named by all that step times depend on."""
-    device = engines.prefill.mesh.devices.flat[0]
+    prefill, decode = engines[0], engines[-1]
+    device = prefill.mesh.devices.flat[0]
     facts = (
         model.checkpoint.config,
         config.dtype,
         config.attention,
         config.page_size,
         config.max_context,
-        (config.prefill.devices, engines.prefill.shapes, config.prefill.kv_tokens),
-        (config.decode.devices, engines.decode.shapes, config.decode.kv_tokens),
+        *((e.mesh.size, e.shapes, e.limits.num_pages) for e in (prefill, decode)),
         (device.device_kind, os.cpu_count(), jax.__version__, __version__),
     )
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
@@ -177,30 +178,27 @@ def _decode(engine: JaxEngine, batch: int, context: int) -> None:
     engine.step([(_seq(engine, index, context, 1), 1) for index in range(batch)])
 
 
-def _transfer(engines: Engines, tokens: int) -> None:
-    pages = list(range(engines.prefill.limits.pages_for(tokens)))
-    kv = engines.prefill.read_pages(pages)
-    moved = [jax.device_put(block, engines.decode.wire_sharding) for block in kv]
-    engines.decode.write_pages(pages, moved)
-    engines.decode.wait()
+def _transfer(source: JaxEngine, target: JaxEngine, tokens: int) -> None:
+    pages = list(range(source.limits.pages_for(tokens)))
+    kv = source.read_pages(pages)
+    target.write_pages(pages, [jax.device_put(block, target.wire_sharding) for block in kv])
+    target.wait()
 
 
-def _median_s(run: Callable[[], Any]) -> float:
-    run()
+def _times_s(run: Callable[[], Any]) -> list[float]:
+    """A few times, one at least."""
     times: list[float] = []
-    while len(times) < _REPEATS and (len(times) < 2 or sum(times) < _POINT_BUDGET_S):
+    while not times or (len(times) < _REPEATS and sum(times) < _BUDGET_S):
         begin = time.perf_counter()
         run()
         times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    return times
 
 
 def main(argv: list[str]) -> int:
     """Measures and writes. Returns the exit code."""
     config = launch.read_config()
-    devices = launch.start_jax(
-        config.prefill.devices + config.decode.devices, flags.FLAGS.cpu_devices
-    )
+    devices = launch.start_jax(config.num_devices, flags.FLAGS.cpu_devices)
     model = open_model(config)
     with bars() as progress:
         engines = build_engines(config, model, devices, progress)

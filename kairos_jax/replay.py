@@ -11,19 +11,20 @@ import numpy as np
 
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
 from schedulers.attainment import Outcome
-from schedulers.core import Slo
+from schedulers.request import Slo
 from schedulers.workload import Arrival, fit_lengths
 
 
 @dataclass(slots=True)
 class Received:
-    """What has come of one answer so far. Times are seconds, as time.monotonic() gives them."""
+    """What has come of one answer so far. token_times: when each token came, in seconds, as
+    time.monotonic() gives them.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[kairos_pb2.TokenLogprobs] = field(default_factory=list)
-    first_token_at: float | None = None
-    last_token_at: float | None = None
+    token_times: list[float] = field(default_factory=list)
     last: kairos_pb2.GenerateResponse | None = None  # The message that ended it.
 
     async def read(
@@ -40,9 +41,7 @@ class Received:
           EOFError: the stream ended without a finish reason.
         """
         async for message in stub.Generate(request, timeout=timeout_s):
-            if message.token_ids:
-                self.last_token_at = time.monotonic()
-                self.first_token_at = self.first_token_at or self.last_token_at
+            self.token_times += [time.monotonic()] * len(message.token_ids)
             self.text += message.text_delta
             self.token_ids += message.token_ids
             self.logprobs += message.logprobs
@@ -53,16 +52,23 @@ class Received:
         if self.last is None:
             raise EOFError("the server ended the stream without a finish reason")
 
-    def outcome(self, slo: Slo, arrival: float, start: float = 0.0) -> Outcome:
-        """Times relative to `start`, both on this process's clock; `arrival` is relative to it."""
-        first, last = self.first_token_at, self.last_token_at
+    def outcome(self, slo: Slo, arrival: float, start: float = 0.0, num_asked: int = 0) -> Outcome:
+        """Its times are relative to `start`, which is on this process's clock, as `arrival` is.
+        num_asked: see Outcome.
+        """
+        ended, times = self.last is not None, self.token_times
+        if not times:
+            return Outcome(slo, arrival, ok=ended, num_asked=num_asked)
+        first = times[0]
         return Outcome(
             slo,
             arrival,
-            first_token_at=None if first is None else first - start,
-            last_token_at=None if last is None else last - start,
-            num_output=len(self.token_ids),
-            ok=self.last is not None,
+            first_token_at=first - start,
+            last_token_at=times[-1] - start,
+            num_output=len(times),
+            ok=ended,
+            late_s=max(at - first - k * slo.tpot for k, at in enumerate(times)),
+            num_asked=num_asked,
         )
 
 
@@ -128,7 +134,8 @@ async def replay(
             except (grpc.aio.AioRpcError, EOFError) as failure:
                 error = error_line(failure)
             on_ended(next(ended))
-            return Record(len(prompt), received.outcome(slo, arrival.at, start), error)
+            outcome = received.outcome(slo, arrival.at, start, arrival.num_output)
+            return Record(len(prompt), outcome, error)
 
         async with asyncio.TaskGroup() as group:
             pairs = zip(arrivals, prompts, strict=True)

@@ -1,4 +1,4 @@
-"""The server: router, prefill and decode workers in one process, on disjoint meshes.
+"""The server: a router and the workers of all instances in one process, on disjoint meshes.
 
   python -m kairos_jax.serve --config=configs/smollm2_135m_cpu.py --port=50051
 
@@ -10,13 +10,14 @@ wrong flag, config or model.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,16 @@ from rich.console import Console
 from kairos_jax import launch, profile
 from kairos_jax.config import ServerConfig
 from kairos_jax.edge import Edge
-from kairos_jax.instances import Engines, Model, build_engines, build_workers, open_model
+from kairos_jax.engine import JaxEngine
+from kairos_jax.instances import Model, build_engines, build_workers, open_model
 from kairos_jax.progress import bars
+from kairos_jax.recording import recording
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.service import Backend, Server
 from kairos_jax.streams import Router
 from kairos_jax.transfer import LocalTransport
 from schedulers.cost import CostModel
+from schedulers.journal import Journal
 
 # What a step under way is given to end in, once no request is left.
 _STOP_TIMEOUT_S = 5.0
@@ -46,6 +50,7 @@ def define_flags() -> None:
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
     flags.DEFINE_integer("port", 50051, "Port to listen on; 0: any free one.", 0, 65535)
     flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
+    flags.DEFINE_string("journal", None, "File for a record of every decision, as JSON lines.")
     flags.DEFINE_float("grace_s", 30.0, "Seconds that a drain waits for requests.", 0.0)
 
 
@@ -54,15 +59,14 @@ class Prepared:
     """All that takes long to get. measured: the profile; cost: what it predicts by."""
 
     model: Model
-    engines: Engines
+    engines: Sequence[JaxEngine]
     measured: dict
     cost: CostModel
 
 
 def prepare(config: ServerConfig, profile_path: Path | None) -> Prepared:
     """Fetches, loads, compiles and measures. Raises UsageError or ModelNotAvailable."""
-    num_devices = config.prefill.devices + config.decode.devices
-    devices = launch.start_jax(num_devices, flags.FLAGS.cpu_devices)
+    devices = launch.start_jax(config.num_devices, flags.FLAGS.cpu_devices)
     with bars() as progress:
         model = open_model(config)
         engines = build_engines(config, model, devices, progress)
@@ -71,7 +75,12 @@ def prepare(config: ServerConfig, profile_path: Path | None) -> Prepared:
 
 
 async def serve(
-    config: ServerConfig, host: str, port: int, grace_s: float, prepare: Callable[[], Prepared]
+    config: ServerConfig,
+    host: str,
+    port: int,
+    grace_s: float,
+    prepare: Callable[[], Prepared],
+    journal: Journal | None = None,
 ) -> int:
     """Serves until a signal, or until an instance dies. Returns the exit code."""
     stop = asyncio.Event()
@@ -82,7 +91,7 @@ async def serve(
     except OSError as error:
         raise launch.UsageError(str(error)) from error
     await server.start()
-    print(f"starting {config.model}: gRPC on {host}:{server.port}", flush=True)
+    print(f"starting {config.model}: gRPC on {server.address}", flush=True)
     prepared = _in_daemon(prepare)
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait({prepared, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -92,25 +101,25 @@ async def serve(
         return 1
     if prepared.exception():
         await server.drain(0.0)
-    return await _serve_until(stopping, config, server, host, grace_s, prepared.result())
+    return await _serve_until(stopping, config, server, grace_s, prepared.result(), journal)
 
 
 async def _serve_until(
     stopping: asyncio.Future,
     config: ServerConfig,
     server: Server,
-    host: str,
     grace_s: float,
     prepared: Prepared,
+    journal: Journal | None,
 ) -> int:
-    router = Router(asyncio.get_running_loop(), config.max_requests)
-    transport = LocalTransport()
-    workers = build_workers(config, prepared.engines, prepared.cost, transport, router.emit)
-    router.connect(*workers)
+    engines, cost = prepared.engines, prepared.cost
+    router = Router(asyncio.get_running_loop(), config.max_requests, cost)
+    workers = build_workers(config, engines, cost, LocalTransport(), router.emit, journal)
+    router.connect(workers)
     for worker in workers:
         worker.start()
     await server.open(_backend(config, prepared.model, router))
-    print(_ready_line(config, prepared, f"{host}:{server.port}"), flush=True)
+    print(_ready_line(config, prepared, server.address), flush=True)
     await asyncio.wait({router.died, stopping}, return_when=asyncio.FIRST_COMPLETED)
     print("an instance died: ending" if router.died.done() else "draining", flush=True)
     drained = await server.drain(grace_s)
@@ -137,7 +146,7 @@ def _backend(config: ServerConfig, model: Model, router: Router) -> Backend:
             prefill_policy=config.prefill.policy,
             decode_policy=config.decode.policy,
             prefill_mesh_size=config.prefill.devices,
-            decode_mesh_size=config.decode.devices,
+            decode_mesh_size=config.devices(config.roles[-1]),
             device_kind=jax.devices()[0].device_kind,
             has_tokenizer=tokenizer is not None,
             has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
@@ -146,12 +155,12 @@ def _backend(config: ServerConfig, model: Model, router: Router) -> Backend:
 
 
 def _ready_line(config: ServerConfig, prepared: Prepared, address: str) -> str:
-    engines, measured = prepared.engines, prepared.measured
-    compiled = engines.prefill.num_compiled + engines.decode.num_compiled
+    measured = prepared.measured
+    compiled = sum(engine.num_compiled for engine in prepared.engines)
     return (
-        f"ready: {config.model} on {config.prefill.devices} prefill + {config.decode.devices} "
-        f"decode {jax.devices()[0].device_kind} devices, {config.prefill.policy} + "
-        f"{config.decode.policy}, SLO TTFT {config.slo.ttft:g} s TPOT {config.slo.tpot:g} s, "
+        f"ready: {config.model} on {config.layout} {jax.devices()[0].device_kind} devices, "
+        f"{config.prefill.policy} + {config.decode.policy}, "
+        f"SLO TTFT {config.slo.ttft:g} s TPOT {config.slo.tpot:g} s, "
         f"{compiled} programs compiled, step times {measured.get('source', 'of unknown source')} "
         f"({profile.fit_line(measured)}); gRPC on {address}"
     )
@@ -190,9 +199,12 @@ def main(argv: list[str]) -> int:
     config = launch.read_config()
     values = flags.FLAGS
     path = Path(values.profile) if values.profile else None
-    code = asyncio.run(
-        serve(config, values.host, values.port, values.grace_s, lambda: prepare(config, path))
-    )
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(recording(Path(values.journal))) if values.journal else None
+        where = values.host, values.port
+        code = asyncio.run(
+            serve(config, *where, values.grace_s, lambda: prepare(config, path), journal)
+        )
     # A compilation cannot be interrupted, and a step may never end: no thread is waited for.
     sys.stdout.flush()
     os._exit(code)

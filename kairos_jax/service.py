@@ -156,6 +156,7 @@ class Server:
             self.port = self._grpc.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{port}; is the port in use?") from error
+        self.address = f"{host}:{self.port}"
 
     async def start(self) -> None:
         """Listens; requests are answered UNAVAILABLE until `open`."""

@@ -5,23 +5,28 @@ Lives on the event loop, except for `emit`, which the workers' threads call.
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from kairos_jax.worker import (
+from kairos_jax.messages import (
     Cancel,
     Died,
     Event,
     Handover,
     Lost,
     Moved,
+    Outlined,
     Output,
     Release,
     Stepped,
     Submit,
-    Worker,
 )
-from schedulers.core import Request
+from kairos_jax.peers import Peer, choose_decode, choose_prefill
+from kairos_jax.worker import Worker
+from schedulers.core import Role
+from schedulers.cost import CostModel
+from schedulers.request import Request
 
 
 class IdInUse(Exception):
@@ -38,10 +43,14 @@ class WorkerLost(Exception):
 
 @dataclass(slots=True)
 class Stream:
-    """One request's way through the server. Times are seconds on the workers' clock."""
+    """One request's way through the server. Times are seconds on the workers' clock.
+
+    peers: where it was sent to, first to last.
+    """
 
     name: str
     request: Request
+    peers: list[Peer]
     begun_at: float | None = None
     first_token_at: float | None = None
     moved_at: float | None = None
@@ -77,10 +86,18 @@ class Stream:
 
 
 class Router:
-    """Carries requests to a prefill worker, on to a decode worker, and their tokens back."""
+    """Carries requests to a prefill worker, on to a decode worker, and their tokens back. On
+    colocated instances one worker is both.
+    """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_requests: int):
-        self.max_requests = max_requests
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        max_requests: int,
+        cost: CostModel,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.max_requests, self.cost, self.clock = max_requests, cost, clock
         self.died: asyncio.Future[Died] = loop.create_future()
         self._loop = loop
         self._serial = itertools.count(1)
@@ -89,9 +106,13 @@ class Router:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def connect(self, prefill: Worker, decode: Worker) -> None:
-        """Names the workers; they were made with this router's `emit`."""
-        self._prefill, self._decode = prefill, decode
+    def connect(self, workers: Sequence[Worker]) -> None:
+        """Names the workers, not yet started; they were made with this router's `emit`."""
+        now = self.clock()
+        peers = [Peer(worker, self.cost, now) for worker in workers]
+        self._peers = {peer.id: peer for peer in peers}
+        self._prefill = [peer for peer in peers if peer.role is not Role.DECODE]
+        self._decode = [peer for peer in peers if peer.role is Role.DECODE]
 
     def emit(self, event: Event) -> None:
         """Takes an event from any thread. Nothing happens once the loop is closed."""
@@ -122,18 +143,21 @@ class Router:
         if self.died.done():
             raise WorkerLost(f"instance {self.died.result().instance} failed")
         # Inside, ids never come back, so that a late message can never meet a new request.
-        stream = Stream(name, replace(request, id=f"{name}#{serial}"))
-        self._streams[stream.request.id] = stream
+        request = replace(request, id=f"{name}#{serial}", serial=serial)
+        submit = Submit(request)
+        peer = choose_prefill(self._prefill, submit, self.cost, self.clock())
+        stream = Stream(name, request, [peer])
+        self._streams[request.id] = stream
         self._names.add(name)
         self._empty.clear()
-        self._prefill.post(Submit(stream.request))
+        peer.submit(submit)
         return stream
 
     def cancel(self, stream: Stream) -> None:
         """Ends a request wherever it is. Nothing happens if it has ended."""
         if self._forget(stream.request.id):
-            for worker in (self._prefill, self._decode):
-                worker.post(Cancel(stream.request.id))
+            for peer in stream.peers:
+                peer.post(Cancel(stream.request.id))
 
     async def drained(self) -> None:
         """Returns when no request is in progress."""
@@ -153,13 +177,15 @@ class Router:
                 for output in outputs:
                     self._on_output(output)
             case Moved(id, at):
-                self._prefill.post(Release(id))
-                if stream := self._streams.get(id):
+                if stream := self._streams.get(id):  # else a cancel has dropped the KV
                     stream.moved_at = at
+                    stream.peers[0].post(Release(id))
             case Lost(id, error):
                 if stream := self._streams.get(id):
                     self.cancel(stream)
                     stream.fail(WorkerLost(f"the KV transfer failed: {error}"))
+            case Outlined(instance, summary, num_received):
+                self._peers[instance].update(summary, num_received, self.clock())
             case Died(instance, error):
                 self._on_died(event, f"instance {instance} failed: {error}")
 
@@ -169,9 +195,10 @@ class Router:
             return  # cancelled; the workers have been told
         stream.put(output)
         if output.ticket is not None:
-            self._decode.post(
-                Handover(stream.request, tuple(stream.tokens), output.at, output.ticket)
-            )
+            handover = Handover(stream.request, tuple(stream.tokens), output.at, output.ticket)
+            peer = choose_decode(self._decode, handover, self.cost, self.clock())
+            stream.peers.append(peer)
+            peer.hand_over(handover)
         elif output.finish_reason:
             self._forget(output.id)
 

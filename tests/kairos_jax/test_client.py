@@ -11,9 +11,9 @@ import pytest
 from absl import flags
 
 from kairos_jax.client import define_flags, run
-from kairos_jax.replay import fit_to_model, replay
+from kairos_jax.replay import Received, fit_to_model, replay
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
-from schedulers.core import Slo
+from schedulers.request import Slo
 from schedulers.workload import Arrival
 
 SLO = Slo(ttft=30.0, tpot=30.0)
@@ -191,7 +191,7 @@ def test_no_server_is_unavailable():
         (["--trace=synthetic", "--temperature=1"], "leave --temperature out"),
         (["--prompt=a", "--rate=2"], "--rate goes with --trace"),
         (["--trace=absent.csv"], "absent.csv"),
-        (["--trace=notes.txt"], "not 'synthetic'"),
+        (["--trace=notes.txt"], "--trace=notes.txt: No such file"),
         (["--trace=synthetic", "--rate=0"], "rate must be positive"),
     ],
 )
@@ -245,6 +245,8 @@ def test_replay_is_open_loop_and_records_failures():
     assert [r.num_prompt for r in records] == [7, 3, 13]
     assert [r.error for r in records] == [None, None, "RESOURCE_EXHAUSTED: no room"]
     assert [r.outcome.num_output for r in records] == [2, 1, 0]
+    assert [r.outcome.num_asked for r in records] == [2, 1, 4]
+    assert [r.outcome.late_s is None for r in records] == [False, False, True]
     assert [r.outcome.arrival for r in records] == [0.0, 0.01, 0.02]
     assert [r.outcome.met_ttft for r in records] == [True, True, False]
     assert records[0].outcome.ttft_s >= 0.01  # It had to wait for the second to arrive.
@@ -252,6 +254,19 @@ def test_replay_is_open_loop_and_records_failures():
         assert request.sampling.ignore_eos
         assert (request.slo.ttft_s, request.slo.tpot_s) == (30, 30)
         assert all(0 <= id < MODEL.vocab_size for id in request.token_ids.ids)
+
+
+def test_lateness_is_of_the_latest_token_on_the_line_of_its_tpot():
+    # The third token stalls, and comes with the fourth; the fifth has caught up.
+    received = Received(
+        token_times=[10.0, 10.1, 10.7, 10.7, 10.8], last=kairos_pb2.GenerateResponse()
+    )
+    outcome = received.outcome(Slo(1.0, 0.2), arrival=9.0, start=0.5, num_asked=5)
+    assert outcome.late_s == pytest.approx(10.7 - 10.0 - 2 * 0.2)
+    assert (outcome.first_token_at, outcome.last_token_at) == (9.5, 10.3)
+    assert (outcome.num_output, outcome.ok) == (5, True)
+    nothing = Received().outcome(SLO, arrival=0.0, num_asked=5)
+    assert (nothing.late_s, nothing.done, nothing.num_asked) == (None, False, 5)
 
 
 def test_replay_of_a_same_seed_sends_the_same_prompts():

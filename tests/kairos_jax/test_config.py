@@ -7,6 +7,7 @@ import fakes
 import pytest
 
 from kairos_jax.config import ConfigError, ServerConfig
+from schedulers.core import Role
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 GOOD = dataclasses.asdict(fakes.CONFIG)
@@ -27,7 +28,7 @@ def test_every_config_is_good_and_says_how_to_run_it(path):
     ("key", "value", "words"),
     [
         ("colour", "red", "config.colour is not a key; known: model, dtype"),
-        ("decode.colour", "red", "config.decode.colour is not a key; known: devices, policy"),
+        ("decode.colour", "red", "config.decode.colour is not a key; known: instances, devices"),
         ("page_size", 0, "config.page_size must be at least 1, got 0"),
         ("page_size", "8", "config.page_size must be of type int, got '8'"),
         ("page_size", True, "config.page_size must be of type int, got True"),
@@ -36,12 +37,20 @@ def test_every_config_is_good_and_says_how_to_run_it(path):
         ("decode.policy", "fcfs", "config.decode.policy must be one of continuous, kairos"),
         ("slo.ttft", -1.0, "config.slo.ttft must be a positive number of seconds, got -1.0"),
         ("slo.tpot", float("nan"), "config.slo.tpot must be a positive number of seconds, got nan"),
+        ("colocated", 1, "config.colocated must be of type bool, got 1"),
+        ("prefill.instances", 0, "config.prefill.instances must be at least 1, got 0"),
+        ("decode.instances", -1, "config.decode.instances must be at least 1, got -1"),
         ("decode.devices", 0, "config.decode.devices must be at least 1, got 0"),
         ("max_tokens", 128, "config.max_tokens must be below max_context 128, got 128"),
         (
             "decode.kv_tokens",
             127,
             "config.decode.kv_tokens must hold max_context 128 in whole pages of 8, got 127",
+        ),
+        (
+            "prefill.parked_tokens",
+            127,
+            "config.prefill.parked_tokens must be at least max_context 128, got 127",
         ),
         (
             "prefill.max_chunk",
@@ -77,6 +86,32 @@ def test_a_whole_number_will_do_for_seconds():
 
 def test_limits_are_those_of_the_role():
     config = ServerConfig.from_dict(copy.deepcopy(GOOD))
-    prefill, decode = config.limits(config.prefill), config.limits(config.decode)
+    prefill, decode, both = (config.limits(role) for role in Role)
     assert (prefill.max_batch, prefill.max_chunk, prefill.num_pages) == (4, 32, 64)
-    assert (decode.max_batch, decode.num_pages) == (8, 128)
+    assert prefill.parked_tokens == 512
+    assert (decode.max_batch, decode.max_chunk, decode.num_pages) == (8, 1, 128)
+    assert (both.max_batch, both.max_chunk, both.num_pages) == (8, 32, 128)
+
+
+@pytest.mark.parametrize(
+    ("values", "roles", "num_devices", "layout"),
+    [
+        ({}, "PD", 2, "1 x 1 prefill + 1 x 1 decode"),
+        (
+            {"prefill__instances": 2, "decode__instances": 3, "decode__devices": 4},
+            "PPDDD",
+            14,
+            "2 x 1 prefill + 3 x 4 decode",
+        ),
+        (
+            {"colocated": True, "prefill__instances": 2, "prefill__devices": 3},
+            "BB",
+            6,
+            "2 x 3 colocated",
+        ),
+    ],
+)
+def test_which_instances_there_are(values, roles, num_devices, layout):
+    config = fakes.altered(**values)
+    assert "".join(role.name[0] for role in config.roles) == roles
+    assert (config.num_devices, config.layout) == (num_devices, layout)

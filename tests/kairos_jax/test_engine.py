@@ -12,7 +12,8 @@ from kairos_jax.engine import BLOCK_PAGES, JaxEngine, Shapes, bucket_sizes
 from models.checkpoint import open_checkpoint
 from models.sampling import SamplingParams
 from models.sharding import Rules, make_mesh
-from schedulers.core import Batch, Instance, Limits, Request, Role, Slo
+from schedulers.core import Batch, Instance, Limits, Role
+from schedulers.request import Request, Slo
 
 SLO = Slo(30.0, 30.0)
 LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pages=64)
@@ -37,9 +38,9 @@ def request(id, prompt, max_tokens, **sampling):
 def both(instance, now):
     """Decodes what runs and prefills one chunk of the oldest that waits."""
     work = {}
-    for id, seq in (instance.running | instance.waiting).items():
+    for seq in (*instance.running.values(), *instance.waiting.values()):
         if seq.remaining == 1 or not any(n > 1 for n in work.values()):
-            work[id] = min(seq.remaining, instance.limits.max_chunk)
+            work[seq.request.id] = min(seq.remaining, instance.limits.max_chunk)
     return Batch(work)
 
 
@@ -51,17 +52,17 @@ def colocated(engine, requests):
         instance.add(each)
     while batch := both(instance, 0.0):
         instance.begin(batch, 0.0)
-        work = [(instance.running[id], count) for id, count in batch.work.items()]
-        sampled = engine.step(work)
-        instance.end(batch, {id: token.id for id, token in sampled.items()}, 0.0)
+        sampled = engine.step([(instance.running[id], count) for id, count in batch.work.items()])
         for id, token in sampled.items():
+            instance.running[id].tokens.append(token.id)
             tokens[id].append(token)
+        instance.end(batch, 0.0)
     instance.check()
     return tokens
 
 
 def disaggregated(prefill_engine, decode_engine, requests):
-    return asyncio.run(fakes.serve(prefill_engine, decode_engine, requests))
+    return asyncio.run(fakes.serve((prefill_engine, decode_engine), requests))
 
 
 def ids(tokens):
@@ -94,6 +95,15 @@ def test_disjoint_meshes_give_the_golden_tokens(tiny_llama, prefill, decode):
     decode_engine = build(tiny_llama, devices[prefill : prefill + decode], Role.DECODE)
     assert not set(prefill_engine.mesh.devices.flat) & set(decode_engine.mesh.devices.flat)
     assert ids(disaggregated(prefill_engine, decode_engine, requests)) == expected
+
+
+def test_colocated_instances_give_the_golden_tokens(tiny_llama, one_device):
+    requests, expected = golden_requests(tiny_llama)
+    # 33: a whole chunk, and one of a single token, which looks like a decode step.
+    assert LIMITS.max_chunk + 1 in [len(each.prompt) for each in requests]
+    two_devices = build(tiny_llama, jax.devices()[1:3], Role.BOTH)
+    engines = one_device, two_devices
+    assert ids(asyncio.run(fakes.serve(engines, requests, colocated=True))) == expected
 
 
 def test_the_attention_backends_agree(tiny_llama):

@@ -11,7 +11,8 @@ from kairos_jax.engine import JaxEngine, Shapes
 from kairos_jax.hub import DEFAULT_MODEL, PACKAGED_MODELS, cached_path
 from models.checkpoint import open_checkpoint
 from models.sharding import Rules, make_mesh
-from schedulers.core import Limits, Request, Role, Slo
+from schedulers.core import Limits, Role
+from schedulers.request import Request, Slo
 
 PATH = cached_path(PACKAGED_MODELS[DEFAULT_MODEL])
 # One shape for each engine, to compile little.
@@ -37,7 +38,7 @@ def test_greedy_tokens_are_those_of_transformers(golden):
     ]
     prefill = engine(Role.PREFILL, jax.devices()[0], Shapes(64, (4,), ()))
     decode = engine(Role.DECODE, jax.devices()[1], Shapes(64, (), (24,)))
-    answers = asyncio.run(fakes.serve(prefill, decode, requests))
+    answers = asyncio.run(fakes.serve((prefill, decode), requests))
     for case, each in zip(cases, requests, strict=True):
         got = [token.id for token in answers[each.id]]
         assert len(got) == 64

@@ -17,11 +17,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kairos_jax.instances import Engines, Model
+from kairos_jax.instances import Model
 from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.serve import Prepared, serve
 from models.checkpoint import open_checkpoint
 from schedulers.cost import CostModel
+from schedulers.journal import from_lines, replay
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=tests/support/tiny_config.py"
@@ -118,7 +119,11 @@ def test_an_orbax_checkpoint_serves_on_another_mesh(environment, profile, tmp_pa
     done = run(environment, "convert", "--source=tests/golden/llama", f"--output={tmp_path}/c")
     assert done.returncode == 0, done.stderr
     flags, expected = golden_case(1)
-    meshes = ("--config.prefill.devices=2", "--config.decode.devices=3")
+    meshes = (
+        "--config.prefill.instances=2",
+        "--config.prefill.devices=2",
+        "--config.decode.devices=3",
+    )
     with server(environment, CONFIG, f"--model={tmp_path}/c", profile, *meshes) as (_, address):
         assert json.loads(ask(environment, address, *flags).stdout)["token_ids"] == expected
 
@@ -148,10 +153,23 @@ def test_a_profile_is_measured_and_kept(environment, tmp_path):
         assert json.loads(ask(environment, address, *flags).stdout)["token_ids"] == expected
 
 
+def test_a_colocated_server_measures_its_profile_and_keeps_a_journal(environment, tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    flags, expected = golden_case(2)
+    options = ("--config.colocated=true", f"--journal={journal}")
+    with server(environment, CONFIG, MODEL, *options) as (process, address):
+        assert json.loads(ask(environment, address, *flags).stdout)["token_ids"] == expected
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    with journal.open() as lines:
+        *_, last = replay(from_lines(lines))
+    assert last.instance.id == "colocated-0"
+    assert last.instance.outputs.num_finished == 1
+
+
 def test_a_dead_instance_ends_the_server_with_code_1(tiny_llama, capsys):
-    limits = fakes.CONFIG.limits(fakes.CONFIG.prefill), fakes.CONFIG.limits(fakes.CONFIG.decode)
-    engines = Engines(*map(fakes.FakeEngine, limits))
-    engines.decode.fail = RuntimeError("the device is on fire")
+    engines = fakes.fake_engines(fakes.CONFIG)
+    engines[-1].fail = RuntimeError("the device is on fire")
     prepared = Prepared(
         Model(open_checkpoint(tiny_llama), None), engines, {}, CostModel.from_profile(fakes.PROFILE)
     )
@@ -188,6 +206,7 @@ def test_a_dead_instance_ends_the_server_with_code_1(tiny_llama, capsys):
         (["--config=nowhere.py"], "nowhere.py"),
         ([CONFIG, "--config.decode.colour=red"], "decode.colour"),
         ([CONFIG, "--config.page_size=0"], "config.page_size must be at least 1, got 0"),
+        ([CONFIG, "--journal=no/such/folder"], "--journal: [Errno 2] No such file or directory"),
         ([CONFIG, "extra"], "unexpected argument 'extra'"),
     ],
 )
@@ -222,12 +241,13 @@ def test_models_that_cannot_be_served_end_it_with_the_reason(environment, profil
                 MODEL,
                 "--config.max_context=4096",
                 "--config.prefill.kv_tokens=4096",
+                "--config.prefill.parked_tokens=4096",
                 "--config.decode.kv_tokens=4096",
             ],
             "at most the model's 1024, got 4096",
         ),
         ([MODEL, "--config.decode.devices=5"], "cannot be split evenly over the 5 devices"),
-        ([MODEL, "--cpu_devices=1"], "is 2, and there are 1 cpu devices"),
+        ([MODEL, "--cpu_devices=1"], "need 2 devices, and there are 1 cpu devices"),
     ):
         done = run(environment, "serve", CONFIG, profile, "--port=0", *arguments)
         assert done.returncode == 2, done.stderr

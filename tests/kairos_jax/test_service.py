@@ -13,22 +13,8 @@ from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.service import SERVICE
 from schedulers import decode, prefill
 
-
-def served(test):
-    """Runs an async test against a server of its own."""
-
-    def run(*args, **kwargs):
-        async def main():
-            async with fakes.running() as harness:
-                await test(harness, *args, **kwargs)
-
-        asyncio.run(main())
-
-    return run
-
-
-def ids(responses):
-    return [id for response in responses for id in response.token_ids]
+served = fakes.served_as(fakes.CONFIG)
+ids = fakes.ids
 
 
 async def refusal(call):
@@ -43,25 +29,8 @@ PAIRS = [(p, d) for p in prefill.POLICIES for d in decode.POLICIES]
 
 @pytest.mark.parametrize(("prefill_policy", "decode_policy"), PAIRS)
 def test_every_token_is_right_under_every_policy(prefill_policy, decode_policy):
-    rng = random.Random(1)
-    requests = [
-        (
-            [rng.randrange(fakes.VOCAB) for _ in range(rng.choice([1, 8, 9, 50, 100]))],
-            rng.choice([1, 2, 17, 28]),
-        )
-        for _ in range(40)
-    ]
-
-    async def main():
-        async with fakes.running(prefill_policy, decode_policy) as harness:
-            answers = await asyncio.gather(*(harness.generate(*request) for request in requests))
-            for (prompt, count), answer in zip(requests, answers, strict=True):
-                assert ids(answer) == fakes.expected_tokens(prompt, count)
-                assert answer[-1].finish_reason == pb.FINISH_REASON_LENGTH
-                assert answer[-1].usage.completion_tokens == count
-            await harness.assert_nothing_held()
-
-    asyncio.run(main())
+    config = fakes.altered(prefill__policy=prefill_policy, decode__policy=decode_policy)
+    asyncio.run(fakes.serve_right(config))
 
 
 @served
@@ -166,7 +135,7 @@ async def test_an_id_in_use_is_refused_and_free_again_after(harness):
 
 def test_more_than_max_requests_are_turned_away_with_a_hint():
     async def main():
-        async with fakes.running(max_requests=2) as harness:
+        async with fakes.running(fakes.altered(max_requests=2)) as harness:
             harness.engines[1].gate.clear()
             streams = [(await harness.stream([i], 4))[1] for i in range(2)]
             third = harness.stub.Generate(fakes.ask([9], 4), timeout=30)
@@ -220,7 +189,7 @@ def test_a_dead_engine_fails_its_streams_with_the_reason(which):
             assert code is grpc.StatusCode.UNAVAILABLE
             assert "on fire" in details
             died = await asyncio.wait_for(harness.router.died, 30)
-            assert died.instance == ("prefill", "decode")[which]
+            assert died.instance == ("prefill-0", "decode-0")[which]
             code, _ = await refusal(harness.stub.Generate(fakes.ask([1, 2], 9), timeout=30))
             assert code is grpc.StatusCode.UNAVAILABLE
 

@@ -1,7 +1,9 @@
-"""A fake engine whose KV is the token ids, and a whole server around two of them."""
+"""A fake engine whose KV is the token ids, and a whole server around some of them."""
 
 import asyncio
 import contextlib
+import math
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -11,16 +13,18 @@ import grpc
 
 from kairos_jax.config import DecodeConfig, PrefillConfig, ServerConfig, SloConfig
 from kairos_jax.edge import Edge
-from kairos_jax.engine import Engine, JaxEngine, Token
+from kairos_jax.engine import JaxEngine, Token
+from kairos_jax.instances import build_workers
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.service import Backend, Server
 from kairos_jax.streams import Router
 from kairos_jax.transfer import LocalTransport
 from kairos_jax.worker import Worker
-from schedulers import decode, prefill
-from schedulers.core import Instance, Limits, Request, Role
+from schedulers.core import Limits
 from schedulers.cost import CostModel
+from schedulers.journal import Journal
+from schedulers.request import Request
 
 VOCAB = 97
 PROFILE = {
@@ -37,10 +41,18 @@ CONFIG = ServerConfig(
     max_tokens=64,
     max_requests=64,
     page_size=8,
+    colocated=False,
     prefill=PrefillConfig(
-        devices=1, policy="kairos_plus", kv_tokens=512, max_chunk=32, row_tokens=8
+        instances=1,
+        devices=1,
+        policy="kairos_plus",
+        kv_tokens=512,
+        parked_tokens=512,
+        max_chunk=32,
+        row_tokens=8,
+        pack=math.inf,
     ),
-    decode=DecodeConfig(devices=1, policy="kairos_plus", kv_tokens=1024, max_batch=8),
+    decode=DecodeConfig(instances=1, devices=1, policy="kairos_plus", kv_tokens=1024, max_batch=8),
     slo=SloConfig(ttft=30.0, tpot=30.0),
 )
 
@@ -63,7 +75,7 @@ def expected_tokens(prompt: Sequence[int], count: int) -> list[int]:
 class FakeEngine:
     """Keeps token ids where an engine keeps KV, and samples from what it finds there.
 
-    gate: steps wait for it. fail: the next step raises it.
+    gate: steps wait for it. fail: the next step raises it. num_reads: copies made of KV.
     """
 
     wire_sharding = None
@@ -75,7 +87,7 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.fail: BaseException | None = None
-        self.num_steps = 0
+        self.num_steps = self.num_reads = 0
 
     def step(self, work):
         assert self.gate.wait(30)
@@ -98,41 +110,29 @@ class FakeEngine:
         return tokens
 
     def read_pages(self, pages):
+        self.num_reads += 1
         return [list(self.pool[page]) for page in pages]
 
     def write_pages(self, pages, kv):
         self.pool |= {page: list(slots) for page, slots in zip(pages, kv, strict=True)}
 
 
-def workers(
-    engines: Sequence[Engine],
-    limits: Sequence[Limits],
-    transport: LocalTransport,
-    router: Router,
-    prefill_policy="kairos_plus",
-    decode_policy="kairos_plus",
-) -> list[Worker]:
-    """A prefill and a decode worker, connected to the router and not yet started."""
-    cost = CostModel.from_profile(PROFILE)
-    policies = prefill.POLICIES[prefill_policy](cost), decode.POLICIES[decode_policy](cost)
-    made = [
-        Worker(Instance(role.value, role, limit), policy, engine, transport, router.emit)
-        for role, limit, policy, engine in zip(
-            (Role.PREFILL, Role.DECODE), limits, policies, engines, strict=True
-        )
-    ]
-    router.connect(*made)
-    return made
-
-
 async def serve(
-    prefill_engine: JaxEngine, decode_engine: JaxEngine, requests: Sequence[Request]
+    engines: Sequence[JaxEngine], requests: Sequence[Request], colocated: bool = False
 ) -> dict[str, list[Token]]:
-    """Serves all requests at once through workers, transport and router; their tokens by id."""
-    router, transport = Router(asyncio.get_running_loop(), len(requests)), LocalTransport()
-    engines = prefill_engine, decode_engine
-    both = workers(engines, [engine.limits for engine in engines], transport, router)
-    for worker in both:
+    """Serves all requests at once through workers, transport and router; their tokens by id.
+
+    engines: a prefill and a decode engine, or colocated ones.
+    """
+    config = replace(CONFIG, colocated=colocated)
+    if colocated:
+        config = replace(config, prefill=replace(config.prefill, instances=len(engines)))
+    cost = CostModel.from_profile(PROFILE)
+    router = Router(asyncio.get_running_loop(), len(requests), cost)
+    transport = LocalTransport()
+    workers = build_workers(config, engines, cost, transport, router.emit)
+    router.connect(workers)
+    for worker in workers:
         worker.start()
 
     async def read(stream):
@@ -140,27 +140,34 @@ async def serve(
 
     streams = [router.submit(each) for each in requests]
     answers = await asyncio.wait_for(asyncio.gather(*map(read, streams)), 200)
-    for worker in both:
+    await assert_nothing_held(workers, transport)
+    transport.close()
+    return {each.id: answer for each, answer in zip(requests, answers, strict=True)}
+
+
+async def assert_nothing_held(workers: Sequence[Worker], transport: LocalTransport) -> None:
+    """Stops the workers and looks at the books."""
+    for worker in workers:
         await asyncio.to_thread(worker.stop)
         ledger = worker.instance
         ledger.check()
         assert ledger.pages.num_free == ledger.limits.num_pages
-    transport.close()
+        assert not any((ledger.waiting, ledger.running, ledger.parked))
+        assert not worker._tickets
+        assert not worker._offers
     assert transport.num_offers == 0
-    return {each.id: answer for each, answer in zip(requests, answers, strict=True)}
 
 
 @dataclass
 class Harness:
-    """A server on loopback whose engines are fakes."""
+    """A server on loopback whose engines are fakes: those that prefill before those that decode."""
 
     config: ServerConfig
     server: Server
     router: Router
     transport: LocalTransport
-    prefill: Worker
-    decode: Worker
-    engines: tuple[FakeEngine, FakeEngine]
+    workers: list[Worker]
+    engines: list[FakeEngine]
     stub: kairos_pb2_grpc.KairosStub
     channel: grpc.aio.Channel
 
@@ -177,15 +184,9 @@ class Harness:
         return call, answers, await anext(answers)
 
     async def assert_nothing_held(self) -> None:
-        """Stops the workers and looks at the books."""
+        """Waits for the last request to end, stops the workers and looks at the books."""
         await asyncio.wait_for(self.router.drained(), 30)
-        for worker in (self.prefill, self.decode):
-            await asyncio.to_thread(worker.stop)
-            ledger = worker.instance
-            ledger.check()
-            assert ledger.pages.num_free == ledger.limits.num_pages
-            assert not any((ledger.waiting, ledger.running, ledger.parked))
-        assert self.transport.num_offers == 0
+        await assert_nothing_held(self.workers, self.transport)
 
 
 def ask(prompt: Sequence[int], max_tokens: int, **fields) -> pb.GenerateRequest:
@@ -199,28 +200,85 @@ def ask(prompt: Sequence[int], max_tokens: int, **fields) -> pb.GenerateRequest:
 
 @contextlib.asynccontextmanager
 async def running(
-    prefill_policy="kairos_plus", decode_policy="kairos_plus", **overrides
+    config: ServerConfig = CONFIG, journal: Journal | None = None
 ) -> AsyncIterator[Harness]:
-    config = replace(CONFIG, **overrides)
-    router = Router(asyncio.get_running_loop(), config.max_requests)
+    """A server that is up; it ends with the block."""
+    cost = CostModel.from_profile(PROFILE)
+    router = Router(asyncio.get_running_loop(), config.max_requests, cost)
     transport = LocalTransport()
-    limits = config.limits(config.prefill), config.limits(config.decode)
-    engines = FakeEngine(limits[0]), FakeEngine(limits[1])
-    both = workers(engines, limits, transport, router, prefill_policy, decode_policy)
+    engines = fake_engines(config)
+    workers = build_workers(config, engines, cost, transport, router.emit, journal)
+    router.connect(workers)
     server = Server("127.0.0.1", 0, time.monotonic)
     await server.start()
-    for worker in both:
+    for worker in workers:
         worker.start()
     edge = Edge("fake", VOCAB, frozenset({0}), config, None)
     await server.open(Backend(edge, router, pb.Model(name="fake", vocab_size=VOCAB)))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)
         try:
-            yield Harness(config, server, router, transport, *both, engines, stub, channel)
+            yield Harness(config, server, router, transport, workers, engines, stub, channel)
         finally:
             for engine in engines:
                 engine.gate.set()
             await server.drain(0)
-            for worker in both:
+            for worker in workers:
                 await asyncio.to_thread(worker.stop)
             transport.close()
+
+
+def served_as(config: ServerConfig):
+    """Runs an async test against a server of its own, which it is given."""
+
+    def decorate(test):
+        def run(*args, **kwargs):
+            async def main():
+                async with running(config) as harness:
+                    await test(harness, *args, **kwargs)
+
+            asyncio.run(main())
+
+        return run
+
+    return decorate
+
+
+def ids(responses: Sequence[pb.GenerateResponse]) -> list[int]:
+    return [id for response in responses for id in response.token_ids]
+
+
+async def serve_right(config: ServerConfig, num_requests: int = 40) -> Harness:
+    """Serves many requests at once and checks every token. Returns the server, which has ended."""
+    rng = random.Random(1)
+    requests = [
+        (
+            # 33: a whole chunk and one token more.
+            [rng.randrange(VOCAB) for _ in range(rng.choice([1, 8, 9, 33, 50, 100]))],
+            rng.choice([1, 2, 17, 28]),
+        )
+        for _ in range(num_requests)
+    ]
+    async with running(config) as harness:
+        answers = await asyncio.gather(*(harness.generate(*request) for request in requests))
+        for (prompt, count), answer in zip(requests, answers, strict=True):
+            assert ids(answer) == expected_tokens(prompt, count)
+            assert answer[-1].finish_reason == pb.FINISH_REASON_LENGTH
+            assert answer[-1].usage.completion_tokens == count
+        await harness.assert_nothing_held()
+    return harness
+
+
+def fake_engines(config: ServerConfig) -> list[FakeEngine]:
+    """One for each role of a config."""
+    return [FakeEngine(config.limits(role)) for role in config.roles]
+
+
+def altered(config: ServerConfig = CONFIG, **values) -> ServerConfig:
+    """A config with other values; those of a part are named as PART__KEY."""
+    for name, value in values.items():
+        part, _, key = name.rpartition("__")
+        if part:
+            value = replace(getattr(config, part), **{key: value})
+        config = replace(config, **{part or key: value})
+    return config

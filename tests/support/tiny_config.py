@@ -1,5 +1,7 @@
 """A tiny random model for tests, with --model=tests/golden/llama or another beside it."""
 
+import math
+
 from ml_collections import ConfigDict
 
 
@@ -14,14 +16,24 @@ def get_config() -> ConfigDict:
             "max_tokens": 64,
             "max_requests": 16,
             "page_size": 16,
+            "colocated": False,
             "prefill": {
+                "instances": 1,
                 "devices": 1,
                 "policy": "kairos_plus",
                 "kv_tokens": 1024,
+                "parked_tokens": 1024,
                 "max_chunk": 32,
                 "row_tokens": 16,
+                "pack": math.inf,
             },
-            "decode": {"devices": 1, "policy": "kairos_plus", "kv_tokens": 1024, "max_batch": 4},
+            "decode": {
+                "instances": 1,
+                "devices": 1,
+                "policy": "kairos_plus",
+                "kv_tokens": 1024,
+                "max_batch": 4,
+            },
             "slo": {"ttft": 30.0, "tpot": 30.0},
         }
     )

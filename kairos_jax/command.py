@@ -1,0 +1,49 @@
+"""How every binary starts and ends: its flags, its errors, its exit codes.
+
+Exit codes: 0; 1 what was asked could not be done; 2 it was wrong to ask; 130 Ctrl-C.
+"""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message says why."""
+
+
+def run(
+    main: Callable[[list[str]], int | None],
+    parse: Callable[[list[str]], list[str]] | None = None,
+) -> None:
+    """Runs a binary's `main`: wrong use ends it with one line and code 2.
+
+    parse: instead of `parse_flags`.
+    """
+
+    def guarded(argv: list[str]) -> int | None:
+        try:
+            if len(argv) > 1:
+                raise UsageError(f"unexpected argument {argv[1]!r}")
+            return main(argv)
+        except KeyboardInterrupt:
+            return 130
+        except UsageError as error:
+            return fail(error)
+
+    app.run(guarded, flags_parser=parse or parse_flags)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Like absl's own, which exits with 1."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(fail(error))
+
+
+def fail(error: Exception) -> int:
+    """Prints an error in one line; returns the exit code for wrong use."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2

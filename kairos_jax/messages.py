@@ -1,0 +1,102 @@
+"""What is said to a worker, and what it says."""
+
+from dataclasses import dataclass
+
+from kairos_jax.engine import Token
+from kairos_jax.transfer import Ticket
+from schedulers.request import Request
+from schedulers.routing import Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A request to prefill here."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A request whose prefill was done elsewhere; `ticket` is for its KV."""
+
+    request: Request
+    tokens: tuple[int, ...]
+    first_token_at: float
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The decode side has the KV of this request."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody waits for this request any more."""
+
+    id: str
+
+
+Message = Submit | Handover | Release | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One new token of one request. ticket: set where it goes on elsewhere, good for its KV.
+
+    begun_at, at: when its first step here began, and when this token was there, in seconds.
+    """
+
+    id: str
+    token: Token
+    begun_at: float
+    at: float
+    finish_reason: str | None = None
+    ticket: Ticket | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """All tokens of one step."""
+
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The KV of this request has come over, at `at`; where it came from may drop it."""
+
+    id: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """This one request failed here, and is forgotten here."""
+
+    id: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """The step loop has ended by an error; nothing on this instance will go on."""
+
+    instance: str
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Outlined:
+    """What a router is to know of this instance, the first `num_received` requests sent here
+    included.
+    """
+
+    instance: str
+    summary: Summary
+    num_received: int
+
+
+Event = Stepped | Moved | Lost | Died | Outlined

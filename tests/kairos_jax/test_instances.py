@@ -1,0 +1,161 @@
+"""Several instances, colocated ones, and KV that is evicted and comes back, with fake engines."""
+
+import asyncio
+import threading
+from dataclasses import replace
+
+import fakes
+import pytest
+
+from kairos_jax.instances import build_policy, build_workers
+from kairos_jax.messages import Submit
+from kairos_jax.peers import Peer
+from schedulers import decode, prefill
+from schedulers.core import Role
+from schedulers.cost import CostModel
+from schedulers.journal import Journal, check
+from schedulers.request import Request, Slo
+
+TWO_AND_TWO = fakes.altered(prefill__instances=2, decode__instances=2)
+COLOCATED = fakes.altered(colocated=True)
+# 16 pages of 8 tokens, the least for a context of 128: three long outputs do not fit at once.
+SCARCE = fakes.altered(decode__kv_tokens=128)
+
+
+def test_two_prefill_and_two_decode_instances_share_the_work():
+    harness = asyncio.run(fakes.serve_right(TWO_AND_TWO, 60))
+    assert all(engine.num_steps for engine in harness.engines)
+
+
+@pytest.mark.parametrize("prefill_policy", prefill.POLICIES)
+@pytest.mark.parametrize("decode_policy", decode.POLICIES)
+def test_a_colocated_instance_gives_every_token(prefill_policy, decode_policy):
+    config = fakes.altered(COLOCATED, prefill__policy=prefill_policy, decode__policy=decode_policy)
+    harness = asyncio.run(fakes.serve_right(config))
+    assert len(harness.engines) == 1
+
+
+def test_two_colocated_instances_share_the_work():
+    harness = asyncio.run(fakes.serve_right(fakes.altered(COLOCATED, prefill__instances=2), 60))
+    assert all(engine.num_steps for engine in harness.engines)
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+@pytest.mark.parametrize("decode_policy", decode.POLICIES)
+def test_evicted_requests_come_back_with_every_token(decode_policy, colocated):
+    """Five that would each fill more than a third of the pool."""
+    config = fakes.altered(SCARCE, decode__policy=decode_policy, colocated=colocated)
+
+    async def main():
+        async with fakes.running(config) as harness:
+            prompts = [[i] * 10 for i in range(5)]
+            answers = await asyncio.gather(*(harness.generate(p, 60) for p in prompts))
+            for prompt, answer in zip(prompts, answers, strict=True):
+                assert fakes.ids(answer) == fakes.expected_tokens(prompt, 60)
+            await harness.assert_nothing_held()
+            assert harness.engines[-1].num_reads, "nothing was evicted"
+
+    asyncio.run(main())
+
+
+def test_a_peer_counts_what_its_summary_does_not_know_yet():
+    cost = CostModel.from_profile(fakes.PROFILE)
+    engines, events = fakes.fake_engines(TWO_AND_TWO), []
+    worker = build_workers(TWO_AND_TWO, engines, cost, fakes.LocalTransport(), events.append)[0]
+    peer, slo = Peer(worker, cost, 0.0), Slo(30.0, 30.0)
+    idle = peer.summary(0.0)
+    for index in range(3):
+        peer.submit(Submit(Request(str(index), 0.0, [1] * 20, 5, slo)))
+    one_s = cost.prefill_s(20)
+    assert peer.summary(0.0).work_s == pytest.approx(3 * one_s)
+    peer.update(replace(idle, free_s=1.0), num_received=2, now=5.0)
+    assert peer.summary(5.0).work_s == pytest.approx(1.0 + one_s)
+    assert peer.summary(5.4).work_s == pytest.approx(0.6 + one_s), "the step goes on meanwhile"
+    peer.update(idle, num_received=3, now=6.0)
+    assert peer.summary(9.0).work_s == 0.0
+
+
+class HeldFetches:
+    """Holds every fetch back from the first eviction on, until they are let go."""
+
+    def __init__(self, harness):
+        self.engine, self.transport = harness.engines[-1], harness.transport
+        self.fetch, self.transport.fetch = self.transport.fetch, self._hold
+        self.held, self.any_held = [], threading.Event()
+
+    def _hold(self, *args):
+        if not self.engine.num_reads:
+            self.fetch(*args)
+            return
+        self.held.append(args)
+        self.any_held.set()
+
+    def let_go(self):
+        self.transport.fetch = self.fetch
+        for args in self.held:
+            self.fetch(*args)
+
+
+@pytest.mark.parametrize("moment", ["under way", "arriving"])
+def test_cancelled_while_its_kv_is_elsewhere_nothing_stays(moment):
+    async def main():
+        async with fakes.running(SCARCE) as harness:
+            fetches = HeldFetches(harness)
+            calls = [harness.stub.Generate(fakes.ask([i] * 10, 60), timeout=30) for i in range(5)]
+            readers = [asyncio.ensure_future(read(call)) for call in calls]
+            assert await asyncio.to_thread(fetches.any_held.wait, 30)
+            if moment == "arriving":
+                fetches.let_go()
+            for call in calls:
+                call.cancel()
+            await asyncio.wait_for(harness.router.drained(), 30)
+            if moment == "under way":
+                fetches.let_go()
+            await asyncio.gather(*readers, return_exceptions=True)
+            answer = await harness.generate([3, 1, 4], 9)
+            assert fakes.ids(answer) == fakes.expected_tokens([3, 1, 4], 9)
+            await harness.assert_nothing_held()
+
+    asyncio.run(main())
+
+
+async def read(call):
+    return [response async for response in call]
+
+
+def test_a_fetch_that_fails_after_an_eviction_ends_one_request_alone():
+    async def main():
+        async with fakes.running(SCARCE) as harness:
+            fetches = HeldFetches(harness)
+            calls = [harness.stub.Generate(fakes.ask([i] * 10, 60), timeout=30) for i in range(5)]
+            readers = [asyncio.ensure_future(read(call)) for call in calls]
+            assert await asyncio.to_thread(fetches.any_held.wait, 30)
+            ticket, _, _ = fetches.held[0]
+            harness.transport.release(ticket)
+            fetches.let_go()
+            answers = await asyncio.gather(*readers, return_exceptions=True)
+            (error,) = [answer for answer in answers if isinstance(answer, Exception)]
+            assert "transfer failed" in error.details()
+            await harness.assert_nothing_held()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("config", [SCARCE, TWO_AND_TWO, COLOCATED])
+def test_every_live_decision_replays_equal(config):
+    journal = Journal(fakes.time.monotonic)
+
+    async def main():
+        async with fakes.running(config, journal) as harness:
+            await asyncio.gather(*(harness.generate([i] * 10, 60) for i in range(5)))
+            await harness.assert_nothing_held()
+
+    asyncio.run(main())
+    cost = CostModel.from_profile(fakes.PROFILE)
+    roles = {"prefill": Role.PREFILL, "decode": Role.DECODE, "colocated": Role.BOTH}
+    policies = {
+        f"{name}-{index}": build_policy(config, role, cost)
+        for name, role in roles.items()
+        for index in range(2)
+    }
+    assert check(journal.take(), policies) >= 60, "a decision a token, of each output at least"
