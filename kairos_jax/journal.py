@@ -1,0 +1,100 @@
+"""Reads the journal of a server or a simulation: why a request waited, what the run was like.
+
+  python -m kairos_jax.journal --journal=FILE --explain='request-1#1' --profile=profile.json
+  python -m kairos_jax.journal --journal=FILE --perfetto=run.json
+  python -m kairos_jax.journal --journal=FILE --profile=profile.json --check
+
+`serve --journal=FILE` and `simulate --journal=FILE` write it. With the profile and the policies of
+that run, --explain also says what the policies thought, and --check asks them for every decision
+again.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from absl import flags
+
+from kairos_jax import command, profile_file
+from kairos_jax.command import UsageError
+from kairos_jax.explain import explain
+from kairos_jax.perfetto import trace_events
+from schedulers import decode, prefill
+from schedulers.colocated import policy_for
+from schedulers.core import Policy, Role
+from schedulers.cost import CostModel
+from schedulers.journal import Record, check, from_lines
+
+
+def define_flags() -> None:
+    """Not at import: other binaries have flags of the same names."""
+    flags.DEFINE_string("journal", None, "File that a server or a simulation wrote.")
+    flags.DEFINE_string("explain", None, "Print why this request waited, by its id in the journal.")
+    flags.DEFINE_string("perfetto", None, "File to write the run to, for ui.perfetto.dev.")
+    flags.DEFINE_bool("check", False, "Ask the policies for every decision again.")
+    flags.DEFINE_string("profile", None, "Step times that the run was scheduled by.")
+    flags.DEFINE_enum("prefill_policy", "kairos_plus", list(prefill.POLICIES), "Of the run.")
+    flags.DEFINE_enum("decode_policy", "kairos_plus", list(decode.POLICIES), "Of the run.")
+    flags.DEFINE_float("pack", math.inf, "Of the run: config.prefill.pack.", 0.0)
+
+
+def read(path: str | None) -> list[Record]:
+    """The records of a journal. Raises UsageError."""
+    if path is None:
+        raise UsageError("--journal is missing: give a file that serve or simulate wrote")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return list(from_lines(file))
+    except OSError as error:
+        raise UsageError(f"--journal={path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--journal={path}: {error}") from error
+
+
+def policies(records: list[Record], cost: CostModel) -> Mapping[str, Policy]:
+    """The policies that the flags name, by instance."""
+    values = flags.FLAGS
+    names = values.prefill_policy, values.decode_policy
+    return {
+        record[0]: policy_for(Role(record[3]), cost, *names, values.pack)
+        for record in records
+        if record[1] == "instance"
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    values = flags.FLAGS
+    if not (values.explain or values.perfetto or values.check):
+        raise UsageError("give --explain, --perfetto or --check")
+    if values.check and not values.profile:
+        raise UsageError("--check needs the --profile that the run was scheduled by")
+    records = read(values.journal)
+    asked: Mapping[str, Policy] = {}
+    if values.profile:
+        asked = policies(records, CostModel.from_profile(profile_file.read(values.profile)))
+    try:
+        if values.explain:
+            print(*explain(records, asked, values.explain), sep="\n")
+        if values.perfetto:
+            Path(values.perfetto).write_text(json.dumps(trace_events(records)))
+    except OSError as error:
+        raise UsageError(f"--perfetto={values.perfetto}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return _check(records, asked) if values.check else 0
+
+
+def _check(records: list[Record], asked: Mapping[str, Policy]) -> int:
+    try:
+        print(f"{check(records, asked)} decisions, all the same again")
+    except ValueError as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)

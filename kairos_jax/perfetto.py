@@ -1,0 +1,195 @@
+"""A run's journal as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing.
+
+A process for each instance, with its steps and counters; and one for the requests, each a row of
+the phases that it went through. An arrow leads from the step that made a request's first token to
+the first that it was in on the decode side. Time starts at the first record.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from schedulers.core import Batch, Instance, Role
+from schedulers.journal import Event, Ledgers, Record
+from schedulers.request import Request, Seq
+
+_REQUESTS = 0  # the process id of the requests; instances follow
+
+
+def trace_events(records: Iterable[Record]) -> dict[str, Any]:
+    """The trace as an object to be written as JSON (the legacy Chrome format: times in us).
+
+    Linear in the number of records. Raises ValueError if the journal is malformed.
+    """
+    ledgers, trace = Ledgers(), _Trace()
+    for record in records:
+        event = ledgers.read(record)
+        trace.before(event)
+        trace.after(event, ledgers.apply(event))
+    trace.finish()
+    return {"traceEvents": trace.events, "displayTimeUnit": "ms"}
+
+
+class _Trace:
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._origin = math.nan
+        self._last_at = -math.inf
+        self._pids: dict[str, int] = {}
+        self._steps: dict[int, tuple[Batch, float, float]] = {}
+        # Of requests in progress: the number that is their row, and the phase that they are in.
+        self._rows: dict[str, tuple[int, str]] = {}
+        self._num_rows = 0
+        self._arrows: dict[str, int] = {}
+        self._name(_REQUESTS, "requests")
+
+    def before(self, event: Event) -> None:
+        """Notes what an event begins, on the ledger as it was."""
+        if math.isnan(self._origin):
+            self._origin = event.at
+        self._last_at = max(self._last_at, event.at)
+        instance = event.instance
+        if event.verb == "instance":
+            pid = self._pids[instance.id] = len(self._pids) + 1
+            self._name(pid, f"{instance.id} ({instance.role.value})")
+        elif event.verb == "begin":
+            self._begun(instance, event.batch, event.at)
+        elif event.verb == "cancel" and event.id and instance.get(event.id):
+            self._leave(event.id, event.at, "cancelled")
+
+    def after(self, event: Event, left: list[Seq]) -> None:
+        """Notes what it has led to."""
+        match event.verb:
+            case "add":
+                request, num_tokens, _ = event.args
+                if not num_tokens or request.id not in self._rows:
+                    self._arrive(request, event.at)
+            case "fetched":
+                self._phase(event.args[0], "ready", event.at)
+            case "begin" if event.batch.work:
+                self._count(event.instance, event.batch, event.at)
+            case "end":
+                self._ended(event, left)
+
+    def finish(self) -> None:
+        """Ends what the journal leaves open."""
+        for id in list(self._rows):
+            self._leave(id, self._last_at, "unfinished")
+
+    def _begun(self, instance: Instance, batch: Batch, now: float) -> None:
+        pid = self._pids[instance.id]
+        for id in batch.evict:
+            self._phase(id, "evicted", now)
+        for id in batch.fetch:
+            self._phase(id, "transfer", now)
+        if batch.evict or batch.fetch:
+            args = {"evict": list(batch.evict), "fetch": list(batch.fetch)}
+            self._put("i", pid, now, name="moves", s="t", args=args)
+        if not batch.work:
+            return
+        self._steps[pid] = batch, now, instance.pace * batch.predicted_s
+        for id in [id for id in batch.work if id in instance.waiting]:
+            self._phase(id, "decode" if instance.waiting[id].num_tokens else "prefill", now)
+            if id in self._arrows:
+                arrow = self._arrows.pop(id)
+                self._put("f", pid, now, name="hand-over", cat="hand-over", id=arrow, bp="e")
+
+    def _ended(self, event: Event, left: list[Seq]) -> None:
+        instance, now = event.instance, event.at
+        pid = self._pids[instance.id]
+        batch, begun_at, predicted_s = self._steps.pop(pid)
+        tokens = sum(batch.work.values())
+        what = "step" if instance.role is Role.BOTH else instance.role.value
+        args = {
+            "batch": len(batch.work),
+            "tokens": tokens,
+            "predicted_ms": 1e3 * predicted_s,
+            "took_ms": 1e3 * (now - begun_at),
+        }
+        dur = round(self._us(now) - self._us(begun_at), 3)
+        self._put("X", pid, begun_at, name=f"{what} {len(batch.work)}", dur=dur, args=args)
+        for seq in left:
+            id = seq.request.id
+            if seq.finish_reason:
+                self._leave(id, now, seq.finish_reason)
+                continue
+            self._phase(id, "parked", now)
+            arrow = self._arrows[id] = self._rows[id][0]
+            self._put("s", pid, begun_at, name="hand-over", cat="hand-over", id=arrow)
+        if instance.role is Role.BOTH:
+            for id in batch.work:
+                seq = instance.running.get(id)
+                if seq is not None and seq.first_token_at == now:
+                    self._phase(id, "decode", now)
+
+    def _count(self, instance: Instance, batch: Batch, now: float) -> None:
+        """The counters of an instance, as a step begins. Step slack: the least TPOT of its batch
+        less the time that is predicted.
+        """
+        pid, running = self._pids[instance.id], instance.running
+        used = instance.limits.num_pages - instance.pages.num_free
+        counters: dict[str, dict[str, float]] = {
+            "sequences": {
+                "running": len(running),
+                "waiting": len(instance.waiting),
+                "parked": len(instance.parked),
+            },
+            "pages used": {"pages": used},
+            "pace": {"pace": instance.pace},
+        }
+        rows = running.where(batch.work)
+        tpot = running.tpot[rows][running.count[rows] > 0]
+        if tpot.size:
+            slack_s = float(tpot.min()) - self._steps[pid][2]
+            counters["step slack, ms"] = {"slack": 1e3 * slack_s}
+        for name, args in counters.items():
+            self._put("C", pid, now, name=name, args=args)
+
+    def _arrive(self, request: Request, at: float) -> None:
+        if request.id in self._rows:
+            self._leave(request.id, at, "replaced")
+        self._num_rows += 1
+        self._rows[request.id] = self._num_rows, ""
+        args = {
+            "num_prompt": len(request.prompt),
+            "max_tokens": request.max_tokens,
+            "ttft_slo_s": request.slo.ttft,
+            "tpot_slo_s": request.slo.tpot,
+        }
+        self._slice("b", self._num_rows, request.id, at, args)
+        self._phase(request.id, "queued", at)
+
+    def _phase(self, id: str, phase: str, at: float) -> None:
+        """Ends the phase that a request is in, and begins another."""
+        if id not in self._rows:
+            return
+        row, before = self._rows[id]
+        if before:
+            self._slice("e", row, before, at)
+        if phase:
+            self._slice("b", row, phase, at)
+        self._rows[id] = row, phase
+
+    def _leave(self, id: str, at: float, why: str) -> None:
+        if id not in self._rows:
+            return
+        self._phase(id, "", at)
+        row, _ = self._rows.pop(id)
+        self._arrows.pop(id, None)
+        self._slice("e", row, id, at, {"end": why})
+
+    def _slice(
+        self, ph: str, row: int, name: str, at: float, args: dict[str, Any] | None = None
+    ) -> None:
+        self._put(ph, _REQUESTS, at, name=name, cat="request", id=row, args=args or {})
+
+    def _name(self, pid: int, name: str) -> None:
+        for kind, args in (("name", {"name": name}), ("sort_index", {"sort_index": pid})):
+            self.events.append({"ph": "M", "pid": pid, "name": f"process_{kind}", "args": args})
+
+    def _put(self, ph: str, pid: int, at: float, **fields: Any) -> None:
+        self.events.append({"ph": ph, "pid": pid, "tid": pid, "ts": self._us(at), **fields})
+
+    def _us(self, at: float) -> float:
+        """Microseconds since the first record, in whole nanoseconds."""
+        return round(1e9 * (at - self._origin)) / 1e3

@@ -1,0 +1,125 @@
+"""Advice on layouts: the search for a rate against known answers, and whole runs."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kairos_jax import advise as module
+from kairos_jax.advise import RESOLUTION, advise, enough, guess, layouts
+from kairos_jax.profile_file import read
+from schedulers.cost import CostModel
+from schedulers.request import Slo
+from schedulers.scenario import Scenario
+from schedulers.workload import Arrival, SloClass, synthetic
+
+COST = CostModel.from_profile(read("llama3_8b_h100_roofline"))
+SCENARIO = Scenario(COST, (SloClass(1.0, Slo(1.0, 0.025)),))
+ARRIVALS = synthetic(150, 1.0, seed=0)
+COMMAND = [
+    *(sys.executable, "-m", "kairos_jax.simulate", "--advise", "--ttft=1", "--tpot=0.025"),
+    *("--profile=llama3_8b_h100_roofline", "--trace=synthetic"),
+]
+
+
+def holds(monkeypatch, capacity):
+    """Makes each layout hold the target up to `capacity(scenario)`; returns the rates asked for."""
+    asked: dict[str, list[float]] = {}
+
+    def attainment(arrivals, scenario, rate):
+        asked.setdefault(scenario.layout, []).append(rate)
+        return 100.0 if rate <= capacity(scenario) else 50.0
+
+    monkeypatch.setattr(module, "_attainment", attainment)
+    return asked
+
+
+def test_layouts_are_all_colocated_and_every_split():
+    assert [each.layout for each in layouts(SCENARIO, 4)] == [
+        "4 colocated",
+        "1 prefill + 3 decode",
+        "2 prefill + 2 decode",
+        "3 prefill + 1 decode",
+    ]
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1.02, 4.0])
+def test_the_rate_is_found_however_wrong_the_guess(monkeypatch, factor):
+    asked = holds(monkeypatch, lambda scenario: factor * guess(scenario, ARRIVALS))
+    ranking = advise(SCENARIO, ARRIVALS, 4, workers=1)["ranking"]
+    for scenario in layouts(SCENARIO, 4):
+        (found,) = (each for each in ranking if each["layout"] == scenario.layout)
+        true = factor * guess(scenario, ARRIVALS)
+        assert (1 - RESOLUTION) * true <= found["rate"] <= true
+        assert found["curve"] == sorted(found["curve"])
+        assert len(asked[scenario.layout]) == len(found["curve"]) <= 12
+    assert [each["rate"] for each in ranking] == sorted((r["rate"] for r in ranking), reverse=True)
+
+
+def test_the_answer_names_the_best_and_its_best_rival(monkeypatch):
+    holds(monkeypatch, lambda scenario: 10.0 * scenario.colocated + 15.0 * scenario.num_decode)
+    answer = advise(SCENARIO, ARRIVALS, 4, workers=1)["answer"]
+    assert answer.startswith("1 prefill + 3 decode holds the highest rate at 90 % attainment: 4")
+    assert answer.endswith("of 4 colocated.")
+    holds(monkeypatch, lambda scenario: 10.0)
+    assert "no difference" in advise(SCENARIO, ARRIVALS, 2, workers=1)["answer"]
+    holds(monkeypatch, lambda scenario: 0.0)
+    result = advise(SCENARIO, ARRIVALS, 2, workers=1)
+    assert result["answer"].startswith("No layout of 2 devices holds 90 %")
+    assert {each["rate"] for each in result["ranking"]} == {0.0}
+
+
+def test_a_guess_by_hand():
+    # Steps of 25 ms hold 223.6 sequences of 1100 tokens; the KV would hold 363.
+    arrivals = [Arrival(0.0, 1000, 200)]
+    one, two = (Scenario(COST, SCENARIO.classes, num_prefill=n) for n in (1, 20))
+    assert guess(one, arrivals) == pytest.approx(1 / (5e-3 + 32e-3 + 0.66e-3))
+    step_s = 7e-3 + 223 * (20e-6 + 55e-9 * 1100)
+    assert guess(two, arrivals) == pytest.approx(223 / 200 / step_s)
+    best = max(guess(each, arrivals) for each in layouts(SCENARIO, 2))
+    assert enough(SCENARIO, arrivals, 2) == pytest.approx(60 * best, abs=1)
+
+
+def test_progress_is_told_to_its_end(monkeypatch):
+    holds(monkeypatch, lambda scenario: 10.0)
+    told: list[tuple[int, int]] = []
+    advise(SCENARIO, ARRIVALS, 3, lambda done, total: told.append((done, total)), workers=1)
+    assert told[0] == (0, 36)
+    assert told[-1] == (36, 36)
+    assert told == sorted(told)
+
+
+def test_processes_change_nothing():
+    assert advise(SCENARIO, ARRIVALS, 2, workers=1) == advise(SCENARIO, ARRIVALS, 2, workers=2)
+
+
+def test_as_a_process_it_prints_one_object():
+    command = [*COMMAND, "--devices=2", "--num_requests=60", "--output=json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {each["layout"] for each in result["ranking"]} == {"2 colocated", "1 prefill + 1 decode"}
+    assert result["answer"].endswith(".")
+    assert result["num_requests"] == 60
+
+
+def test_ctrl_c_ends_it_with_130_and_its_processes_too():
+    process = subprocess.Popen([*COMMAND, "--devices=4"], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        assert "to do" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        # Its processes hold stderr open: that it ends tells that they have.
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, error) == (130, "")
+
+
+@pytest.mark.parametrize("flag", ["--devices=1", "--rate=3", "--num_prefill=2", "--colocated=2"])
+def test_wrong_use_is_one_line_and_code_2(flag):
+    done = subprocess.run([*COMMAND, flag], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert flag.partition("=")[0] in done.stderr

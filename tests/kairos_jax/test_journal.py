@@ -1,0 +1,86 @@
+"""The binary that reads journals, on those of small simulations."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.journal import Journal, to_lines
+from schedulers.request import Slo
+from schedulers.scenario import Scenario, build
+from schedulers.workload import SloClass, synthetic
+
+PROFILE = {
+    "prefill": {"base_s": 5e-3, "per_token_s": 32e-6, "per_token_sq_s": 0.66e-9},
+    "decode": {"base_s": 7e-3, "per_seq_s": 20e-6, "per_context_token_s": 55e-9},
+    "transfer": {"base_s": 2e-3, "per_token_s": 5.2e-6},
+    "kv_capacity_tokens": 100_000,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a journal and the profile that it was scheduled by."""
+    folder = tmp_path_factory.mktemp("run")
+    cost = CostModel(
+        PrefillCost(**PROFILE["prefill"]),
+        DecodeCost(**PROFILE["decode"]),
+        TransferCost(**PROFILE["transfer"]),
+        PROFILE["kv_capacity_tokens"],
+    )
+    scenario = Scenario(cost, (SloClass(1.0, Slo(1.0, 0.025)),))
+    simulation = build(scenario, synthetic(60, 30.0, seed=2))
+    journal = Journal(lambda: simulation.now)
+    for instance, _ in (*simulation.fleet.prefill, *simulation.fleet.decode):
+        instance.journal = journal.recorder(instance)
+    simulation.run()
+    (folder / "journal.jsonl").write_text("".join(to_lines(journal.take())))
+    (folder / "profile.json").write_text(json.dumps(PROFILE))
+    return folder
+
+
+def journal(folder, *arguments):
+    command = [sys.executable, "-m", "kairos_jax.journal", "--journal=journal.jsonl", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def test_it_explains_checks_and_exports(run):
+    done = journal(run, "--explain=7", "--profile=profile.json", "--pack=0", "--check")
+    assert done.returncode == 0, done.stderr
+    assert "request 7, from its arrival" in done.stdout or "arrived:" in done.stdout
+    assert "live: laxity" in done.stdout, "what the policy thought"
+    assert "decisions, all the same again" in done.stdout
+    assert journal(run, "--perfetto=run.json").returncode == 0
+    assert json.loads((run / "run.json").read_text())["traceEvents"]
+
+
+def test_without_a_profile_it_says_when_tokens_were_due(run):
+    done = journal(run, "--explain=7")
+    assert done.returncode == 0
+    assert "laxity" not in done.stdout
+
+
+def test_decisions_of_other_policies_differ(run):
+    done = journal(run, "--profile=profile.json", "--pack=0", "--prefill_policy=sjf", "--check")
+    assert done.returncode == 1
+    assert "decided otherwise" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --explain, --perfetto or --check"),
+        (["--explain=999"], "no request '999'"),
+        (["--check"], "--check needs the --profile"),
+        (["--explain=1", "--journal=absent"], "--journal=absent: No such file"),
+        (["--explain=1", "--profile=absent"], "profile absent"),
+        (["--explain=1", "--profile=profile.json", "--decode_policy=foo"], "foo"),
+    ],
+)
+def test_wrong_use(run, arguments, message):
+    done = journal(run, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
