@@ -3,16 +3,25 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13)
 CONFIG ?= configs/smollm2_135m_cpu.py
 PORT ?= 50051
+# Of `make paper`: an Azure LLM CSV or a Mooncake JSONL; a measured profile, if it is to look at one.
+TRACE ?= ../shared/data/AzureLLMInferenceTrace_conv.csv
+PROFILE ?=
+# Of `make sweep`: any flags of kairos_jax.sweep.
+SWEEP ?= --simulated --profile=llama3_8b_h100_roofline --trace=synthetic --ttft=1 --tpot=0.025 \
+  --rates=10,20,25,30,35,40 --layouts=2:1,3xcolocated
 VENV := .venv
 BIN := $(VENV)/bin
 # Named by version, so that another PYTHON makes another environment.
 INSTALLED = $(VENV)/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: help setup model demo serve test lint lock proto clean
+.PHONY: help setup model demo agreement serve sweep paper test lint lock proto clean
 
 help:
 	@echo "make demo   serve one workload under three schedulers; report in out/demo/report.html"
 	@echo "make serve  a server that stays up, on port $(PORT)"
+	@echo "make sweep  simulated: layouts, loads and policies; report in out/sweep/report.html"
+	@echo "make paper  the paper's four claims on a trace (TRACE=FILE); tables in out/paper"
+	@echo "make agreement  the simulator against the live engine, at five loads: six minutes"
 	@echo "make test   lint and the whole default test suite"
 	@echo "make setup  the environment alone, in $(VENV)"
 	@echo "make lint   ruff, pyright, import-linter"
@@ -38,8 +47,19 @@ model: setup
 demo: setup
 	@$(BIN)/python -m kairos_jax.demo --config=$(CONFIG) --output=out/demo
 
+agreement: setup
+	@$(BIN)/python -m kairos_jax.agreement --config=configs/smollm2_135m_cpu_colocated.py \
+	  --output=out/agreement
+
 serve: setup
 	@$(BIN)/python -m kairos_jax.serve --config=$(CONFIG) --port=$(PORT)
+
+sweep: setup
+	@$(BIN)/python -m kairos_jax.sweep $(SWEEP) --output=out/sweep
+
+paper: setup
+	@$(BIN)/python -m kairos_jax.paper --trace=$(TRACE) $(if $(PROFILE),--profile=$(PROFILE)) \
+	  --output=out/paper
 
 test: lint model
 	$(BIN)/python -m pytest

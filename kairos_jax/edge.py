@@ -12,7 +12,7 @@ from kairos_jax.config import ServerConfig
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.tokenizer import Tokenizer
 from models.sampling import MAX_TOP_LOGPROBS, SamplingParams
-from schedulers.core import Request, Slo
+from schedulers.request import Request, Slo
 
 MAX_REQUEST_ID = 256
 _SEED_BITS = 32

@@ -1,10 +1,7 @@
-"""The Jinja source of report.py's HTML page."""
+"""The Jinja sources of the HTML pages: one style, tables, legends and figures for all of them."""
 
-PAGE = """\
-{% macro first(c) %}{% if c in firsts %} class="first"{% endif %}{% endmacro %}
-{% macro swatch(i) -%}
-<span class="swatch" style="background: var(--c{{ i % light|length }})"></span>
-{%- endmacro %}
+_BASE = """\
+{% import "parts" as parts with context %}
 <!doctype html>
 <html lang="en">
 <head>
@@ -32,10 +29,12 @@ body {
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
 }
 h1 { font-size: clamp(20px, 4vw, 28px); line-height: 1.2; margin: 0 0 8px; }
-h2 { font-size: 16px; margin: 0; }
+h2 { font-size: clamp(17px, 3vw, 21px); margin: 32px 0 10px; }
+h3 { font-size: 16px; margin: 0; }
+p { margin: 8px 2px; max-width: 80ch; }
 dl { display: flex; flex-wrap: wrap; gap: 4px 24px; margin: 0 0 20px; color: var(--muted); }
 dl div { display: flex; gap: 6px; }
-dd { margin: 0; color: var(--ink); }
+dd { margin: 0; color: var(--ink); overflow-wrap: anywhere; }
 .card {
   background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 14px 16px;
 }
@@ -43,7 +42,8 @@ dd { margin: 0; color: var(--ink); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 10px; text-align: right; white-space: nowrap; }
 thead th { font-weight: 600; font-size: 13px; color: var(--muted); }
-thead tr:first-child th { padding-bottom: 0; text-align: center; }
+thead th[colspan] { padding-bottom: 0; text-align: center; }
+td small { white-space: normal; }
 tbody tr { border-top: 1px solid var(--grid); }
 th:first-child {
   text-align: left; position: sticky; left: 0; background: var(--card); font-weight: 600;
@@ -55,12 +55,17 @@ td.first, th.first { border-left: 1px solid var(--grid); }
   display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr));
 }
 figure { margin: 0; }
-figcaption, footer { color: var(--muted); font-size: 13px; }
+figcaption, footer, small { color: var(--muted); font-size: 13px; }
 footer { margin-top: 16px; }
 @media (max-width: 640px) {
   th, td { padding: 6px 8px; }
   th:first-child { white-space: normal; min-width: 9em; }
 }
+caption { caption-side: top; text-align: left; padding: 12px 12px 4px; font-weight: 600; }
+.figures + .scroll, .scroll + .scroll { margin-top: 16px; }
+.scroll + .figures { margin-top: 16px; }
+details { margin-top: 32px; }
+summary { cursor: pointer; font-weight: 600; margin-bottom: 10px; }
 svg { display: block; width: 100%; height: auto; margin-top: 6px; }
 svg text { font-family: inherit !important; }
 </style>
@@ -68,55 +73,107 @@ svg text { font-family: inherit !important; }
 <body>
 <h1>{{ title }}</h1>
 <dl>
-<div><dt>SLO</dt><dd>{{ slo }}</dd></div>
 {% for name, value in facts.items() %}
 <div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
 {% endfor %}
 </dl>
+{% block content %}{% endblock %}
+</body>
+</html>
+"""
+
+_PARTS = """\
+{% macro swatch(i) -%}
+<span class="swatch" style="background: var(--c{{ i % light|length }})"></span>
+{%- endmacro %}
+{% macro legend(labels) %}
+<div class="legend">
+{% for label in labels %}
+<span>{{ swatch(loop.index0) }}{{ label }}</span>
+{% endfor %}
+</div>
+{% endmacro %}
+{% macro grid(figures) %}
+<div class="figures">
+{% for each in figures %}
+<figure class="card">
+<h3>{{ each.title }}</h3>
+<figcaption>{{ each.caption }}</figcaption>
+{{ each.svg|safe }}
+</figure>
+{% endfor %}
+</div>
+{% endmacro %}
+{% macro summaries(table) %}
 <div class="card scroll">
 <table>
 <thead>
 <tr>
 <th></th>
-{% for group, span in groups %}
+{% for group, span in table.groups %}
 <th class="first" colspan="{{ span }}">{{ group }}</th>
 {% endfor %}
 </tr>
 <tr>
 <th>policy</th>
-{% for c in columns %}
-<th{{ first(c) }}>{{ c.name }}</th>
+{% for c in table.columns %}
+<th{% if c in table.firsts %} class="first"{% endif %}>{{ c.name }}</th>
 {% endfor %}
 </tr>
 </thead>
 <tbody>
-{% for run in runs %}
-{% set row = loop.index0 %}
+{% for row in table.rows %}
+{% set at = loop.index0 %}
 <tr>
-<th scope="row">{{ swatch(row) }}{{ run.label }}</th>
-{% for c in columns %}
-<td{{ first(c) }}>{% if (row, loop.index0) in best %}<b>{{ c.text(run) }}</b>
-{%- else %}{{ c.text(run) }}{% endif %}</td>
+<th scope="row">{{ swatch(at) }}{{ row.label }}</th>
+{% for c in table.columns %}
+<td{% if c in table.firsts %} class="first"{% endif %}>
+{%- if (at, loop.index0) in table.best %}<b>{{ c.text(row) }}</b>
+{%- else %}{{ c.text(row) }}{% endif %}</td>
 {% endfor %}
 </tr>
 {% endfor %}
 </tbody>
 </table>
 </div>
-<div class="legend">
-{% for run in runs %}
-<span>{{ swatch(loop.index0) }}{{ run.label }}</span>
+{% endmacro %}
+{% macro plain(table) %}
+<div class="card scroll">
+<table>
+{% if table.title %}
+<caption>{{ table.title }}</caption>
+{% endif %}
+<thead>
+<tr>
+{% for name in table.columns %}
+<th{% if loop.index0 in table.firsts %} class="first"{% endif %}>{{ name }}</th>
 {% endfor %}
-</div>
-<div class="figures">
-{% for name, caption, svg in figures %}
-<figure class="card">
-<h2>{{ name }}</h2>
-<figcaption>{{ caption }}</figcaption>
-{{ svg|safe }}
-</figure>
+</tr>
+</thead>
+<tbody>
+{% for row in table.rows %}
+<tr>
+{% for cell in row %}
+{% if loop.first %}
+<th scope="row">{{ cell }}</th>
+{% else %}
+<td{% if loop.index0 in table.firsts %} class="first"{% endif %}>{{ cell }}</td>
+{% endif %}
 {% endfor %}
+</tr>
+{% endfor %}
+</tbody>
+</table>
 </div>
+{% endmacro %}
+"""
+
+_RUNS = """\
+{% extends "base" %}
+{% block content %}
+{{ parts.summaries(table) }}
+{{ parts.legend(runs|map(attribute="label")) }}
+{{ parts.grid(figures) }}
 <footer>
 {% for run in runs %}
 {{ run.label }}: {{ run.summary.num_requests }} requests, {{ run.summary.num_failed }} failed,
@@ -124,6 +181,38 @@ in {{ "%.1f"|format(run.summary.duration_s) }} s.
 {% endfor %}
 Goodput counts requests that met both objectives.
 </footer>
-</body>
-</html>
+{% endblock %}
 """
+
+_SWEEP = """\
+{% extends "base" %}
+{% block content %}
+{% if claims %}
+<h2>Against the baseline, and the paper</h2>
+{% for table in claims %}
+{{ parts.plain(table) }}
+<p><small>{{ table.note }}</small></p>
+{% endfor %}
+{% endif %}
+{% for section in sections %}
+<h2>{{ section.title }}</h2>
+{{ parts.legend(section.labels) }}
+{{ parts.grid(section.by_rate) }}
+<h2>{{ section.title }}, {{ section.rate }} requests/s</h2>
+{{ parts.summaries(section.table) }}
+{{ parts.legend(section.labels) }}
+{{ parts.grid(section.at_rate) }}
+{% endfor %}
+<details>
+<summary>All {{ cells.rows|length }} cells</summary>
+{{ parts.plain(cells) }}
+</details>
+<footer>
+Attainment is in percent of all requests that arrived; goodput counts those that met both
+objectives. Where several batch caps or packings were swept, each load shows each pair of policies
+at its best end-to-end attainment.
+</footer>
+{% endblock %}
+"""
+
+TEMPLATES = {"base": _BASE, "parts": _PARTS, "runs": _RUNS, "sweep": _SWEEP}

@@ -1,4 +1,6 @@
+import csv
 import io
+import math
 import re
 import xml.etree.ElementTree as ET
 
@@ -6,9 +8,12 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from kairos_jax import sweep_report
+from kairos_jax.cells import Cell, Layout, result
 from kairos_jax.report import Run, _draw_count, print_table, write_report
+from kairos_jax.sweep_table import row, write_table
 from schedulers.attainment import Outcome
-from schedulers.core import Slo
+from schedulers.request import Slo
 
 SLO = Slo(ttft=0.5, tpot=0.05)
 
@@ -122,3 +127,85 @@ def test_slo_line_only_where_there_is_one_slo(tmp_path):
 def test_long_runs_stay_light(tmp_path):
     outcomes = [outcome(i / 10, 0.1 + i / 1e4, 0.01) for i in range(20000)]
     assert len(page(tmp_path, [Run("long", outcomes)])) < 400_000
+
+
+# Of a sweep.
+
+BASE, OURS = ("fcfs", "continuous"), ("kairos", "kairos")
+TIMELINE = {"at_s": [0.0, 1.0], "queue": [3, 0], "batch": [1, 2], "slack_s": [0.04, 0.01]}
+ONE_ONE = Layout(1, 1)
+
+
+def cell_result(policies, rate, run, layout=ONE_ONE, cap=8, pack=0.0):
+    return result(Cell(layout, policies, cap, pack, rate), run.outcomes, TIMELINE)
+
+
+SWEPT = [
+    cell_result(policies, rate, run, layout, cap)
+    for layout in (ONE_ONE, Layout(colocated=2))
+    for policies, run in ((BASE, SLOW), (OURS, FAST))
+    for cap in (8, 16)
+    for rate in (1.0, 2.0)
+]
+
+
+def sweep_page(tmp_path, results) -> str:
+    sweep_report.write_report(tmp_path / "sweep.html", results, "A & B", {"SLO": "<tight>"})
+    return (tmp_path / "sweep.html").read_text(encoding="utf-8")
+
+
+def test_a_sweep_has_a_section_for_each_layout(tmp_path):
+    html = sweep_page(tmp_path, SWEPT)
+    headings = re.findall("<h2>(.*?)</h2>", html)
+    assert headings == [
+        "Against the baseline, and the paper",
+        "1 prefill + 1 decode",
+        "1 prefill + 1 decode, 2 requests/s",
+        "2 colocated",
+        "2 colocated, 2 requests/s",
+    ]
+    assert html.count("<svg") == 2 * 12
+    assert "All 16 cells" in html
+    assert "&lt;tight&gt;" in html
+    assert "+66.7" in html  # 33.3 to 100 % of the requests
+
+
+def test_figures_of_a_sweep_are_well_formed_and_follow_dark_mode(tmp_path):
+    html = sweep_page(tmp_path, SWEPT)
+    ids = []
+    for figure in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        ids += [id for e in ET.fromstring(figure).iter() if (id := e.get("id"))]
+        assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{3,6}", figure)
+    assert len(ids) == len(set(ids))
+    assert not re.findall(r"(?:src|href)=\"(?!#)|<link|<script|url\((?!#)|@import", html)
+
+
+def test_a_sweep_of_one_pair_has_nothing_to_compare(tmp_path):
+    html = sweep_page(tmp_path, SWEPT[:1])
+    assert "and the paper" not in html
+    assert html.count("<svg") == 12
+
+
+def test_a_sweep_in_which_nothing_was_answered(tmp_path):
+    none = Run("none", [failed(0), failed(1)])
+    html = sweep_page(tmp_path, [cell_result(p, 1.0, none) for p in (BASE, OURS)])
+    assert html.count("<svg") == 12
+
+
+def test_a_tidy_table_has_a_row_per_cell(tmp_path):
+    write_table(tmp_path, [*SWEPT, cell_result(OURS, 3.0, FAST, pack=math.inf)])
+    with (tmp_path / "cells.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 17
+    first, last = rows[0], rows[-1]
+    assert (first["layout"], first["prefill_policy"], first["max_batch"]) == ("1:1", "fcfs", "8")
+    assert (last["rate"], last["pack"], last["e2e_attainment"]) == ("3.0", "inf", "100.0")
+    assert float(first["ttft_p50_s"]) == pytest.approx(6.35)
+    assert {key for key in row(SWEPT[0]) if key.startswith("class_1_")} >= {"class_1_ttft"}
+    assert not any(isinstance(value, dict | list) for value in row(SWEPT[0]).values())
+
+
+def test_the_terminal_shows_the_rate_that_is_held():
+    heading, lines = sweep_report.essence(SWEPT)[0]
+    assert heading == "1 prefill + 1 decode, 2 requests/s"
+    assert [each.label for each in lines] == ["fcfs + continuous, cap 8", "kairos + kairos, cap 8"]
