@@ -87,14 +87,13 @@ class Agreement:
 
 def scenario_of(config: ServerConfig, cost: CostModel) -> Scenario:
     """What the config describes, to be simulated."""
-    first, second = config.prefill, config.decode
-    both = config.colocated
+    first, second, colocated = config.prefill, config.decode, config.colocated
     return Scenario(
         cost,
         (SloClass(1.0, config.default_slo),),
-        num_prefill=0 if both else first.instances,
-        num_decode=0 if both else second.instances,
-        colocated=first.instances if both else 0,
+        num_prefill=0 if colocated else first.instances,
+        num_decode=0 if colocated else second.instances,
+        colocated=first.instances if colocated else 0,
         prefill_policy=first.policy,
         decode_policy=second.policy,
         pack=first.pack,
