@@ -1,6 +1,7 @@
 """Writes the journal of a run to a file while it grows."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -9,12 +10,15 @@ from pathlib import Path
 from kairos_jax.launch import UsageError
 from schedulers.journal import Journal, to_lines
 
+log = logging.getLogger(__name__)
+
 _PERIOD_S = 0.5
 
 
 @contextlib.contextmanager
 def recording(path: Path) -> Iterator[Journal]:
-    """A journal on the workers' clock; all of it is in the file when the block ends.
+    """A journal on the workers' clock; all of it is in the file when the block ends. If the disk
+    fails meanwhile, what runs goes on without: an error is logged, and the file ends there.
 
     Raises:
         UsageError: the file cannot be written.
@@ -26,18 +30,26 @@ def recording(path: Path) -> Iterator[Journal]:
     journal, ended = Journal(time.monotonic), threading.Event()
 
     def write() -> None:
-        last = False
+        last = failed = False
         while not last:
             last = ended.wait(_PERIOD_S)
-            file.writelines(to_lines(journal.take()))
-            file.flush()
+            records = journal.take()  # after a failure too, or they would pile up
+            if failed:
+                continue
+            try:
+                file.writelines(to_lines(records))
+                file.flush()
+            except OSError as error:
+                failed = True
+                log.error("the journal %s is cut off, since it cannot be written: %s", path, error)
 
     # A thread: neither the event loop nor a step may wait for a disk.
     thread = threading.Thread(target=write, name="journal", daemon=True)
-    with file:
-        thread.start()
-        try:
-            yield journal
-        finally:
-            ended.set()
-            thread.join()
+    thread.start()
+    try:
+        yield journal
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(OSError):  # logged above
+            file.close()

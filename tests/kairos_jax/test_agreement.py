@@ -15,6 +15,7 @@ from kairos_jax.agreement import (
     Agreement,
     Steps,
     compare_loads,
+    drifted_by,
     find_knee,
     measure_steps,
     print_table,
@@ -131,10 +132,27 @@ def test_the_table_shows_each_load():
     attained = {"ttft": 98.0, "tpot": 97.0, "e2e": 95.5}
     simulated = {"ttft": 97.0, "tpot": 99.0, "e2e": 96.0}
     chance = dict.fromkeys(KINDS, 0.7)
-    row = Agreement(1.15, 2.5, 200, attained, simulated, chance, 4321, Steps(1.01, 0.1, 2e-4))
+    drifted = {"ttft": 96.5, "tpot": 98.0, "e2e": 95.0}
+    steps = Steps(1.01, 0.1, 2e-4)
+    row = Agreement(1.15, 2.5, 200, attained, simulated, drifted, chance, 4321, steps)
     out = io.StringIO()
     print_table([row], Console(file=out, width=100))
     text = out.getvalue()
-    for part in ("1.15", "98.0 97.0 -1.0", "97.0 99.0 +2.0", "95.5 96.0 +0.5", "4321", "1.010"):
+    for part in (
+        "1.15",
+        "98.0  97.0  96.5",
+        "97.0  99.0  98.0",
+        "95.5  96.0  95.0",
+        "4321",
+        "1.010",
+    ):
         assert part in text
-    assert math.isclose(row.difference("e2e"), 0.5)
+    assert math.isclose(row.largest(row.simulated), 2.0)
+    assert math.isclose(row.largest(row.drifted), -1.5)
+
+
+def test_drift_is_in_the_steps_and_not_in_what_the_policies_believe():
+    scenario = scenario_of(fakes.CONFIG, COST)
+    late = drifted_by(scenario, 1.25)
+    assert math.isclose(late.cost.prefill_s(100), 1.25 * COST.prefill_s(100))
+    assert math.isclose(late.cost.scaled(1 + late.bias).prefill_s(100), COST.prefill_s(100))
