@@ -6,14 +6,11 @@ target.
 import contextlib
 import functools
 import math
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kairos_jax.processes import pool
 from schedulers.cost import CostModel
 from schedulers.scenario import Scenario, simulate
 from schedulers.workload import Arrival, rescale
@@ -66,7 +63,7 @@ def advise(
     searches = [_Search(each, guess(each, arrivals)) for each in layouts(scenario, devices)]
     total = _ROUNDS * len(searches)
     progress(0, total)
-    with _pool(workers or os.cpu_count() or 1) as map_each:
+    with _mapping(workers) as map_each:
         for done in range(0, total, len(searches)):
             open_ = [search for search in searches if not search.settled]
             rates = [search.next_rate for search in open_]
@@ -173,21 +170,10 @@ def _attainment(arrivals: Sequence[Arrival], scenario: Scenario, rate: float) ->
 
 
 @contextlib.contextmanager
-def _pool(workers: int) -> Iterator[Map]:
+def _mapping(workers: int | None) -> Iterator[Map]:
     """What maps like `map`, in processes if there is to be more than one."""
     if workers == 1:
         yield map
         return
-    # Spawned: a fork would copy the locks that other threads hold.
-    context = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    try:
-        yield pool.map
-    except BaseException:
-        # Nobody waits for their answers any more.
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with pool(workers) as executor:
+        yield executor.map

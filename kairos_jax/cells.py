@@ -5,11 +5,9 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 
 from kairos_jax.command import UsageError
 from kairos_jax.curves import Timeline, cdf
+from kairos_jax.processes import pool
 from schedulers import decode, prefill
 from schedulers.attainment import Outcome, summarize
 from schedulers.scenario import Scenario, build
@@ -209,24 +208,11 @@ def in_processes(
     """Runs cells in processes, one for each core; when it is closed, they end at once."""
     if not cells:
         return
-    # Spawned: a fork would copy the threads' locks of whoever calls. Ctrl-C is for this process.
-    pool = ProcessPoolExecutor(
-        min(workers or os.cpu_count() or 1, len(cells)),
-        multiprocessing.get_context("spawn"),
-        signal.signal,
-        (signal.SIGINT, signal.SIG_IGN),
-    )
-    try:
+    with pool(min(workers or os.cpu_count() or 1, len(cells))) as executor:
         # High rates take longest: begun first, they leave no core idle at the end.
         order = sorted(cells, key=lambda cell: -cell.rate)
-        for future in as_completed([pool.submit(run, cell) for cell in order]):
+        for future in as_completed([executor.submit(run, cell) for cell in order]):
             yield future.result()
-        pool.shutdown()
-    except BaseException:
-        for child in multiprocessing.active_children():
-            child.terminate()
-        pool.shutdown(cancel_futures=True)
-        raise
 
 
 def in_turn(run: Callable[[Cell], Result], cells: Sequence[Cell]) -> Results:

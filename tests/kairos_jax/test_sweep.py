@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import fakes
 import pytest
 from absl import flags
 
-from kairos_jax import cells, offline, open_loop, sweep
+from kairos_jax import offline, open_loop, sweep
 from kairos_jax.cells import Layout, grid, on_basis, run_cells, simulate_cells, simulation_basis
 from kairos_jax.command import UsageError
 from kairos_jax.curves import MAX_POINTS, Timeline, cdf
@@ -126,7 +127,7 @@ def test_what_is_stopped_goes_on_where_it_was(tmp_path):
     everything = some_cells((100.0, 200.0, 300.0))
     with pytest.raises(KeyboardInterrupt):
         run_cells(everything, tmp_path, simulate_cells(SCENARIO, ARRIVALS, 2), interrupt)
-    assert not cells.multiprocessing.active_children()
+    assert not multiprocessing.active_children()
     assert len(list(tmp_path.iterdir())) == 1
     run, asked = counting(simulate_cells(SCENARIO, ARRIVALS, workers=1))
     results = run_cells(everything, tmp_path, run)
