@@ -7,8 +7,8 @@ clock that the caller reads; nothing here reads a clock.
 import enum
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,8 +66,10 @@ class Limits:
         return -(-num_tokens // self.page_size)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+_NO_WORK: Mapping[str, int] = {}
+
+
+class Batch(NamedTuple):
     """A decision. work: tokens to compute, by request id (more than one: prefill or a chunk of it).
     fetch: requests to bring the KV of here, into pages that are reserved now. evict: running
     requests whose KV is copied out, and whose pages are taken back, before anything else; they wait
@@ -75,7 +77,7 @@ class Batch:
     pace; `Instance.end` holds it against the clock.
     """
 
-    work: Mapping[str, int] = field(default_factory=dict)
+    work: Mapping[str, int] = _NO_WORK
     fetch: tuple[str, ...] = ()
     evict: tuple[str, ...] = ()
     predicted_s: float = 0.0
@@ -127,7 +129,7 @@ class Instance:
 
     def unbegun(self) -> list[Seq]:
         """The running sequences that have no output token yet."""
-        rows = (self.running.count == 0).nonzero()[0]
+        (rows,) = (self.running.count == 0).nonzero()
         return [self.running.at(row) for row in rows.tolist()]
 
     @property
@@ -135,7 +137,7 @@ class Instance:
         """Tokens whose KV may still be parked, those of running prompts set aside."""
         if math.isinf(self.limits.parked_tokens):
             return math.inf
-        return self.limits.parked_tokens - self.parked_tokens - float(self.running.length.sum())
+        return self.limits.parked_tokens - self.parked_tokens - self.running.num_tokens
 
     # The verbs.
 
@@ -180,13 +182,13 @@ class Instance:
             self._give_back(seq)
             seq.cells[Column.READY] = 0.0
         for id in batch.fetch:
-            seq = self.waiting[id]
-            self._give(seq, self.pages_needed(seq))
+            self._give(self.waiting[id])
         if not batch.work:
             return
-        if self.waiting:
+        if self.waiting.seqs:
+            joining = self.waiting.ids & batch.work.keys()
             # In the order of the work, not of a set: rows are the same in every process.
-            for id in [id for id in batch.work if id in self.waiting]:
+            for id in filter(joining.__contains__, batch.work) if len(joining) > 1 else joining:
                 self._admit(id, now)
         if self.role is not Role.PREFILL:
             self._grow()
@@ -219,22 +221,27 @@ class Instance:
         ended = dict.fromkeys(stopped, "stop")
         begun_prompts = [] if self.role is Role.DECODE else self._prompts(work)
         if self.role is not Role.PREFILL:
-            whole = len(work) == len(rows) and rows.num_removed == begun[1] and not begun_prompts
+            same = len(work) == len(rows.seqs) and rows.num_removed == begun[1]
+            whole = same and not begun_prompts
             where = rows.where(work) if not whole else None
             if where is not None and begun_prompts:
                 where = where[rows.count[where] > 0]
-            ended = self._count(slice(None) if where is None else where, now) | ended
+            ended = self._count(where, now) | ended
         left = []
         for seq in begun_prompts:
             if not seq.advance(work[seq.request.id], now):
                 continue
+            rows.num_tokens += 1
             if seq.request.max_tokens == 1 and seq.request.id not in ended:
                 ended[seq.request.id] = "length"
             elif self.role is Role.PREFILL and seq.request.id not in ended:
                 left.append(self._park(seq.request.id))
             else:
                 self._expect(seq)
-        return left + [self._finish(id, why) for id, why in ended.items() if id in rows]
+        for id, why in ended.items():
+            if id in rows:
+                left.append(self._finish(id, why))
+        return left
 
     def copied(self, id: str) -> None:
         """The KV of `id`, which is parked, has been copied out of the pool: frees its pages."""
@@ -280,22 +287,25 @@ class Instance:
     def _admit(self, id: str, now: float) -> None:
         seq = self.waiting[id]
         assert seq.ready, f"request {id!r} was scheduled before its KV arrived"
-        self._give(seq, self.pages_needed(seq))
+        self._give(seq)
         if seq.begun_at is None:
             seq.begun_at = now
         self.waiting.move(id, self.running)
 
     def _grow(self) -> None:
         """A page more for each running sequence whose next token has no room."""
-        rows = self.running
-        lacking = rows.length > rows.capacity
-        if np.logical_or.reduce(lacking):
-            for row in lacking.nonzero()[0].tolist():
-                self._give(rows.at(row), 1)
+        running, capacity = self.running, self.running.capacity
+        if rows := (running.length > capacity).nonzero()[0].tolist():
+            for row, page in zip(rows, self.pages.alloc(len(rows)), strict=True):
+                running.seqs[row].pages.append(page)
+                capacity[row] += self.limits.page_size
 
-    def _give(self, seq: Seq, count: int) -> None:
-        seq.pages += self.pages.alloc(count)
-        seq.cells[Column.CAPACITY] = len(seq.pages) * self.limits.page_size
+    def _give(self, seq: Seq) -> None:
+        """The pages that it needs."""
+        count = self.pages_needed(seq)
+        if count > 0:
+            seq.pages += self.pages.alloc(count)
+            seq.cells[Column.CAPACITY] = len(seq.pages) * self.limits.page_size
 
     def _give_back(self, seq: Seq) -> None:
         self.pages.free(seq.pages)
@@ -315,21 +325,25 @@ class Instance:
         seqs = map(self.running.get, work) if self.role is Role.PREFILL else self.unbegun()
         return [seq for seq in seqs if seq and seq.request.id in work]
 
-    def _count(self, where: Any, now: float) -> dict[str, str]:
-        """A token more for each row of `where`. Returns why some have ended so, by id."""
-        cells = self.running.cells
-        cells[Column.COMPUTED : Column.COUNT + 1, where] += 1
-        due = cells[Column.DUE, where]
-        worst = np.minimum(cells[Column.WORST_SLACK, where], due - now)
-        cells[Column.WORST_SLACK, where] = worst
-        cells[Column.DUE, where] = due + cells[Column.TPOT, where]
+    def _count(self, where: np.ndarray | None, now: float) -> dict[str, str]:
+        """A token more for each row of `where`, or all. Returns why some have ended so, by id."""
+        running = self.running
+        cells = running.cells if where is None else running.cells.take(where, axis=1)
+        lengths = cells[Column.COMPUTED : Column.COUNT + 1]
+        np.add(lengths, 1.0, out=lengths)
+        running.num_tokens += cells.shape[1]
+        due, worst = cells[Column.DUE], cells[Column.WORST_SLACK]
+        np.minimum(worst, due - now, out=worst)
+        np.add(due, cells[Column.TPOT], out=due)
+        if where is not None:
+            running.cells[:, where] = cells
         # Never above max_tokens, so it also finds those that have all that they may have.
-        outlived = cells[Column.COUNT, where] >= cells[Column.EXPECTED, where]
-        if not np.logical_or.reduce(outlived):
+        (outlived,) = (cells[Column.COUNT] >= cells[Column.EXPECTED]).nonzero()
+        if not outlived.size:
             return {}
         full = {}
-        for row in np.arange(len(self.running))[where][outlived].tolist():
-            seq = self.running.at(row)
+        for row in (outlived if where is None else where[outlived]).tolist():
+            seq = running.at(row)
             if seq.num_tokens >= seq.request.max_tokens:
                 full[seq.request.id] = "length"
             else:
@@ -379,5 +393,5 @@ def fetchable(instance: Instance) -> bool:
     """Whether some waiting request's KV is elsewhere and not under way."""
     if instance.role is Role.PREFILL:
         return False
-    waiting = instance.waiting
-    return bool(waiting) and bool(((waiting.capacity == 0) & ~waiting.ready).any())
+    cells = instance.waiting.cells
+    return not np.logical_and.reduce(cells[Column.CAPACITY] + cells[Column.READY])

@@ -12,6 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from schedulers.rows import Rows
+
+KINDS = ("prefill", "decode", "transfer")
+"""What a profile has times of."""
+
 Number = Any
 """A number, or an array of numbers of one shape: these formulas hold elementwise."""
 
@@ -65,12 +70,17 @@ class CostModel:
     kv_capacity_tokens: int
 
     @classmethod
-    def from_profile(cls, profile: Mapping[str, Any]) -> "CostModel":
+    def from_profile(cls, profile: Mapping[str, Any], kinds: Sequence[str] = KINDS) -> "CostModel":
         """Reads a profile (DESIGN: "Profile file").
+
+        kinds: the tables that must be there: policies of one role need that role's alone. Where
+        another is missing, its times are nan, so that whoever asks for one all the same cannot take
+        it for an answer.
 
         Raises ValueError that names a coefficient which is missing, negative or not finite.
         """
-        prefill, decode, transfer = (_table(profile, n) for n in ("prefill", "decode", "transfer"))
+        profile = {kind: _UNKNOWN for kind in KINDS if kind not in kinds} | dict(profile)
+        prefill, decode, transfer = (_table(profile, kind) for kind in KINDS)
         form = decode.get("form", "ragged")
         if form not in ("ragged", "padded"):
             raise ValueError(f'profile decode.form must be "ragged" or "padded", got {form!r}')
@@ -127,6 +137,16 @@ class CostModel:
         longest = 0.0 if self.decode.form == "ragged" else length.max()
         return float(self.decode_step_s(length.size, np.add.reduce(length), longest))
 
+    def decode_all(self, *places: Rows) -> float:
+        """`decode_s` of all sequences of `places`, at least one."""
+        count, length, longest = 0, 0.0, 0.0
+        for rows in places:
+            count += len(rows.seqs)
+            length += rows.num_tokens
+        if self.decode.form != "ragged":
+            longest = max(rows.length.max(initial=0.0) for rows in places)
+        return float(self.decode_step_s(count, length, longest))
+
     def decode_step_s(self, batch: Number, sum_context: Number, max_context: Number) -> Number:
         """`decode_s` from its aggregates, of one batch of at least one or an array of them."""
         cost = self.decode
@@ -168,15 +188,16 @@ class CostModel:
 
 
 def fit(
-    prefill: Sequence[tuple[int, int, float]],
-    decode: Sequence[tuple[int, int, float]],
-    transfer: Sequence[tuple[int, float]],
+    prefill: Sequence[tuple[int, int, float]] | None = None,
+    decode: Sequence[tuple[int, int, float]] | None = None,
+    transfer: Sequence[tuple[int, float]] | None = None,
     *,
     form: str = "ragged",
     buckets: Sequence[int] = (),
     row_tokens: int = 1,
 ) -> dict[str, Any]:
-    """Fits a profile's coefficients to measured samples, by relative error.
+    """Fits a profile's coefficients to measured samples, by relative error. A kind without samples,
+    None, is left out.
 
     Args:
         prefill: (num_tokens, computed, seconds) of steps of one chunk.
@@ -186,49 +207,54 @@ def fit(
         row_tokens: see PrefillCost.
 
     Returns:
-        "prefill", "decode" and "transfer" as a profile has them, and in "fit" for each of them
-        r2 (None where all samples are equal), p50_rel_error and p90_rel_error.
+        "prefill", "decode" and "transfer" as a profile has them, and in "fit" for each of them r2
+        (None where all samples are equal), p50_rel_error and p90_rel_error.
 
     Raises:
-        ValueError: no samples of a kind, or a time that is not positive.
+        ValueError: an empty list of samples, or a time that is not positive.
     """
 
     def padded(batch: int) -> int:
         sizes = [size for size in buckets if size >= batch]
         return min(sizes) if form == "padded" and sizes else batch
 
-    rows = [(-(-n // row_tokens) * row_tokens, computed) for n, computed, _ in prefill]
-    batches = [(padded(batch), context) for batch, context, _ in decode]
+    rows = [(-(-n // row_tokens) * row_tokens, computed) for n, computed, _ in prefill or ()]
+    batches = [(padded(batch), context) for batch, context, _ in decode or ()]
     fitted, lines = {}, {}
-    for kind, features, names, seconds in (
+    for kind, features, names, samples in (
         (
             "prefill",
             [(1, n, n * (2 * computed + n)) for n, computed in rows],
             ("base_s", "per_token_s", "per_token_sq_s"),
-            [sample[-1] for sample in prefill],
+            prefill,
         ),
         (
             "decode",
             [(1, batch, batch * context) for batch, context in batches],
             ("base_s", "per_seq_s", "per_context_token_s"),
-            [sample[-1] for sample in decode],
+            decode,
         ),
         (
             "transfer",
-            [(1, n) for n, _ in transfer],
+            [(1, n) for n, _ in transfer or ()],
             ("base_s", "per_token_s"),
-            [sample[-1] for sample in transfer],
+            transfer,
         ),
     ):
+        if samples is None:
+            continue
+        seconds = [sample[-1] for sample in samples]
         if not seconds or min(seconds) <= 0:
             raise ValueError(f"{kind} needs samples with positive times, got {seconds[:3]}")
         x, y = np.array(features, dtype=float), np.array(seconds, dtype=float)
         coefficients = _relative_nnls(x, y)
         fitted[kind] = dict(zip(names, coefficients.tolist(), strict=True))
         lines[kind] = x @ coefficients, y
-    fitted["prefill"]["row_tokens"] = row_tokens
-    fitted["decode"] |= {"form": form, "buckets": list(buckets)}
-    if form == "padded" and buckets:
+    if "prefill" in fitted:
+        fitted["prefill"]["row_tokens"] = row_tokens
+    if "decode" in fitted:
+        fitted["decode"] |= {"form": form, "buckets": list(buckets)}
+    if "decode" in fitted and form == "padded" and buckets:
         predicted, measured = lines["decode"]
         sizes = np.array([batch for batch, _ in batches])
         factors, of_samples = _factors(sizes, measured / predicted, sorted(buckets))
@@ -285,7 +311,12 @@ def _table(profile: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return table
 
 
+_UNKNOWN: Mapping[str, Any] = {}
+
+
 def _coefficients(table: Mapping[str, Any], prefix: str, *names: str) -> list[float]:
+    if table is _UNKNOWN:
+        return [math.nan] * len(names)
     values = []
     for name in names:
         value: Any = table.get(name)

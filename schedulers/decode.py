@@ -35,6 +35,8 @@ class Continuous:
         cap = min(self.cap or instance.limits.max_batch, instance.limits.max_batch)
         running, waiting = instance.running, instance.waiting
         room = Room(instance)
+        if not waiting.seqs and room.free >= 0 and len(running.seqs) <= cap:
+            return _everybody(self.cost, instance)
         stay = room.make(lambda: -running.arrival)
         if stay.size > cap:
             stay = stay[running.arrival[stay].argsort()[:cap]]
@@ -64,11 +66,14 @@ class Kairos:
     def __call__(self, instance: Instance, now: float) -> Batch:
         running, waiting = instance.running, instance.waiting
         room = Room(instance)
+        if room.free >= 0:
+            if not waiting.seqs:
+                return _everybody(self.cost, instance)
+            if batch := _all(self.cost, instance, self.target, room):
+                return batch
         stay = room.make(lambda: -running.length)
-        if not waiting:
+        if not waiting.seqs:
             return _batch(self.cost, instance, stay, _NONE, _NONE, room)
-        if room.free >= 0 and (batch := _all(self.cost, instance, self.target, room)):
-            return batch
         order = _shortest(waiting.length, instance.limits.max_batch)
         if order.size:
             length, tpot = running.length[stay], running.tpot[stay]
@@ -128,25 +133,27 @@ class KairosPlus:
 
     def __call__(self, instance: Instance, now: float) -> Batch:
         running, waiting = instance.running, instance.waiting
-        if not running and not waiting:
+        if not (running.seqs or waiting.seqs):
             return Batch()
         room = Room(instance)
-        light_s = self._newcomers * self.least
-        if room.free >= 0 and (batch := _all(self.cost, instance, light_s, room)):
+        newcomers = self._newcomers
+        if room.free >= 0 and (batch := _all(self.cost, instance, newcomers * self.least, room)):
             return batch
         view = View(self.cost, instance, now, self.least)
-        served, passed = view.serve(self.target, self._newcomers)
-        hopeless = view.by(Column.ARRIVAL, (~view.feasible).nonzero()[0])
+        served, passed = view.serve(self.target, newcomers)
+        (hopeless,) = (~view.feasible).nonzero()
         if room.free < 0:
             room.make(lambda: np.where(view.feasible, 0.0, -1e9)[: len(running)] - running.length)
         fetch = self._fetch(instance, view, served, hopeless, room) if waiting else _NONE
         if waiting or room.evict:
             may = view.cells[Column.READY] > 0
-            may[room.evict] = False
+            if room.evict:
+                may[room.evict] = False
             served, passed, hopeless = (
                 rows[may[rows]] if rows.size else rows for rows in (served, passed, hopeless)
             )
         urgent = served[view.period[served].argsort(kind="stable")]
+        hopeless = view.by(Column.ARRIVAL, hopeless)
         turn = now % self.period_s < self.hopeless_share * self.period_s
         order = [urgent, view.by(Column.DUE, passed)]
         order = np.concatenate([hopeless, *order] if turn else [*order, hopeless])
@@ -156,8 +163,10 @@ class KairosPlus:
             steps_s = view.steps_s(order)
             count = max(prefix(steps_s <= self._limit_s(view, urgent, order)), 1)
             order, step_s = order[:count], float(steps_s[count - 1]) / view.pace
-        num_running = len(running)
-        stay, admit = order[order < num_running], order[order >= num_running] - num_running
+        stay, admit = order, _NONE
+        if waiting:
+            among = order < len(running)
+            stay, admit = order[among], order[~among] - len(running)
         return _batch(self.cost, instance, stay, admit, fetch, room, step_s)
 
     def limit_s(self, instance: Instance, batch: Batch, now: float) -> float:
@@ -201,8 +210,9 @@ class KairosPlus:
         tpot = view.cells[Column.TPOT]
         if not urgent.size:
             # Of the hopeless none may hold up the others by the TPOT that it has missed.
-            return self.target * float(tpot[order].max())
-        return min(float(view.period[urgent[0]]), self.target * float(tpot[urgent].min()))
+            return self.target * float(np.maximum.reduce(tpot[order]))
+        least = float(np.minimum.reduce(tpot[urgent]))
+        return min(float(view.period[urgent[0]]), self.target * least)
 
     def _fetch(
         self,
@@ -217,24 +227,31 @@ class KairosPlus:
         """
         waiting, num_running = instance.waiting, len(instance.running)
         far = served[served >= num_running] - num_running
-        far = far[waiting.capacity[far] == 0]
-        late = hopeless[hopeless >= num_running]
+        if far.size:
+            far = far[waiting.capacity[far] == 0]
         if far.size:
             fetched = room.fetch(far)
             if fetched.size < far.size:
                 rest = far[fetched.size :]
-                room.evict_for(waiting.length[rest], hopeless[hopeless < num_running])
+                late = view.by(Column.ARRIVAL, hopeless[hopeless < num_running])
+                room.evict_for(waiting.length[rest], late)
                 return np.concatenate([fetched, room.fetch(rest)])
-        if not late.size:
-            return far
-        late = late - num_running
-        share = self.hopeless_pages if view.feasible.any() else 1.0
-        held = view.cells[Column.CAPACITY, hopeless].sum() / instance.limits.page_size
+        share = self.hopeless_pages if served.size else 1.0
+        held = np.add.reduce(view.cells[Column.CAPACITY][hopeless]) / instance.limits.page_size
         limit = share * instance.limits.num_pages
         if held and held >= limit:
             return far
+        late = view.by(Column.ARRIVAL, hopeless[hopeless >= num_running]) - num_running
+        if not late.size:
+            return far
         more = room.fetch(late, held, limit)
         return np.concatenate([far, more]) if far.size else more
+
+
+def _everybody(cost: CostModel, instance: Instance) -> Batch:
+    """A step of all that run; nothing waits."""
+    running = instance.running
+    return Batch(running.ones, predicted_s=cost.decode_all(running)) if running.seqs else Batch()
 
 
 def _all(cost: CostModel, instance: Instance, share: float, room: Room) -> Batch | None:
@@ -242,35 +259,32 @@ def _all(cost: CostModel, instance: Instance, share: float, room: Room) -> Batch
     under light load nothing is to be weighed.
     """
     running, waiting = instance.running, instance.waiting
-    here = far = _NONE
-    step_s, tpot = 0.0, math.inf
-    if running:
-        step_s, tpot = cost.decode_of(running.length), np.minimum.reduce(running.tpot)
-    if len(running) + len(waiting) > instance.limits.max_batch:
+    if len(running.seqs) + len(waiting.seqs) > instance.limits.max_batch:
         return None
+    tpot = min(running.least_tpot, waiting.least_tpot)
+    step_s = cost.decode_all(running, waiting)
     if instance.pace * step_s > share * tpot:
         return None
-    if waiting:
-        step_s = cost.decode_of(np.concatenate([running.length, waiting.length]))
-        tpot = min(tpot, np.minimum.reduce(waiting.tpot))
-        if instance.pace * step_s > share * tpot:
-            return None
-        here, far = _in_turn(instance, room)
-    whole = here.size == len(waiting)
+    if not waiting.seqs:
+        return Batch(running.ones, predicted_s=step_s)
+    here, far = _in_turn(instance, room)
+    whole = here.size == len(waiting.seqs)
     return _batch(cost, instance, room.all, here, far, room, step_s if whole else None)
 
 
 def _in_turn(instance: Instance, room: Room) -> tuple[np.ndarray, np.ndarray]:
     """Of the waiting, by arrival: those that are here, and those that can be fetched now."""
     waiting = instance.waiting
-    if len(waiting) > 1:
+    if len(waiting.seqs) > 1:
         order = waiting.arrival.argsort(kind="stable")
         here = order[waiting.ready[order]]
         return here, room.fetch(order) if here.size < order.size else _NONE
     (seq,) = waiting.seqs
     if seq.ready:
         return _FIRST, _NONE
-    return _NONE, _NONE if seq.pages else room.fetch(_FIRST)
+    if seq.pages or not room.take(instance.pages_needed(seq)):
+        return _NONE, _NONE
+    return _NONE, _FIRST
 
 
 def _batch(
@@ -289,12 +303,13 @@ def _batch(
     if not step.size + admit.size:
         return Batch({}, fetched, evicted)
     whole = step.size == len(running)
-    work = running.ones() if whole else dict.fromkeys(running.ids_at(step), 1)
+    work = running.ones if whole else running.ones_at(step)
     if admit.size:
-        work |= dict.fromkeys(waiting.ids_at(admit), 1)
-    if step_s is None:
-        length = running.length if whole else running.length[step]
-        step_s = cost.decode_of(np.concatenate([length, waiting.length[admit]]))
+        work = work | waiting.ones_at(admit)
+    if step_s is None and whole and not admit.size:
+        step_s = cost.decode_all(running)
+    elif step_s is None:
+        step_s = cost.decode_of(np.concatenate([running.length[step], waiting.length[admit]]))
     return Batch(work, fetched, evicted, step_s)
 
 

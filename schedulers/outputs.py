@@ -41,13 +41,15 @@ class Outputs:
     @property
     def guess(self) -> str:
         """The guess in use."""
-        return min(GUESSES, key=lambda name: self.error[name])
+        return min(self.error, key=self.error.__getitem__)
 
     def add(self, num_prompt: int, num_tokens: int) -> None:
         """Learns from an output that ended after `num_tokens`."""
         if not self.learn:
             return
-        kind = self._alike.setdefault(_kind(num_prompt), _Lives())
+        kind = self._alike.get(key := _kind(num_prompt))
+        if kind is None:
+            kind = self._alike[key] = _Lives()
         count = bisect.bisect_left(_AGE_LIST, num_tokens)
         self.num_finished += 1
         newest = max(1 / self.num_finished, 1 / _MEMORY)
@@ -86,13 +88,15 @@ class _Lives:
 
     def mean_at(self, age: int, wider: float) -> float:
         """Mean length of those that outlasted one age."""
-        return float((self._sum[age] + _DOUBT * wider) / (self._longer[age] + _DOUBT))
+        return (self._sum.item(age) + _DOUBT * wider) / (self._longer.item(age) + _DOUBT)
 
     def add(self, count: int, num_tokens: int) -> None:
         """An output that outlasted the first `count` ages."""
-        self._both *= 1 - 1 / _MEMORY
-        self._longer[:count] += 1
-        self._sum[:count] += num_tokens
+        both = self._both
+        np.multiply(both, 1 - 1 / _MEMORY, out=both)
+        longer, lengths = self._longer[:count], self._sum[:count]
+        longer += 1
+        lengths += num_tokens
 
 
 def _kind(num_prompt: int) -> int:

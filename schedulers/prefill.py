@@ -101,8 +101,8 @@ class KairosPlus:
     period_s: float = 2.0
 
     def __call__(self, instance: Instance, now: float) -> Batch:
-        places = [place for place in (instance.running, instance.waiting) if place]
-        if sum(map(len, places)) <= 1:
+        places = [place for place in (instance.running, instance.waiting) if place.seqs]
+        if sum(len(place.seqs) for place in places) <= 1:
             return _step(self.cost, instance, [place.at(0) for place in places], self.pack, now)
         predicted = _join([predicted_s(self.cost, instance, place) for place in places])
         deadline = _join([place.deadline for place in places])
@@ -141,7 +141,7 @@ def feasible_first(
         jobs, deadline, seconds = jobs[due_first], deadline[due_first], seconds[due_first]
     order = deadline.argsort(kind="stable")
     deadline, seconds = deadline[order], seconds[order]
-    if bool((now + seconds.cumsum() <= deadline).all()):
+    if np.logical_and.reduce(now + np.add.accumulate(seconds) <= deadline):
         return jobs[order].tolist()
     kept: list[tuple[float, int]] = []  # a heap of (-seconds, index): the longest on top
     dropped: list[tuple[float, int]] = []

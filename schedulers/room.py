@@ -12,15 +12,20 @@ class Room:
     """The pages of an instance in the making of one decision.
 
     free: pages left when each running sequence has had one more, which most do not need now: so
-    that they can go on for a while without an eviction. evict: rows of running ones to evict. all:
-    the rows of all running ones.
+    that they can go on for a while without an eviction. evict: rows of running ones to evict.
     """
+
+    __slots__ = ("evict", "free", "instance")
 
     def __init__(self, instance: Instance):
         self.instance = instance
-        self.free = instance.pages.num_free - len(instance.running)
+        self.free = instance.pages.num_free - len(instance.running.seqs)
         self.evict: list[int] = []
-        self.all = np.arange(len(instance.running))
+
+    @property
+    def all(self) -> np.ndarray:
+        """The rows of all running ones."""
+        return np.arange(len(self.instance.running))
 
     def make(self, order: Callable[[], np.ndarray]) -> np.ndarray:
         """Evicts running sequences, least in `order` first, until the others have the pages that
@@ -79,6 +84,13 @@ class Room:
         order = order[: prefix(within)]
         self.free -= int(needed[: order.size].sum())
         return order
+
+    def take(self, count: int) -> bool:
+        """Takes so many pages for one to fetch, if they are left."""
+        if count > self.free:
+            return False
+        self.free -= count
+        return True
 
 
 def prefix(within: np.ndarray) -> int:

@@ -4,7 +4,8 @@ A policy looks at thousands of sequences in some tens of microseconds only if th
 columns: `rows.length`, `rows.deadline` and so on are views of one array, a value a sequence.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -47,19 +48,25 @@ T = TypeVar("T", bound=HasCells)
 class Rows(Generic[T]):
     """A mapping from ids to sequences whose columns are arrays. Rows are in no order: the last one
     takes the place of one that leaves.
+
+    seqs: in the order of their rows; to look at. cells: all columns [Column.NUM, len(self)].
+    num_tokens: their lengths in sum; whoever changes a length in the array changes it too.
+    num_removed: how many have left.
     """
 
     def __init__(self) -> None:
-        self._cells = np.zeros((Column.NUM, 64))
-        self._seqs: list[T] = []
+        self._store = np.zeros((Column.NUM, 64))
+        self.seqs: list[T] = []
         self._ids: list[str] = []
         self._row: dict[str, int] = {}
+        self.num_tokens = 0.0
         self.num_removed = 0
+        self._changed()
 
     # As a mapping.
 
     def __len__(self) -> int:
-        return len(self._seqs)
+        return len(self.seqs)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._ids)
@@ -68,20 +75,15 @@ class Rows(Generic[T]):
         return id in self._row
 
     def __getitem__(self, id: str) -> T:
-        return self._seqs[self._row[id]]
+        return self.seqs[self._row[id]]
 
     def get(self, id: str) -> T | None:
         row = self._row.get(id)
-        return None if row is None else self._seqs[row]
-
-    @property
-    def seqs(self) -> Sequence[T]:
-        """The sequences, in the order of their rows: the list itself, to look at."""
-        return self._seqs
+        return None if row is None else self.seqs[row]
 
     def values(self) -> list[T]:
         """The sequences, in the order of their rows."""
-        return list(self._seqs)
+        return list(self.seqs)
 
     @property
     def ids(self) -> Collection[str]:
@@ -91,60 +93,55 @@ class Rows(Generic[T]):
     # As columns. Views: not to be written to, save by the ledger.
 
     @property
-    def cells(self) -> np.ndarray:
-        """All columns [Column.NUM, len(self)]."""
-        return self._cells[:, : len(self._seqs)]
-
-    @property
     def arrival(self) -> np.ndarray:
-        return self._cells[Column.ARRIVAL, : len(self._seqs)]
+        return self.cells[Column.ARRIVAL]
 
     @property
     def deadline(self) -> np.ndarray:
-        return self._cells[Column.DEADLINE, : len(self._seqs)]
+        return self.cells[Column.DEADLINE]
 
     @property
     def tpot(self) -> np.ndarray:
-        return self._cells[Column.TPOT, : len(self._seqs)]
+        return self.cells[Column.TPOT]
 
     @property
     def computed(self) -> np.ndarray:
-        return self._cells[Column.COMPUTED, : len(self._seqs)]
+        return self.cells[Column.COMPUTED]
 
     @property
     def length(self) -> np.ndarray:
-        return self._cells[Column.LENGTH, : len(self._seqs)]
+        return self.cells[Column.LENGTH]
 
     @property
     def count(self) -> np.ndarray:
         """Output tokens so far."""
-        return self._cells[Column.COUNT, : len(self._seqs)]
+        return self.cells[Column.COUNT]
 
     @property
     def due(self) -> np.ndarray:
         """When the next token is due; nan before the first."""
-        return self._cells[Column.DUE, : len(self._seqs)]
+        return self.cells[Column.DUE]
 
     @property
     def capacity(self) -> np.ndarray:
         """Tokens that the pages held have room for."""
-        return self._cells[Column.CAPACITY, : len(self._seqs)]
+        return self.cells[Column.CAPACITY]
 
     @property
     def ready(self) -> np.ndarray:
-        return self._cells[Column.READY, : len(self._seqs)] > 0
+        return self.cells[Column.READY] > 0
 
     @property
     def expected(self) -> np.ndarray:
         """Output tokens in all, as far as one can tell; more than `count` on a decode instance."""
-        return self._cells[Column.EXPECTED, : len(self._seqs)]
+        return self.cells[Column.EXPECTED]
 
     @property
     def serial(self) -> np.ndarray:
-        return self._cells[Column.SERIAL, : len(self._seqs)]
+        return self.cells[Column.SERIAL]
 
     def at(self, row: int) -> T:
-        return self._seqs[row]
+        return self.seqs[row]
 
     def id_at(self, row: int) -> str:
         return self._ids[row]
@@ -153,9 +150,26 @@ class Rows(Generic[T]):
         ids = self._ids
         return [ids[row] for row in rows.tolist()]
 
+    # Of all rows: known until one joins or leaves.
+
+    @property
     def ones(self) -> dict[str, int]:
-        """1 for every id."""
-        return dict.fromkeys(self._row, 1)
+        """1 for every id. Not to be written to."""
+        if self._ones is None:
+            self._ones = dict.fromkeys(self._ids, 1)
+        return self._ones
+
+    @property
+    def least_tpot(self) -> float:
+        """The least TPOT; infinity if there is none."""
+        if self._least_tpot is None:
+            self._least_tpot = float(np.minimum.reduce(self.tpot)) if self.seqs else math.inf
+        return self._least_tpot
+
+    def ones_at(self, rows: np.ndarray) -> dict[str, int]:
+        """1 for the ids of some rows."""
+        ids = self._ids
+        return {ids[row]: 1 for row in rows.tolist()}
 
     def where(self, ids: Mapping[str, Any]) -> np.ndarray:
         """The rows of those `ids` that are here, in their order."""
@@ -165,48 +179,67 @@ class Rows(Generic[T]):
     def select(self, rows: np.ndarray) -> "Rows[T]":
         """A copy with some of the rows, for looking at."""
         some: Rows[T] = Rows()
-        some._cells = self._cells[:, rows]
-        some._seqs = [self._seqs[row] for row in rows.tolist()]
+        some._store = self.cells[:, rows]
+        some.seqs = [self.seqs[row] for row in rows.tolist()]
         some._ids = self.ids_at(rows)
         some._row = {id: row for row, id in enumerate(some._ids)}
+        some._changed()
+        some.num_tokens = float(some.length.sum())
         return some
 
     # Changes.
 
     def add(self, id: str, seq: T) -> None:
-        row = len(self._seqs)
-        if row == self._cells.shape[1]:
-            self._cells = np.concatenate([self._cells, np.zeros_like(self._cells)], axis=1)
-            for each, other in enumerate(self._seqs):
-                other.cells = self._cells[:, each]
+        row = len(self.seqs)
+        if row == self._store.shape[1]:
+            self._store = np.concatenate([self._store, np.zeros_like(self._store)], axis=1)
+            for each, other in enumerate(self.seqs):
+                other.cells = self._store[:, each]
         self._row[id] = row
-        self._seqs.append(seq)
+        self.seqs.append(seq)
         self._ids.append(id)
-        cells = self._cells[:, row]
+        cells = self._store[:, row]
         cells[:] = seq.cells
         seq.cells = cells
+        self.num_tokens += cells.item(Column.LENGTH)
+        self._changed()
 
     def remove(self, id: str) -> T:
         """Takes it out; its numbers stay with it."""
-        row = self._row.pop(id)
-        seq, last_seq, last_id = self._seqs[row], self._seqs.pop(), self._ids.pop()
+        seq = self[id]
         seq.cells = seq.cells.copy()
-        if last_seq is not seq:
-            cells = self._cells[:, row]
-            cells[:] = last_seq.cells
-            last_seq.cells = cells
-            self._seqs[row], self._ids[row], self._row[last_id] = last_seq, last_id, row
-        self.num_removed += 1
+        self._vacate(id)
         return seq
 
     def move(self, id: str, to: "Rows[T]") -> T:
-        seq = self.remove(id)
+        seq = self[id]
         to.add(id, seq)
+        self._vacate(id)
         return seq
 
     def check(self) -> None:
         """Raises AssertionError if a sequence's numbers are not those of its row."""
-        assert len(self._seqs) == len(self._ids) == len(self._row)
-        for row, (id, seq) in enumerate(zip(self._ids, self._seqs, strict=True)):
+        assert len(self.seqs) == len(self._ids) == len(self._row)
+        for row, (id, seq) in enumerate(zip(self._ids, self.seqs, strict=True)):
             assert self._row[id] == row
-            assert np.shares_memory(seq.cells, self._cells[:, row]), f"cells of {id!r}"
+            assert np.shares_memory(seq.cells, self._store[:, row]), f"cells of {id!r}"
+        assert self.num_tokens == self.length.sum()
+
+    def _vacate(self, id: str) -> None:
+        """Gives the row of one that has its numbers elsewhere to the last."""
+        row, last = self._row.pop(id), len(self.seqs) - 1
+        cells = self._store[:, row]
+        self.num_tokens -= cells.item(Column.LENGTH)
+        last_seq, last_id = self.seqs.pop(), self._ids.pop()
+        if row != last:
+            cells[:] = last_seq.cells
+            last_seq.cells = cells
+            self.seqs[row], self._ids[row], self._row[last_id] = last_seq, last_id, row
+        self.num_removed += 1
+        self._changed()
+
+    def _changed(self) -> None:
+        """One has joined or left."""
+        self.cells = self._store[:, : len(self.seqs)]
+        self._ones: dict[str, int] | None = None
+        self._least_tpot: float | None = None

@@ -67,14 +67,17 @@ class Simulation:
         arrivals = [request.arrival for request in self.requests] + [math.inf]
         woken: dict[_Node, None] = {}
         while events or index < count:
-            now = self.now = min(arrivals[index], events[0][0] if events else math.inf)
+            now = arrivals[index]
+            if events and events[0][0] < now:
+                now = events[0][0]
+            self.now = now
             while arrivals[index] <= now:
                 woken[self._arrive(self.requests[index], now)] = None
                 index += 1
             while events and events[0][0] <= now:
-                _, _, what, *args = heapq.heappop(events)
-                for node in what(now, *args):
-                    woken[node] = None
+                _, _, what, node, of = heapq.heappop(events)
+                for each in what(now, node, of):
+                    woken[each] = None
             for node in woken:
                 self._decide(node, now)
             woken.clear()
@@ -83,8 +86,8 @@ class Simulation:
             raise RuntimeError(f"{len(lost)} requests never ended, {lost[0]!r} the first")
         return self.outcomes  # type: ignore[return-value]
 
-    def _push(self, at: float, what: Callable, *args) -> None:
-        heapq.heappush(self._events, (at, next(self._order), what, *args))
+    def _push(self, at: float, what: Callable, node: "_Node", of: Batch | str) -> None:
+        heapq.heappush(self._events, (at, next(self._order), what, node, of))
 
     def _arrive(self, request: Request, now: float) -> "_Node":
         which = 0
@@ -96,7 +99,7 @@ class Simulation:
 
     def _decide(self, node: "_Node", now: float) -> None:
         instance = node.instance
-        if node.busy and not fetchable(instance):
+        if node.busy and not (instance.waiting.seqs and fetchable(instance)):
             return
         batch = node.policy(instance, now)
         if node.busy:
@@ -106,10 +109,13 @@ class Simulation:
         for id in batch.evict:
             out_s = self.cost.transfer_s(instance.running[id].computed)
             node.out_free = self._copied_at[id] = max(now, node.out_free) + out_s
-        num_running = len(instance.running)
+        if node.sure > 0 and instance.waiting.seqs:
+            # Newcomers may end before those that were known.
+            for id in instance.waiting.ids & batch.work.keys():
+                seq = instance.waiting[id]
+                left = self.outputs[seq.request.serial] - seq.num_tokens
+                node.sure = min(node.sure, left - 1)
         instance.begin(batch, now)
-        if len(instance.running) != num_running or batch.evict:
-            node.sure = 0
         for id in batch.fetch:
             begun = max(now, node.link_free, self._copied_at.pop(id, now))
             node.link_free = begun + self.cost.transfer_s(instance.waiting[id].computed)
@@ -118,18 +124,16 @@ class Simulation:
             return
         node.busy = True
         step_s = self._step_s(instance, batch)
-        if self.noise:
-            sd = self.noise
+        if sd := self.noise:
             step_s *= math.exp(self._random.normal(-0.5 * sd * sd, sd))
         self._push(now + step_s, self._step_done, node, batch)
 
     def _step_s(self, instance: Instance, batch: Batch) -> float:
         rows = instance.running
         if instance.role is Role.DECODE:
-            length = rows.length
-            if len(batch.work) != len(rows):
-                length = length[rows.where(batch.work)]
-            return self.cost.decode_of(length)
+            if len(batch.work) == len(rows.seqs):
+                return self.cost.decode_all(rows)
+            return self.cost.decode_of(rows.length[rows.where(batch.work)])
         steps = [(rows[id], count) for id, count in batch.work.items()]
         chunks = [(n, seq.computed) for seq, n in steps if n > 1 or not seq.num_tokens]
         contexts = [seq.length for seq, n in steps if n == 1 and seq.num_tokens]
@@ -169,7 +173,8 @@ class Simulation:
         left = self._targets[rows.serial.astype(np.intp)] - rows.count
         last = left <= 1
         # After this step, none ends for two steps less than the nearest to its end lacks now.
-        node.sure = int(left[~last].min()) - 2 if not last.all() else 0
+        later = left[~last]
+        node.sure = int(np.minimum.reduce(later)) - 2 if later.size else 0
         # One of these that takes no part, or is still at its prompt, ends in another step.
         stopped = [id for id in rows.ids_at(last.nonzero()[0]) if id in work]
         if node.instance.role is Role.BOTH:

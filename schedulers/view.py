@@ -49,9 +49,11 @@ class View:
         work = self.own[rows] * self.left[rows]
         rows = rows[work.argsort(kind="stable")]
         load = self._load(rows)
-        held_off = (load > newcomers) & (self.cells[Column.CAPACITY, rows] == 0)
+        if np.maximum.reduce(load) <= min(target, newcomers):
+            return rows, rows[:0]
+        held_off = (load > newcomers) & (self.cells[Column.CAPACITY][rows] == 0)
         held_off[0] = False
-        if held_off.any():
+        if np.logical_or.reduce(held_off):
             passed, rows = rows[held_off], rows[~held_off]
             load = self._load(rows)
         else:
@@ -63,20 +65,20 @@ class View:
         """Seconds of a step of the first, the first two, the first three ... of `order`."""
         lengths = self.length[order]
         longest = 0.0 if self.cost.decode.form == "ragged" else np.maximum.accumulate(lengths)
-        count = np.arange(1, order.size + 1)
-        return self.pace * self.cost.decode_step_s(count, lengths.cumsum(), longest)
+        count = np.arange(1.0, order.size + 1)
+        return self.pace * self.cost.decode_step_s(count, np.add.accumulate(lengths), longest)
 
     def by(self, column: int, rows: np.ndarray) -> np.ndarray:
         """`rows` in the order of a column."""
-        return rows[self.cells[column, rows].argsort(kind="stable")] if rows.size > 1 else rows
+        return rows[self.cells[column][rows].argsort(kind="stable")] if rows.size > 1 else rows
 
     def _load(self, order: np.ndarray) -> np.ndarray:
         """The load of the first, the first two, the first three ... of `order`."""
         decode, period = self.cost.decode, self.period[order]
-        least = np.minimum.accumulate(np.minimum(period, self.cells[Column.TPOT, order]))
+        least = np.minimum.accumulate(np.minimum(period, self.cells[Column.TPOT][order]))
         base = self.pace * decode.base_s / least
         if decode.form == "ragged":
-            return base + (self.own[order] / period).cumsum()
+            return base + np.add.accumulate(self.own[order] / period)
         # Each pays for the longest of those that it steps beside, and all for the padding.
         longest = np.maximum.accumulate(self.length[order])
         per_row = self.pace * (decode.per_seq_s + decode.per_context_token_s * longest)

@@ -87,6 +87,24 @@ def test_a_bad_entry_is_named(changes, named):
         CostModel.from_profile(profile(**changes))
 
 
+def test_what_one_role_needs_is_enough_for_it_and_the_rest_is_no_answer():
+    of_prefill = {k: v for k, v in PROFILE.items() if k in ("prefill", "kv_capacity_tokens")}
+    cost = CostModel.from_profile(of_prefill, ["prefill"])
+    assert cost.prefill_s(3) == CostModel.from_profile(PROFILE).prefill_s(3)
+    assert math.isnan(cost.decode_s([10]))
+    assert math.isnan(cost.transfer_s(10))
+    assert CostModel.from_profile(PROFILE, ["prefill"]).decode_s([10]) > 0, "taken if it is there"
+    with pytest.raises(ValueError, match="profile decode must be a table"):
+        CostModel.from_profile(of_prefill, ["decode"])
+
+
+def test_fit_leaves_out_what_was_not_measured():
+    found = fit(decode=[(1, 1, 1.0), (2, 1, 2.0)], form="padded", buckets=[1, 2])
+    assert set(found) == {"decode", "fit"}
+    assert set(found["fit"]) == {"decode"}
+    assert set(fit(prefill=[(1, 0, 1.0)])) == {"prefill", "fit"}
+
+
 @pytest.mark.parametrize("form", ["ragged", "padded"])
 def test_fit_recovers_the_coefficients(form):
     truth = {

@@ -1,5 +1,6 @@
 """The columns of sequences against a plain dict."""
 
+import math
 import random
 
 import numpy as np
@@ -30,7 +31,7 @@ def test_random_changes_against_a_dict(seed):
         model, rows = models[which], places[which]
         verb = rng.choice(["add", "add", "add", "remove", "move", "write"])
         if verb == "add":
-            new = seq(serial)
+            new = seq(serial, rng.randint(1, 9), rng.choice([0.1, 0.5, 2.0]))
             rows.add(new.request.id, new)
             model[new.request.id] = new
         elif model:
@@ -47,7 +48,9 @@ def test_random_changes_against_a_dict(seed):
         for rows, model in zip(places, models, strict=True):
             rows.check()
             assert held(rows) == model
-            assert rows.ids == model.keys()
+            assert rows.ids == rows.ones.keys() == model.keys()
+            tpots = [seq.request.slo.tpot for seq in model.values()]
+            assert rows.least_tpot == min(tpots, default=math.inf)
     assert [rows.num_removed for rows in places] == removed
     assert max(map(len, places)) > 64, "the array has not grown"
 
@@ -65,6 +68,17 @@ def test_a_sequence_and_its_column_are_one():
     assert rows.cells.shape == (Column.NUM, 2)
     assert rows.at(1) is rows.get("b") is second
     assert (rows.id_at(1), rows.ids_at(np.array([1, 0]))) == ("b", ["b", "a"])
+
+
+def test_what_was_handed_out_stays_as_it_was():
+    """A decision is kept by whoever records it."""
+    rows = Rows()
+    rows.add("a", seq(1))
+    before = rows.ones
+    rows.add("b", seq(2))
+    assert before == {"a": 1}
+    assert rows.ones == {"a": 1, "b": 1}
+    assert rows.ones is rows.ones
 
 
 def test_numbers_stay_with_one_that_has_left():
