@@ -14,15 +14,17 @@ BIN := $(VENV)/bin
 # Named by version, so that another PYTHON makes another environment.
 INSTALLED = $(VENV)/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: help setup model demo agreement serve sweep paper test lint lock proto clean
+.PHONY: help setup model demo agreement serve cluster sweep paper test slow lint lock proto clean
 
 help:
 	@echo "make demo   serve one workload under three schedulers; report in out/demo/report.html"
 	@echo "make serve  a server that stays up, on port $(PORT)"
+	@echo "make cluster  the same as processes of their own: 1 router, 2 prefill, 2 decode"
 	@echo "make sweep  simulated: layouts, loads and policies; report in out/sweep/report.html"
 	@echo "make paper  the paper's four claims on a trace (TRACE=FILE); tables in out/paper"
 	@echo "make agreement  the simulator against the live engine, at five loads: six minutes"
 	@echo "make test   lint and the whole default test suite"
+	@echo "make slow   the tests of several processes, which take minutes"
 	@echo "make setup  the environment alone, in $(VENV)"
 	@echo "make lint   ruff, pyright, import-linter"
 	@echo "make model  fetch the default model into the user's cache"
@@ -54,6 +56,9 @@ agreement: setup
 serve: setup
 	@$(BIN)/python -m kairos_jax.serve --config=$(CONFIG) --port=$(PORT)
 
+cluster: setup
+	@$(BIN)/python -m kairos_jax.cluster --config=$(CONFIG) --port=$(PORT)
+
 sweep: setup
 	@$(BIN)/python -m kairos_jax.sweep $(SWEEP) --output=out/sweep
 
@@ -63,6 +68,9 @@ paper: setup
 
 test: lint model
 	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .
@@ -77,7 +85,7 @@ lock: setup
 
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. \
-	  --grpc_python_out=. kairos_jax/rpc/kairos.proto
+	  --grpc_python_out=. $(wildcard kairos_jax/rpc/*.proto)
 
 clean:
 	rm -rf $(VENV) out

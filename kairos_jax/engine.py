@@ -1,6 +1,7 @@
 """Compiled steps over shape buckets: the one place where a ledger's work becomes arrays.
 
-An engine owns its weights and its page pool on one mesh. One thread drives it.
+An engine owns its weights and its page pool on one mesh. One thread drives it. Where the mesh spans
+processes, each has an engine, and all of them run the same calls (kairos_jax.followers).
 """
 
 import functools
@@ -48,7 +49,9 @@ class Engine(Protocol):
 
     @property
     def wire_sharding(self) -> Sharding | None:
-        """Where KV in wire form must be placed before `write_pages`."""
+        """Where KV in wire form must be placed before `write_pages`. None: whole blocks will do, on
+        this host or on a device of this process.
+        """
         ...
 
     def step(self, work: Sequence[tuple[Seq, int]]) -> dict[str, Token]:
@@ -105,6 +108,30 @@ class Shapes:
         yield from ((rows, 1) for rows in self.decode_rows)
 
 
+class Step(NamedTuple):
+    """A call of the compiled forward step."""
+
+    inputs: StepInput
+    how: SamplingInput
+
+
+class Read(NamedTuple):
+    """A call that copies one block of pages out. pages: int32 ids [BLOCK_PAGES]."""
+
+    pages: np.ndarray
+
+
+class Write(NamedTuple):
+    """A call that writes one block into the pool. Ids past the pool are dropped."""
+
+    pages: np.ndarray
+    block: jax.Array
+
+
+Call = Step | Read | Write
+"""All that ever runs on a mesh, as arrays."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     """Up to Q consecutive tokens of one sequence."""
@@ -120,7 +147,10 @@ class _Row:
 
 
 class JaxEngine:
-    """The engine of one instance: its weights, its page pool and its compiled steps."""
+    """The engine of one instance: its weights, its page pool and its compiled steps.
+
+    dispatch: runs each call; `run`, unless other processes are to run it too.
+    """
 
     def __init__(
         self,
@@ -137,8 +167,11 @@ class JaxEngine:
         self.params = dict(params)
         pool = (limits.num_pages, config.num_kv_heads, config.head_dim, limits.page_size)
         cache_sharding = rules.sharding(mesh, ("pages", "kv_heads", None, None), pool)
-        wire_spec = rules.spec((None, None, "kv_heads", None, None))
-        self._wire_sharding = NamedSharding(mesh, wire_spec)
+        wire_sharding = NamedSharding(mesh, rules.spec((None, None, "kv_heads", None, None)))
+        tokens = BLOCK_PAGES * limits.page_size
+        shape = (config.num_layers, tokens, config.num_kv_heads, 2, config.head_dim)
+        # One block in wire form, as it lies on this mesh.
+        self.block = jax.ShapeDtypeStruct(shape, dtype, sharding=wire_sharding)
         self._cache = kv_cache.allocate(
             config, limits.num_pages, limits.page_size, dtype, cache_sharding
         )
@@ -163,13 +196,16 @@ class JaxEngine:
         # `num_compiled` looks at. The pool is donated, so that a step writes the pages where they
         # are: 88 against 540 ms at batch 16.
         self._step = jax.jit(step, donate_argnums=1, out_shardings=(cache_sharding, replicated))
-        self._read = jax.jit(read, out_shardings=self._wire_sharding)
+        # What leaves a mesh that spans processes must be whole on the devices of one of them.
+        read_sharding = replicated if mesh.is_multi_process else wire_sharding
+        self._read = jax.jit(read, out_shardings=read_sharding)
         self._write = jax.jit(write, donate_argnums=0, out_shardings=cache_sharding)
+        self.dispatch: Callable[[Call], Any] = self.run
 
     @property
-    def wire_sharding(self) -> Sharding:
-        """How KV in wire form [L, T, K, 2, H] lies on this mesh."""
-        return self._wire_sharding
+    def wire_sharding(self) -> Sharding | None:
+        """How KV in wire form [L, T, K, 2, H] lies on this mesh; None if that spans processes."""
+        return None if self.mesh.is_multi_process else self.block.sharding
 
     @property
     def num_compiled(self) -> int:
@@ -183,7 +219,7 @@ class JaxEngine:
             progress(f"{rows} x {queries} tokens")
             self.run_rows([], rows, queries)
         progress("page moves")
-        self.write_pages([], [self._read(self._cache, self._block_ids([], 0))])
+        self.write_pages([], [self.dispatch(Read(_block_ids([], 0)))])
         self.wait()
 
     def wait(self) -> None:
@@ -220,53 +256,69 @@ class JaxEngine:
         """Dispatches one compiled step of `size` rows. Returns the packed samples (see
         models.sampling.unpack), still on the device.
         """
+        call = self.padding(size, queries)
+        inputs = call.inputs
+        for index, row in enumerate(rows):
+            ids = row.seq.token_ids(row.start, row.start + row.count)
+            inputs.tokens[index, : row.count] = ids
+            inputs.start[index], inputs.count[index] = row.start, row.count
+            inputs.page_table[index, : len(row.seq.pages)] = row.seq.pages
+        _fill(call.how, rows)
+        return self.dispatch(call)
+
+    def padding(self, size: int, queries: int) -> Step:
+        """A step of `size` rows, all of them padding."""
         inputs = StepInput(
             tokens=np.zeros((size, queries), np.int32),
             start=np.zeros(size, np.int32),
             count=np.zeros(size, np.int32),
             page_table=np.zeros((size, self._table_pages), np.int32),
         )
-        for index, row in enumerate(rows):
-            ids = row.seq.token_ids(row.start, row.start + row.count)
-            inputs.tokens[index, : row.count] = ids
-            inputs.start[index], inputs.count[index] = row.start, row.count
-            inputs.page_table[index, : len(row.seq.pages)] = row.seq.pages
-        how = _sampling_input(rows, size)
-        self._cache, packed = self._step(self.params, self._cache, inputs, how)
-        return packed
+        how = SamplingInput(
+            temperature=np.zeros(size, np.float32),
+            top_k=np.zeros(size, np.int32),
+            top_p=np.ones(size, np.float32),
+            min_p=np.zeros(size, np.float32),
+            seed=np.zeros(size, np.uint32),
+            position=np.zeros(size, np.int32),
+            logprobs=np.zeros(size, np.bool_),
+        )
+        return Step(inputs, how)
+
+    def run(self, call: Call) -> jax.Array | None:
+        """Dispatches one call, and returns its samples or its block, still on the device."""
+        match call:
+            case Step(inputs, how):
+                self._cache, packed = self._step(self.params, self._cache, inputs, how)
+                return packed
+            case Read(pages):
+                return self._read(self._cache, pages)
+            case Write(pages, block):
+                self._cache = self._write(self._cache, pages, block)
 
     def read_pages(self, pages: Sequence[int]) -> KV:
         """See `Engine.read_pages`."""
-        blocks = _blocks(pages)
-        return [self._read(self._cache, self._block_ids(block, 0)) for block in blocks]
+        return [self.dispatch(Read(_block_ids(block, 0))) for block in _blocks(pages)]
 
     def write_pages(self, pages: Sequence[int], kv: KV) -> None:
         """See `Engine.write_pages`."""
         # Padding ids point past the pool, where the scatter drops them.
         past = self.limits.num_pages
         for block, arrays in zip(_blocks(pages) or [[]], kv, strict=True):
-            self._cache = self._write(self._cache, self._block_ids(block, past), arrays)
+            self.dispatch(Write(_block_ids(block, past), arrays))
 
-    def _block_ids(self, pages: Sequence[int], padding: int) -> np.ndarray:
-        ids = np.full(BLOCK_PAGES, padding, np.int32)
-        ids[: len(pages)] = pages
-        return ids
+
+def _block_ids(pages: Sequence[int], padding: int) -> np.ndarray:
+    ids = np.full(BLOCK_PAGES, padding, np.int32)
+    ids[: len(pages)] = pages
+    return ids
 
 
 def _blocks(pages: Sequence[int]) -> list[Sequence[int]]:
     return [pages[first : first + BLOCK_PAGES] for first in range(0, len(pages), BLOCK_PAGES)]
 
 
-def _sampling_input(rows: Sequence[_Row], size: int) -> SamplingInput:
-    how = SamplingInput(
-        temperature=np.zeros(size, np.float32),
-        top_k=np.zeros(size, np.int32),
-        top_p=np.ones(size, np.float32),
-        min_p=np.zeros(size, np.float32),
-        seed=np.zeros(size, np.uint32),
-        position=np.zeros(size, np.int32),
-        logprobs=np.zeros(size, np.bool_),
-    )
+def _fill(how: SamplingInput, rows: Sequence[_Row]) -> None:
     for index, row in enumerate(rows):
         if not row.samples:
             continue  # not the sequence's last row: nothing is sampled from it
@@ -275,7 +327,6 @@ def _sampling_input(rows: Sequence[_Row], size: int) -> SamplingInput:
         how.top_k[index], how.top_p[index] = params.top_k, params.top_p
         how.min_p[index], how.position[index] = params.min_p, row.seq.length
         how.logprobs[index] = params.logprobs is not None
-    return how
 
 
 def _tokens(rows: Sequence[_Row], packed: np.ndarray) -> Mapping[str, Token]:

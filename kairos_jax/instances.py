@@ -81,17 +81,36 @@ def build_engines(
     for role, name in zip(config.roles, names, strict=True):
         mine = devices[first : first + config.devices(role)]
         first += len(mine)
-        progress(f"load {name} weights", 0, 1)
-        try:
-            loaded = engines[0].params if engines else None
-            engines.append(_build_engine(config, model, role, mine, loaded))
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        progress(f"load {name} weights", 1, 1)
+        loaded = engines[0].params if engines else None
+        engines.append(build_engine(config, model, role, name, mine, progress, loaded))
     # XLA compiles mostly on one thread: two at once take little longer than one.
     named = zip(engines, names, strict=True)
-    parallel([functools.partial(_warm_up, engine, name, progress) for engine, name in named])
+    parallel([functools.partial(warm_up, engine, name, progress) for engine, name in named])
     return engines
+
+
+def build_engine(
+    config: ServerConfig,
+    model: Model,
+    role: Role,
+    name: str,
+    devices: Sequence[Any],
+    progress: Progress,
+    loaded: Params | None = None,
+) -> JaxEngine:
+    """One engine, nothing compiled yet. loaded: the weights on another mesh, from where they are
+    copied rather than read again.
+
+    Raises:
+        UsageError: the model cannot be split over so many devices, or its files are broken.
+    """
+    progress(f"load {name} weights", 0, 1)
+    try:
+        engine = _build_engine(config, model, role, devices, loaded)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    progress(f"load {name} weights", 1, 1)
+    return engine
 
 
 def build_workers(
@@ -105,19 +124,30 @@ def build_workers(
     """One for each of the config's roles, not yet started. journal: told of all that happens to
     their ledgers.
     """
-    workers = []
-    for role, name, engine in zip(config.roles, _names(config), engines, strict=True):
-        instance = Instance(name, role, engine.limits)
-        if journal:
-            instance.journal = journal.recorder(instance)
-        policy = build_policy(config, role, cost)
-        # Where a role has one instance, there is nothing for the router to choose by.
-        demotes = config.prefill.policy in prefill.DEMOTING
-        summed_up = functools.partial(_outline, cost, demotes)
-        if config.roles.count(role) == 1:
-            summed_up = None
-        workers.append(Worker(instance, policy, engine, transport, emit, summed_up))
-    return workers
+    return [
+        build_worker(config, role, name, engine, cost, transport, emit, journal)
+        for role, name, engine in zip(config.roles, _names(config), engines, strict=True)
+    ]
+
+
+def build_worker(
+    config: ServerConfig,
+    role: Role,
+    name: str,
+    engine: Engine,
+    cost: CostModel,
+    transport: KVTransport,
+    emit: Callable[[Event], None],
+    journal: Journal | None = None,
+) -> Worker:
+    """One worker, not yet started."""
+    instance = Instance(name, role, engine.limits)
+    if journal:
+        instance.journal = journal.recorder(instance)
+    policy = build_policy(config, role, cost)
+    demotes = config.prefill.policy in prefill.DEMOTING
+    summed_up = functools.partial(_outline, cost, demotes)
+    return Worker(instance, policy, engine, transport, emit, summed_up)
 
 
 def build_policy(config: ServerConfig, role: Role, cost: CostModel) -> Policy:
@@ -143,7 +173,6 @@ def _build_engine(
     devices: Sequence[Any],
     loaded: Params | None,
 ) -> JaxEngine:
-    """loaded: the weights on another mesh, from where they are copied rather than read again."""
     mesh, rules, description = make_mesh(devices), Rules(), model.checkpoint.config
     if loaded is None:
         params = model.checkpoint.load(mesh, rules, config.dtype)
@@ -157,7 +186,8 @@ def _build_engine(
     )
 
 
-def _warm_up(engine: JaxEngine, name: str, progress: Progress) -> None:
+def warm_up(engine: JaxEngine, name: str, progress: Progress) -> None:
+    """Compiles every shape."""
     total = len(list(engine.shapes)) + 1
     started = 0
 

@@ -26,6 +26,15 @@ class Handover:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefetch:
+    """A request whose KV is being offered elsewhere, and which will come here by a Handover: what
+    there is of it may be brought over meanwhile.
+    """
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """The decode side has the KV of this request."""
 
@@ -39,7 +48,16 @@ class Cancel:
     id: str
 
 
-Message = Submit | Handover | Release | Cancel
+@dataclass(frozen=True, slots=True)
+class HandBack:
+    """Give back what waits and has not begun, and with `running` all there is; from now on, take
+    nothing new.
+    """
+
+    running: bool
+
+
+Message = Submit | Handover | Prefetch | Release | Cancel | HandBack
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +83,14 @@ class Stepped:
 
 
 @dataclass(frozen=True, slots=True)
+class Offered:
+    """The first KV of this request is on offer, while the rest of its prompt is still computed."""
+
+    id: str
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
 class Moved:
     """The KV of this request has come over, at `at`; where it came from may drop it."""
 
@@ -78,6 +104,20 @@ class Lost:
 
     id: str
     error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """This request is to go on elsewhere; it is forgotten here."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """This instance takes no new requests; it gives them back."""
+
+    instance: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,4 +139,4 @@ class Outlined:
     num_received: int
 
 
-Event = Stepped | Moved | Lost | Died | Outlined
+Event = Stepped | Offered | Moved | Lost | Returned | Draining | Died | Outlined

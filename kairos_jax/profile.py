@@ -4,6 +4,8 @@ python -m kairos_jax.profile --config=configs/smollm2_135m_cpu.py --output=profi
 """
 
 import datetime
+import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -40,36 +42,28 @@ def measure(
     engines: Sequence[JaxEngine], config: ServerConfig, name: str, progress: Progress
 ) -> dict:
     """Times each kind of step over its shapes, on one instance of each role with all others idle,
-    and fits the profile.
+    and fits the profile. What engines of one role cannot show is left out.
 
     Returns:
         The profile (DESIGN: "Profile file"); "samples" are medians in seconds.
     """
-    prefill, decode = engines[0], engines[-1]
-    points: list[tuple[str, tuple[int, ...], Callable[[], Any]]] = [
-        *(("prefill", p, lambda p=p: _prefill(prefill, *p)) for p in _prefill_points(prefill)),
-        *(("decode", p, lambda p=p: _decode(decode, *p)) for p in _decode_points(decode)),
-        *(
-            ("transfer", (n,), lambda n=n: _transfer(prefill, decode, n))
-            for n in _transfer_points(prefill)
-        ),
-    ]
+    points = _points(engines)
     times: list[list[float]] = [[] for _ in points]
     total = _PASSES * len(points)
     for done, (_, index) in enumerate(itertools.product(range(_PASSES), range(len(points)))):
         progress("measure step times", done, total)
         times[index] += _times_s(points[index][-1])
     progress("measure step times", total, total)
-    samples: dict[str, list[tuple]] = {"prefill": [], "decode": [], "transfer": []}
+    samples: dict[str, list[tuple]] = {kind: [] for kind in _kinds(engines)}
     for (kind, point, _), of_point in zip(points, times, strict=True):
         samples[kind].append((*point, statistics.median(of_point)))
     fitted = cost.fit(
         **samples,
         form="padded",
-        buckets=decode.shapes.decode_rows,
-        row_tokens=prefill.shapes.row_tokens,
+        buckets=engines[-1].shapes.decode_rows,
+        row_tokens=engines[0].shapes.row_tokens,
     )
-    device = prefill.mesh.devices.flat[0]
+    device = engines[0].mesh.devices.flat[0]
     return {
         "name": f"{name}, {config.layout}",
         "model": name,
@@ -87,6 +81,30 @@ def measure(
     }
 
 
+def _kinds(engines: Sequence[JaxEngine]) -> list[str]:
+    """What steps of these engines show the times of."""
+    prefills, decodes = bool(engines[0].shapes.prefill_rows), bool(engines[-1].shapes.decode_rows)
+    shown = (prefills, decodes, prefills and decodes)
+    return [kind for kind, there in zip(cost.KINDS, shown, strict=True) if there]
+
+
+def _points(
+    engines: Sequence[JaxEngine],
+) -> list[tuple[str, tuple[int, ...], Callable[[], Any]]]:
+    """What is timed: its kind, its lengths, and a run of it."""
+    first, last = engines[0], engines[-1]
+    points = [
+        *(("prefill", p, functools.partial(_prefill, first, *p)) for p in _prefill_points(first)),
+        *(("decode", p, functools.partial(_decode, last, *p)) for p in _decode_points(last)),
+        *(
+            ("transfer", (n,), functools.partial(_transfer, first, last, n))
+            for n in _transfer_points(first)
+        ),
+    ]
+    kinds = _kinds(engines)
+    return [point for point in points if point[0] in kinds]
+
+
 def load_or_measure(
     path: Path | None,
     config: ServerConfig,
@@ -95,13 +113,19 @@ def load_or_measure(
     progress: Progress,
 ) -> dict:
     """The profile at `path`; without one, that of the user's cache, measured now if need be."""
+    kinds = _kinds(engines)
     if path is not None:
-        return read(path)
+        return read(path, kinds)
     cached = _cached_path(config, model, engines)
-    if cached.exists():
-        return read(cached)
-    profile = measure(engines, config, config.model, progress)
-    write(profile, cached)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    # One process of this user's at a time: else each would measure the others' noise. Those of one
+    # role then find what the first has measured.
+    with (cached.parent / "measuring.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if cached.exists():
+            return read(cached, kinds)
+        profile = measure(engines, config, config.model, progress)
+        write(profile, cached)
     return profile
 
 
@@ -124,15 +148,15 @@ def fit_line(profile: dict) -> str:
 
 def _cached_path(config: ServerConfig, model: Model, engines: Sequence[JaxEngine]) -> Path:
     """Named by all that step times depend on."""
-    prefill, decode = engines[0], engines[-1]
-    device = prefill.mesh.devices.flat[0]
+    first, last = engines[0], engines[-1]
+    device = first.mesh.devices.flat[0]
     facts = (
         model.checkpoint.config,
         config.dtype,
         config.attention,
         config.page_size,
         config.max_context,
-        *((e.mesh.size, e.shapes, e.limits.num_pages) for e in (prefill, decode)),
+        *((e.mesh.size, e.shapes, e.limits.num_pages) for e in (first, last)),
         (device.device_kind, os.cpu_count(), jax.__version__, __version__),
     )
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -1,16 +1,18 @@
 """Reads profiles: files that `kairos_jax.profile` measured, or ones that come with the package."""
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from kairos_jax.command import UsageError
-from schedulers.cost import CostModel
+from schedulers.cost import KINDS, CostModel
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The profile in a file, or of that name among `packaged()`.
+def read(path: str | Path, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+    """The profile in a file, or of that name among `packaged()`, with times of these kinds at
+    least.
 
     Raises UsageError if there is none, or a cost model cannot use it.
     """
@@ -23,7 +25,7 @@ def read(path: str | Path) -> dict[str, Any]:
         profile = json.loads((named or Path(path)).read_text(encoding="utf-8"))
         if not isinstance(profile, dict):
             raise ValueError(f"must be a JSON object, got {type(profile).__name__}")
-        CostModel.from_profile(profile)
+        CostModel.from_profile(profile, kinds)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"profile {path}: {error}") from error
     return profile

@@ -12,33 +12,28 @@ wrong flag, config or model.
 import asyncio
 import contextlib
 import logging
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
-from rich.console import Console
 
-from kairos_jax import launch, profile
+from kairos_jax import launch, lifecycle, profile
+from kairos_jax.backend import backend
 from kairos_jax.config import ServerConfig
-from kairos_jax.edge import Edge
 from kairos_jax.engine import JaxEngine
 from kairos_jax.instances import Model, build_engines, build_workers, open_model
 from kairos_jax.progress import bars
 from kairos_jax.recording import recording
-from kairos_jax.rpc import kairos_pb2 as pb
-from kairos_jax.service import Backend, Server
+from kairos_jax.service import Server
 from kairos_jax.streams import Router
 from kairos_jax.transfer import LocalTransport
 from schedulers.cost import CostModel
 from schedulers.journal import Journal
+from schedulers.routing import ADMISSION
 
 # What a step under way is given to end in, once no request is left.
 _STOP_TIMEOUT_S = 5.0
@@ -47,11 +42,10 @@ _STOP_TIMEOUT_S = 5.0
 def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
     launch.define_config_flag()
-    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
-    flags.DEFINE_integer("port", 50051, "Port to listen on; 0: any free one.", 0, 65535)
+    lifecycle.define_flags(port=50051)
     flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
     flags.DEFINE_string("journal", None, "File for a record of every decision, as JSON lines.")
-    flags.DEFINE_float("grace_s", 30.0, "Seconds that a drain waits for requests.", 0.0)
+    flags.DEFINE_enum("admission", "none", list(ADMISSION), "Who is turned away early.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,27 +75,24 @@ async def serve(
     grace_s: float,
     prepare: Callable[[], Prepared],
     journal: Journal | None = None,
+    admission: str = "none",
 ) -> int:
     """Serves until a signal, or until an instance dies. Returns the exit code."""
-    stop = asyncio.Event()
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(sign, _on_signal, sign, stop)
+    stopping = lifecycle.asked_to_stop()
     try:
         server = Server(host, port, time.monotonic)
     except OSError as error:
         raise launch.UsageError(str(error)) from error
     await server.start()
     print(f"starting {config.model}: gRPC on {server.address}", flush=True)
-    prepared = _in_daemon(prepare)
-    stopping = asyncio.ensure_future(stop.wait())
-    await asyncio.wait({prepared, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not prepared.done():
-        Console(stderr=True).show_cursor()  # which a progress bar has hidden
-        print("stopped while starting", flush=True)
-        return 1
-    if prepared.exception():
+    try:
+        prepared = await lifecycle.prepared(prepare, stopping)
+    except BaseException:
         await server.drain(0.0)
-    return await _serve_until(stopping, config, server, grace_s, prepared.result(), journal)
+        raise
+    if prepared is None:
+        return 1
+    return await _serve_until(stopping, config, server, grace_s, prepared, journal, admission)
 
 
 async def _serve_until(
@@ -111,14 +102,17 @@ async def _serve_until(
     grace_s: float,
     prepared: Prepared,
     journal: Journal | None,
+    admission: str,
 ) -> int:
     engines, cost = prepared.engines, prepared.cost
-    router = Router(asyncio.get_running_loop(), config.max_requests, cost)
+    router = Router(asyncio.get_running_loop(), config.max_requests, cost, admission=admission)
     workers = build_workers(config, engines, cost, LocalTransport(), router.emit, journal)
     router.connect(workers)
     for worker in workers:
         worker.start()
-    await server.open(_backend(config, prepared.model, router))
+    meshes = config.prefill.devices, config.devices(config.roles[-1])
+    kind = jax.devices()[0].device_kind
+    await server.open(backend(config, prepared.model, router, meshes, kind))
     print(_ready_line(config, prepared, server.address), flush=True)
     await asyncio.wait({router.died, stopping}, return_when=asyncio.FIRST_COMPLETED)
     print("an instance died: ending" if router.died.done() else "draining", flush=True)
@@ -129,29 +123,6 @@ async def _serve_until(
         await asyncio.to_thread(worker.stop, _STOP_TIMEOUT_S)
     print("drained" if drained else "ended requests that outlasted --grace_s", flush=True)
     return 0
-
-
-def _backend(config: ServerConfig, model: Model, router: Router) -> Backend:
-    description, tokenizer = model.checkpoint.config, model.tokenizer
-    name = Path(config.model).name
-    return Backend(
-        edge=Edge(name, description.vocab_size, model.eos_ids, config, tokenizer),
-        router=router,
-        model=pb.Model(
-            name=name,
-            max_context=config.max_context,
-            vocab_size=description.vocab_size,
-            max_tokens=config.max_tokens,
-            default_slo=pb.Slo(ttft_s=config.slo.ttft, tpot_s=config.slo.tpot),
-            prefill_policy=config.prefill.policy,
-            decode_policy=config.decode.policy,
-            prefill_mesh_size=config.prefill.devices,
-            decode_mesh_size=config.devices(config.roles[-1]),
-            device_kind=jax.devices()[0].device_kind,
-            has_tokenizer=tokenizer is not None,
-            has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
-        ),
-    )
 
 
 def _ready_line(config: ServerConfig, prepared: Prepared, address: str) -> str:
@@ -166,35 +137,8 @@ def _ready_line(config: ServerConfig, prepared: Prepared, address: str) -> str:
     )
 
 
-def _on_signal(sign: signal.Signals, stop: asyncio.Event) -> None:
-    if stop.is_set() and sign is signal.SIGINT:
-        os._exit(130)
-    stop.set()
-
-
-def _in_daemon(job: Callable[[], Any]) -> asyncio.Future:
-    """Runs a job on a thread that does not keep the process alive."""
-    loop = asyncio.get_running_loop()
-    done = loop.create_future()
-
-    def finish(method: Callable[[Any], None], value: Any) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(method, value)
-
-    def run() -> None:
-        try:
-            result = job()
-        except BaseException as error:
-            finish(done.set_exception, error)
-        else:
-            finish(done.set_result, result)
-
-    threading.Thread(target=run, name="prepare", daemon=True).start()
-    return done
-
-
-def main(argv: list[str]) -> int:
-    """Returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Serves, and ends the process."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     config = launch.read_config()
     values = flags.FLAGS
@@ -203,11 +147,16 @@ def main(argv: list[str]) -> int:
         journal = stack.enter_context(recording(Path(values.journal))) if values.journal else None
         where = values.host, values.port
         code = asyncio.run(
-            serve(config, *where, values.grace_s, lambda: prepare(config, path), journal)
+            serve(
+                config,
+                *where,
+                values.grace_s,
+                lambda: prepare(config, path),
+                journal,
+                values.admission,
+            )
         )
-    # A compilation cannot be interrupted, and a step may never end: no thread is waited for.
-    sys.stdout.flush()
-    os._exit(code)
+    lifecycle.end(code)
 
 
 if __name__ == "__main__":

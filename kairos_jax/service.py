@@ -9,6 +9,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kairos_jax.channels import PLAIN, Wire, open_health_port
+from kairos_jax.discovery import join_address
 from kairos_jax.edge import BadField, Edge, UnknownModel
 from kairos_jax.engine import Token
 from kairos_jax.rpc import kairos_pb2 as pb
@@ -18,8 +20,6 @@ from kairos_jax.tokenizer import Detokenizer
 
 SERVICE = "kairos.v1.Kairos"
 MAX_MESSAGE_BYTES = 4 << 20
-# When a client that was turned away should come back: about the time one request takes.
-RETRY_AFTER_S = 1.0
 
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
@@ -39,7 +39,8 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
     def __init__(self, clock: Callable[[], float]):
         self.clock = clock
         self.backend: Backend | None = None
-        self.draining = False
+        # Why no new requests are taken, where none are.
+        self.closed: str | None = "the server is starting"
 
     async def GetModel(self, request: pb.GetModelRequest, context) -> pb.Model:
         """See kairos.proto."""
@@ -53,7 +54,7 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
             backend.router.check_room()
             # In a thread: a long text takes the tokenizer longer than others should wait.
             checked = await asyncio.to_thread(backend.edge.request, request, arrival)
-            await self._ready(context)  # a drain may have begun meanwhile
+            await self._ready(context)  # it may have closed meanwhile
             stream = backend.router.submit(checked)
         except UnknownModel as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, _cut(error))
@@ -62,7 +63,7 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
         except IdInUse as error:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, _cut(error))
         except Full as error:
-            retry = (("retry-after-s", f"{RETRY_AFTER_S:g}"),)
+            retry = (("retry-after-s", f"{error.retry_after_s:.3g}"),)
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _cut(error), retry)
         except WorkerLost as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(error))
@@ -70,10 +71,8 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
             await _answer(backend, stream, context)
 
     async def _ready(self, context) -> Backend:
-        if self.draining:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is draining")
-        if self.backend is None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is starting")
+        if self.closed is not None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, self.closed)
         return cast(Backend, self.backend)
 
 
@@ -139,40 +138,62 @@ def _finish(response: pb.GenerateResponse, stream: Stream) -> None:
 class Server:
     """The gRPC server. Health says NOT_SERVING until `open`, and again from `drain` on."""
 
-    def __init__(self, host: str, port: int, clock: Callable[[], float]):
-        """Raises OSError if the address cannot be listened on. port 0: any free one."""
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        clock: Callable[[], float],
+        net: Wire = PLAIN,
+        health_port: int = 0,
+    ):
+        """Raises OSError if the address cannot be listened on.
+
+        port: 0 for any free one. health_port: for health alone, without TLS; 0 for none.
+        """
         options = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
         ]
         self._grpc = grpc.aio.server(options=options)
-        self._servicer = Servicer(clock)
+        self._servicer, self._draining = Servicer(clock), False
         kairos_pb2_grpc.add_KairosServicer_to_server(self._servicer, self._grpc)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
-        try:
-            self.port = self._grpc.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {host}:{port}; is the port in use?") from error
-        self.address = f"{host}:{self.port}"
+        self._host, self._health_port = host, health_port
+        self._health_server: grpc.aio.Server | None = None
+        self.port = net.add_port(self._grpc, host, port)
+        self.address = join_address(host, self.port)
 
     async def start(self) -> None:
         """Listens; requests are answered UNAVAILABLE until `open`."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._grpc.start()
+        if self._health_port:
+            self._health_server = await open_health_port(
+                self._health, self._host, self._health_port
+            )
 
     async def open(self, backend: Backend) -> None:
-        """Serves."""
-        self._servicer.backend = backend
+        """Serves, until `shut`, and again after; not any more once it drains."""
+        if self._draining:
+            return
+        self._servicer.backend, self._servicer.closed = backend, None
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def shut(self, reason: str) -> None:
+        """Answers UNAVAILABLE with this reason; requests in progress go on."""
+        if self._draining:
+            return
+        self._servicer.closed = reason
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def drain(self, grace_s: float) -> bool:
         """Takes no new requests, waits for those in progress, and stops listening. After `grace_s`
         seconds it ends those that are left. True if there were none.
         """
-        self._servicer.draining = True
+        self._draining, self._servicer.closed = True, "the server is draining"
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         drained = True
         if self._servicer.backend and self._servicer.backend.router.num_streams:
@@ -182,6 +203,8 @@ class Server:
                 drained = False
         # The last answers may still be on their way out.
         await self._grpc.stop(grace=1.0 if drained else 0.0)
+        if self._health_server:
+            await self._health_server.stop(grace=None)
         return drained
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

@@ -5,89 +5,61 @@ Lives on the event loop, except for `emit`, which the workers' threads call.
 
 import asyncio
 import itertools
+import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kairos_jax.messages import (
     Cancel,
     Died,
+    Draining,
     Event,
-    Handover,
     Lost,
     Moved,
+    Offered,
     Outlined,
     Output,
+    Prefetch,
     Release,
+    Returned,
     Stepped,
     Submit,
 )
-from kairos_jax.peers import Peer, choose_decode, choose_prefill
+from kairos_jax.peers import (
+    Full,
+    Peer,
+    WorkerLost,
+    check_admission,
+    choose_decode,
+    choose_prefill,
+    taking,
+    wait_s,
+)
+from kairos_jax.stream import Stream
+from kairos_jax.transfer import Ticket
 from kairos_jax.worker import Worker
 from schedulers.core import Role
 from schedulers.cost import CostModel
 from schedulers.request import Request
+from schedulers.routing import ADMISSION
+
+# After so many losses a stream fails: what is lost wherever it goes may be the cause of it.
+MAX_RECOVERIES = 3
 
 
 class IdInUse(Exception):
     """The client's request id is that of a request in progress."""
 
 
-class Full(Exception):
-    """As many requests are in progress as the server takes."""
-
-
-class WorkerLost(Exception):
-    """The instance that served this request failed."""
-
-
-@dataclass(slots=True)
-class Stream:
-    """One request's way through the server. Times are seconds on the workers' clock.
-
-    peers: where it was sent to, first to last.
-    """
-
-    name: str
-    request: Request
-    peers: list[Peer]
-    begun_at: float | None = None
-    first_token_at: float | None = None
-    moved_at: float | None = None
-    last_token_at: float | None = None
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    _queue: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
-
-    async def __aiter__(self) -> AsyncIterator[Output]:
-        """The outputs, ending with the one that has a finish_reason. Raises WorkerLost."""
-        while True:
-            item = await self._queue.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-            if item.finish_reason:
-                return
-
-    def put(self, output: Output) -> None:
-        """Books an output and passes it on to the reader."""
-        if self.begun_at is None:
-            self.begun_at = output.begun_at
-        if self.first_token_at is None:
-            self.first_token_at = output.at
-        self.last_token_at = output.at
-        self.tokens.append(output.token.id)
-        self.finish_reason = output.finish_reason
-        self._queue.put_nowait(output)
-
-    def fail(self, error: Exception) -> None:
-        """Ends the stream by an error that its reader is raised."""
-        self._queue.put_nowait(error)
-
-
 class Router:
     """Carries requests to a prefill worker, on to a decode worker, and their tokens back. On
     colocated instances one worker is both.
+
+    What a lost worker had, goes on at another: its prompt and the tokens so far are prefilled
+    again, under a new id, so that whatever is still said of the old one is passed over.
+
+    admission: one of `schedulers.routing.ADMISSION`. died: the first instance that failed.
     """
 
     def __init__(
@@ -96,28 +68,51 @@ class Router:
         max_requests: int,
         cost: CostModel,
         clock: Callable[[], float] = time.monotonic,
+        admission: str = "none",
     ):
         self.max_requests, self.cost, self.clock = max_requests, cost, clock
+        self.admission = ADMISSION[admission]
         self.died: asyncio.Future[Died] = loop.create_future()
         self._loop = loop
+        # Workers may have several routers, so ids must differ from those of every other.
+        self._identity = secrets.token_hex(8)
         self._serial = itertools.count(1)
+        self._peers: dict[str, Peer] = {}
         self._streams: dict[str, Stream] = {}
         self._names: set[str] = set()
+        self._last_loss = "none has joined"
         self._empty = asyncio.Event()
         self._empty.set()
 
+    # Who there is.
+
     def connect(self, workers: Sequence[Worker]) -> None:
-        """Names the workers, not yet started; they were made with this router's `emit`."""
+        """Joins workers of this process, not yet started, made with this router's `emit`."""
         now = self.clock()
-        peers = [Peer(worker, self.cost, now) for worker in workers]
-        self._peers = {peer.id: peer for peer in peers}
-        self._prefill = [peer for peer in peers if peer.role is not Role.DECODE]
-        self._decode = [peer for peer in peers if peer.role is Role.DECODE]
+        for worker in workers:
+            ledger = worker.instance
+            summary = worker.outline(ledger, now) if worker.outline else None
+            self.join(Peer(ledger.id, ledger.role, worker.post, self.cost, summary, now))
+
+    def join(self, peer: Peer) -> None:
+        """Takes in a worker, at any time. Raises ValueError if its id is in use."""
+        if peer.id in self._peers:
+            raise ValueError(f"peer id {peer.id!r} is in use")
+        self._peers[peer.id] = peer
+
+    def leave(self, id: str, reason: str = "it has left") -> None:
+        """Does without a worker from now on; its requests go on elsewhere. Unknown ids are passed
+        over.
+        """
+        if peer := self._peers.get(id):
+            self._lose(peer, f"instance {id}: {reason}", alive=True)
 
     def emit(self, event: Event) -> None:
         """Takes an event from any thread. Nothing happens once the loop is closed."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._on_event, event)
+
+    # What clients ask.
 
     @property
     def num_streams(self) -> int:
@@ -127,85 +122,192 @@ class Router:
     def check_room(self) -> None:
         """Raises Full if no request can be taken now."""
         if len(self._streams) >= self.max_requests:
-            raise Full(f"{self.max_requests} requests are in progress, the most this server takes")
+            raise Full(
+                f"{self.max_requests} requests are in progress, the most this server takes",
+                wait_s(self._peers.values(), self.clock()),
+            )
 
     def submit(self, request: Request) -> Stream:
         """Starts a request; its id is the client's, or empty for one made here.
 
         Raises:
-            IdInUse, Full: nothing was started.
+            IdInUse, Full, WorkerLost: nothing was started.
         """
         serial = next(self._serial)
         name = request.id or f"request-{serial}"
         if name in self._names:
             raise IdInUse(f"request_id {name!r} is in use by a request in progress")
         self.check_room()
-        if self.died.done():
-            raise WorkerLost(f"instance {self.died.result().instance} failed")
-        # Inside, ids never come back, so that a late message can never meet a new request.
-        request = replace(request, id=f"{name}#{serial}", serial=serial)
-        submit = Submit(request)
-        peer = choose_prefill(self._prefill, submit, self.cost, self.clock())
-        stream = Stream(name, request, [peer])
-        self._streams[request.id] = stream
+        self._check_served()
+        check_admission(request, self._peers.values(), self.admission, self.cost, self.clock())
+        stream = Stream(name, request)
         self._names.add(name)
         self._empty.clear()
-        peer.submit(submit)
+        self._start(stream, serial)
         return stream
 
     def cancel(self, stream: Stream) -> None:
         """Ends a request wherever it is. Nothing happens if it has ended."""
-        if self._forget(stream.request.id):
-            for peer in stream.peers:
-                peer.post(Cancel(stream.request.id))
+        if self._forget(stream):
+            self._drop(stream)
 
     async def drained(self) -> None:
         """Returns when no request is in progress."""
         await self._empty.wait()
 
-    def _forget(self, id: str) -> Stream | None:
-        stream = self._streams.pop(id, None)
-        if stream:
-            self._names.discard(stream.name)
+    # From one worker to the next.
+
+    def _start(self, stream: Stream, serial: int) -> None:
+        """Sends a stream to prefill. Inside, ids never come back, so that a late message can never
+        meet a new try.
+        """
+        now = self.clock()
+        id = f"{self._identity}/{stream.name}#{serial}"
+        stream.request = replace(stream.request, id=id, serial=serial)
+        self._streams[id] = stream
+        submit = Submit(stream.rest(now, self.cost))
+        peer = choose_prefill(self._taking(prefill=True), submit, self.cost, now)
+        stream.peers = [peer]
+        peer.submit(submit)
+
+    def _hand_over(self, stream: Stream, output: Output) -> None:
+        message = stream.handover(output)
+        try:
+            peers = self._taking(prefill=False)
+        except WorkerLost as error:
+            return self._end(stream, str(error))
+        *ahead, source = stream.peers
+        peer = ahead[0] if ahead and ahead[0] in peers else self._choose_decode(stream, peers)
+        for other in ahead:
+            if other is not peer:
+                other.post(Cancel(stream.request.id))
+        stream.peers = [source, peer]
+        peer.hand_over(message)
+
+    def _choose_decode(self, stream: Stream, peers: Sequence[Peer]) -> Peer:
+        length = len(stream.request.prompt) + len(stream.tokens)
+        return choose_decode(peers, length, stream.request.slo, self.cost, self.clock())
+
+    def _recover(self, stream: Stream, reason: str) -> None:
+        """Goes on with a stream that its workers will not bring to its end."""
+        if stream.num_lost > MAX_RECOVERIES:
+            return self._end(stream, f"{reason} (lost {stream.num_lost} times)")
+        try:
+            self._check_served()
+        except WorkerLost as error:
+            missing = str(error)
+            return self._end(stream, missing if reason in missing else f"{reason}; {missing}")
+        self._drop(stream)
+        del self._streams[stream.request.id]
+        self._start(stream, next(self._serial))
+
+    def _lose(self, peer: Peer, reason: str, alive: bool) -> None:
+        """Does without a peer; `alive`: it is still to be told what to forget."""
+        del self._peers[peer.id]
+        self._last_loss = reason
+        for stream in [each for each in self._streams.values() if peer in each.peers]:
+            if alive:
+                peer.post(Cancel(stream.request.id))
+            goes_on = stream.peers[-1] is not peer
+            stream.peers.remove(peer)
+            # Where its KV was being fetched from the lost one, the fetch will tell how it ended.
+            if not goes_on:
+                stream.num_lost += 1
+                self._recover(stream, reason)
+
+    def _check_served(self) -> None:
+        """Raises WorkerLost where no request could be brought to its end."""
+        if any(peer.role is Role.PREFILL for peer in self._taking(prefill=True)):
+            self._taking(prefill=False)
+
+    def _taking(self, prefill: bool) -> list[Peer]:
+        """The peers that take requests to prefill, or to decode. Raises WorkerLost: there is none,
+        and why.
+        """
+        if peers := taking(self._peers.values(), prefill):
+            return peers
+        job = "prefills" if prefill else "decodes"
+        raise WorkerLost(f"no instance that {job} takes requests ({self._last_loss})")
+
+    def _drop(self, stream: Stream) -> None:
+        """Cancels what workers may have of a stream."""
+        for peer in stream.peers:
+            peer.post(Cancel(stream.request.id))
+        stream.peers = []
+
+    def _end(self, stream: Stream, reason: str) -> None:
+        self._drop(stream)
+        self._forget(stream)
+        stream.fail(WorkerLost(reason))
+
+    def _forget(self, stream: Stream) -> bool:
+        """False if it had ended."""
+        if self._streams.get(stream.request.id) is not stream:
+            return False
+        del self._streams[stream.request.id]
+        self._names.discard(stream.name)
         if not self._streams:
             self._empty.set()
-        return stream
+        return True
+
+    # What workers say.
 
     def _on_event(self, event: Event) -> None:
         match event:
             case Stepped(outputs):
                 for output in outputs:
-                    self._on_output(output)
+                    if stream := self._streams.get(output.id):  # else the workers have been told
+                        self._on_output(stream, output)
+            case Offered(id, ticket):
+                if stream := self._streams.get(id):
+                    self._on_offered(stream, ticket)
             case Moved(id, at):
-                if stream := self._streams.get(id):  # else a cancel has dropped the KV
-                    stream.moved_at = at
-                    stream.peers[0].post(Release(id))
+                if stream := self._streams.get(id):
+                    self._on_moved(stream, at)
             case Lost(id, error):
                 if stream := self._streams.get(id):
-                    self.cancel(stream)
-                    stream.fail(WorkerLost(f"the KV transfer failed: {error}"))
-            case Outlined(instance, summary, num_received):
-                self._peers[instance].update(summary, num_received, self.clock())
-            case Died(instance, error):
-                self._on_died(event, f"instance {instance} failed: {error}")
+                    stream.num_lost += 1
+                    self._recover(stream, f"the KV transfer failed: {error}")
+            case Returned(id):
+                if stream := self._streams.get(id):
+                    self._recover(stream, "the instance that had it is draining")
+            case _:
+                if peer := self._peers.get(event.instance):
+                    self._on_peer(peer, event)
 
-    def _on_output(self, output: Output) -> None:
-        stream = self._streams.get(output.id)
-        if stream is None:
-            return  # cancelled; the workers have been told
+    def _on_peer(self, peer: Peer, event: Outlined | Draining | Died) -> None:
+        match event:
+            case Outlined(_, summary, num_received):
+                peer.update(summary, num_received, self.clock())
+            case Draining(instance):
+                peer.draining = True
+                self._last_loss = f"instance {instance} is draining"
+            case Died(instance, error):
+                self._lose(peer, f"instance {instance} failed: {error}", alive=False)
+                if not self.died.done():
+                    self.died.set_result(event)
+
+    def _on_output(self, stream: Stream, output: Output) -> None:
         stream.put(output)
         if output.ticket is not None:
-            handover = Handover(stream.request, tuple(stream.tokens), output.at, output.ticket)
-            peer = choose_decode(self._decode, handover, self.cost, self.clock())
-            stream.peers.append(peer)
-            peer.hand_over(handover)
+            self._hand_over(stream, output)
         elif output.finish_reason:
-            self._forget(output.id)
+            for peer in stream.peers[:-1]:  # where it was to go on
+                peer.post(Cancel(stream.request.id))
+            self._forget(stream)
 
-    def _on_died(self, event: Died, reason: str) -> None:
-        for id in list(self._streams):
-            stream = self._forget(id)
-            assert stream is not None
-            stream.fail(WorkerLost(reason))
-        if not self.died.done():
-            self.died.set_result(event)
+    def _on_offered(self, stream: Stream, ticket: Ticket) -> None:
+        """Its KV may go ahead of it to where it will be decoded."""
+        if peers := taking(self._peers.values(), prefill=False):
+            peer = self._choose_decode(stream, peers)
+            stream.peers.insert(0, peer)
+            peer.post(Prefetch(ticket))
+
+    def _on_moved(self, stream: Stream, at: float) -> None:
+        if stream.moved_at is None:
+            stream.moved_at = at
+        # Those before the last had its KV until now, save for one that was lost meanwhile.
+        *before, last = stream.peers
+        for peer in before:
+            peer.post(Release(stream.request.id))
+        stream.peers = [last]

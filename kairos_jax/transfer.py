@@ -1,6 +1,6 @@
-"""How a prompt's KV gets from a prefill instance to a decode instance."""
+"""How KV gets from the instance that has it to the one that goes on with it."""
 
-import itertools
+import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,11 +14,16 @@ from kairos_jax.engine import KV
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Good for one fetch of one prompt's KV. num_tokens: how many tokens of it are real."""
+    """Good for one fetch of one prompt's KV.
+
+    num_tokens: how many tokens of it are real. address: "host:port" of the process that holds it,
+    "" where it is this one.
+    """
 
     request_id: str
     num_tokens: int
-    serial: int = field(default_factory=itertools.count().__next__)
+    uuid: int = field(default_factory=lambda: secrets.randbits(64))
+    address: str = ""
 
 
 Done = Callable[[KV | Exception], None]
@@ -26,20 +31,50 @@ Done = Callable[[KV | Exception], None]
 
 
 class KVTransport(Protocol):
-    """Carries KV from the instance that offers it to the one that fetches it."""
+    """Carries KV from the instance that offers it to the one that fetches it.
+
+    All of it returns at once, and is called from any thread. overlaps: whether it gains by offers
+    that grow while the rest is computed.
+    """
+
+    overlaps: bool
 
     def offer(self, request_id: str, num_tokens: int, kv: KV) -> Ticket:
-        """Holds `kv`, a copy that no later step touches, until it is released."""
+        """Holds `kv` until it is released. It must be a copy that nothing else uses: it is the
+        transport's from now on, which may delete it.
+        """
         ...
 
-    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
-        """Returns at once; `done` is given the KV, arrived and placed as `sharding` says, or the
-        error that kept it away.
+    def open(self, request_id: str, num_tokens: int) -> Ticket:
+        """An offer of which nothing is there yet; it is to have the KV of `num_tokens` tokens."""
+        ...
+
+    def extend(self, ticket: Ticket, kv: KV, last: bool = False) -> None:
+        """Adds the next blocks, whole ones, to an open offer; `last` completes it."""
+        ...
+
+    def prefetch(self, ticket: Ticket, sharding: Sharding | None) -> None:
+        """Brings over what there is of an offer and what is still added to it, ahead of its fetch,
+        as far as there is room for it. A hint: nothing is lost without it.
+        """
+        ...
+
+    def fetch(
+        self, ticket: Ticket, sharding: Sharding | None, done: Done, urgent: bool = False
+    ) -> None:
+        """`done` is given the KV, arrived and placed as `sharding` says, or the error that kept it
+        away. urgent: others wait for it.
         """
         ...
 
     def release(self, ticket: Ticket) -> None:
-        """Drops the KV offered under `ticket`. Unknown tickets are passed over."""
+        """Drops the KV offered under `ticket`, or what was brought over of it; a fetch under way
+        ends by an error. Unknown tickets are passed over.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends all that is under way. Nothing is asked of it afterwards."""
         ...
 
 
@@ -49,8 +84,11 @@ class LocalTransport:
     One thread waits for the copies, so that no step loop does.
     """
 
+    overlaps = False  # a copy within one process takes no time to speak of
+
     def __init__(self) -> None:
-        self._offers: dict[Ticket, KV] = {}
+        self._offers: dict[Ticket, list[jax.Array]] = {}
+        self._open: set[Ticket] = set()
         self._mover = ThreadPoolExecutor(1, thread_name_prefix="kv-transfer")
 
     @property
@@ -60,16 +98,36 @@ class LocalTransport:
 
     def offer(self, request_id: str, num_tokens: int, kv: KV) -> Ticket:
         """See `KVTransport.offer`."""
-        ticket = Ticket(request_id, num_tokens)
-        self._offers[ticket] = kv
+        ticket = self.open(request_id, num_tokens)
+        self.extend(ticket, kv, last=True)
         return ticket
 
-    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
+    def open(self, request_id: str, num_tokens: int) -> Ticket:
+        """See `KVTransport.open`."""
+        ticket = Ticket(request_id, num_tokens)
+        self._open.add(ticket)
+        self._offers[ticket] = []
+        return ticket
+
+    def extend(self, ticket: Ticket, kv: KV, last: bool = False) -> None:
+        """See `KVTransport.extend`."""
+        if ticket in self._open:
+            self._offers[ticket].extend(kv)
+            if last:
+                self._open.discard(ticket)
+
+    def prefetch(self, ticket: Ticket, sharding: Sharding | None) -> None:
+        """Nothing: see `overlaps`."""
+
+    def fetch(
+        self, ticket: Ticket, sharding: Sharding | None, done: Done, urgent: bool = False
+    ) -> None:
         """See `KVTransport.fetch`."""
         self._mover.submit(self._move, ticket, sharding, done)
 
     def release(self, ticket: Ticket) -> None:
         """See `KVTransport.release`."""
+        self._open.discard(ticket)
         self._offers.pop(ticket, None)
 
     def close(self) -> None:
@@ -79,7 +137,7 @@ class LocalTransport:
     def _move(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
         try:
             kv = self._offers.get(ticket)
-            if kv is None:
+            if kv is None or ticket in self._open:
                 raise LookupError(f"no KV is offered for request {ticket.request_id!r}")
             if sharding is not None:
                 kv = jax.block_until_ready([jax.device_put(block, sharding) for block in kv])

@@ -14,23 +14,28 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kairos_jax.engine import KV, Engine, Token
+from kairos_jax.engine import BLOCK_PAGES, KV, Engine, Token
 from kairos_jax.messages import (
     Cancel,
     Died,
+    Draining,
     Event,
+    HandBack,
     Handover,
     Lost,
     Message,
     Moved,
+    Offered,
     Outlined,
     Output,
+    Prefetch,
     Release,
+    Returned,
     Stepped,
     Submit,
 )
 from kairos_jax.transfer import KVTransport, Ticket
-from schedulers.core import Batch, Instance, Policy, during_step, fetchable
+from schedulers.core import Batch, Instance, Policy, Role, during_step, fetchable
 from schedulers.request import Seq
 from schedulers.routing import Summary
 
@@ -81,8 +86,11 @@ class Worker:
         self._kept: deque[_Item] = deque()  # read during a step, to be handled after it
         self._steps: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._num_received = 0
+        self._draining = False
         self._tickets: dict[str, Ticket] = {}  # of KV that is to be fetched
+        self._ahead: dict[str, Ticket] = {}  # of KV that comes ahead of its request
         self._offers: dict[str, Ticket] = {}  # of KV that was copied out of this pool
+        self._num_offered: dict[str, int] = {}  # pages, of prompts that are still computed
         self._thread = _thread(self._run, f"worker-{instance.id}")
         self._step_thread = _thread(self._run_steps, f"steps-{instance.id}")
 
@@ -118,6 +126,10 @@ class Worker:
         except BaseException as error:
             log.exception("instance %s died", self.instance.id)
             self.emit(Died(self.instance.id, error))
+            # What it offered must not be fetched from a pool that nobody owns any more.
+            for tickets in (self._tickets, self._ahead, self._offers):
+                for ticket in tickets.values():
+                    self.transport.release(ticket)
         finally:
             self._steps.put(None)
 
@@ -142,20 +154,50 @@ class Worker:
 
     def _receive(self, message: _Item) -> None:
         match message:
-            case Submit(request):
+            case Submit(request) | Handover(request=request):
                 self._num_received += 1
-                self.instance.add(request)
-            case Handover(request, tokens, first_token_at, ticket):
-                self._num_received += 1
-                self.instance.add(request, len(tokens), first_token_at, tokens)
-                self._tickets[request.id] = ticket
+                if self._draining:
+                    self.emit(Returned(request.id))
+                else:
+                    self._add(message)
+            case Prefetch(ticket):
+                if not self._draining:
+                    self._ahead[ticket.request_id] = ticket
+                    self.transport.prefetch(ticket, self.engine.wire_sharding)
             case Release(id):
                 self.instance.release(id)
                 self._drop_offer(id)
             case Cancel(id):
                 self._forget(id)
+            case HandBack(running):
+                self._hand_back(running)
             case _Fetched(ticket, kv):
                 self._fetched(ticket, kv)
+
+    def _add(self, message: Submit | Handover) -> None:
+        request = message.request
+        if isinstance(message, Submit):
+            self.instance.add(request)
+        else:
+            tokens = message.tokens
+            self.instance.add(request, len(tokens), message.first_token_at, tokens)
+            self._tickets[request.id] = message.ticket
+            self._ahead.pop(request.id, None)
+
+    def _hand_back(self, running: bool) -> None:
+        if not self._draining:
+            self._draining = True
+            self.emit(Draining(self.instance.id))
+            for id in list(self._ahead):
+                self._forget(id)
+        ledger = self.instance
+        waiting = ledger.waiting.values()
+        ids = [seq.request.id for seq in waiting if running or _unbegun(seq)]
+        if running:
+            ids += [*ledger.running, *ledger.parked]
+        for id in ids:
+            self._forget(id)
+            self.emit(Returned(id))
 
     # One turn of the loop.
 
@@ -177,6 +219,9 @@ class Worker:
         stopped = [id for id, token in tokens.items() if token.id in seqs[id].request.stop]
         left = self.instance.end(batch, now, stopped)
         tickets = {seq.request.id: self._park(seq) for seq in left if not seq.finish_reason}
+        if self.transport.overlaps and self.instance.role is Role.PREFILL:
+            for seq in filter(None, map(self.instance.running.get, batch.work)):
+                self._offer_part(seq)
         if tokens:
             outputs = [_output(seqs[id], tokens[id], now, tickets.get(id)) for id in tokens]
             self.emit(Stepped(tuple(outputs)))
@@ -186,7 +231,8 @@ class Worker:
         later, a short answer would miss its TPOT by it.
         """
         while not isinstance(message := self._inbox.get(), _Ended):
-            if isinstance(message, Submit | Handover):
+            # A Prefetch too: left for later, it would be overtaken by its Handover.
+            if isinstance(message, Submit | Handover | Prefetch):
                 self._receive(message)
             else:
                 self._kept.append(message)
@@ -206,10 +252,31 @@ class Worker:
         return ticket
 
     def _offer(self, seq: Seq) -> Ticket:
-        kv = self.engine.read_pages(self._written(seq))
-        ticket = self.transport.offer(seq.request.id, seq.computed, kv)
-        self._offers[seq.request.id] = ticket
-        return ticket
+        """Offers all its KV, or what was not offered of it yet."""
+        id = seq.request.id
+        first = self._num_offered.pop(id, 0)
+        kv = self.engine.read_pages(self._written(seq)[first:])
+        if first:
+            self.transport.extend(self._offers[id], kv, last=True)
+        else:
+            self._offers[id] = self.transport.offer(id, seq.computed, kv)
+        return self._offers[id]
+
+    def _offer_part(self, seq: Seq) -> None:
+        """Offers what KV there is of a prompt whose rest is still to be computed: whole blocks, and
+        never the last, which may grow.
+        """
+        id = seq.request.id
+        first = self._num_offered.get(id, 0)
+        past = seq.computed // self.instance.limits.page_size // BLOCK_PAGES * BLOCK_PAGES
+        if past == first:
+            return
+        if not first:
+            self._offers[id] = self.transport.open(id, seq.length)
+        self.transport.extend(self._offers[id], self.engine.read_pages(seq.pages[first:past]))
+        self._num_offered[id] = past
+        if not first:
+            self.emit(Offered(id, self._offers[id]))
 
     def _fetch(self, ticket: Ticket) -> None:
         self.transport.fetch(
@@ -237,19 +304,27 @@ class Worker:
         return seq.pages[: self.instance.limits.pages_for(seq.computed)]
 
     def _drop_offer(self, id: str) -> None:
+        self._num_offered.pop(id, None)
         ticket = self._offers.pop(id, None)
         if ticket is not None:
             self.transport.release(ticket)
 
     def _forget(self, id: str) -> None:
         self.instance.cancel(id)
-        self._tickets.pop(id, None)
+        for tickets in (self._tickets, self._ahead):
+            if ticket := tickets.pop(id, None):
+                self.transport.release(ticket)
         self._drop_offer(id)
 
 
 def _thread(target: Callable[[], None], name: str) -> threading.Thread:
     """Daemons: a step that never ends must not keep the process alive."""
     return threading.Thread(target=target, name=name, daemon=True)
+
+
+def _unbegun(seq: Seq) -> bool:
+    """Whether nothing was done for a waiting sequence here: no step, and no fetch of its KV."""
+    return seq.begun_at is None and not seq.pages
 
 
 def _output(seq: Seq, token: Token, at: float, ticket: Ticket | None) -> Output:

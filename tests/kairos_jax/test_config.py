@@ -88,7 +88,7 @@ def test_limits_are_those_of_the_role():
     config = ServerConfig.from_dict(copy.deepcopy(GOOD))
     prefill, decode, both = (config.limits(role) for role in Role)
     assert (prefill.max_batch, prefill.max_chunk, prefill.num_pages) == (4, 32, 64)
-    assert prefill.parked_tokens == 512
+    assert prefill.parked_tokens == 4096
     assert (decode.max_batch, decode.max_chunk, decode.num_pages) == (8, 1, 128)
     assert (both.max_batch, both.max_chunk, both.num_pages) == (8, 32, 128)
 

@@ -7,18 +7,20 @@ from dataclasses import replace
 import fakes
 import pytest
 
-from kairos_jax.instances import build_policy, build_workers
+from kairos_jax.instances import build_policy
 from kairos_jax.messages import Submit
 from kairos_jax.peers import Peer
 from schedulers import decode, prefill
-from schedulers.core import Role
+from schedulers.core import Instance, Role
 from schedulers.cost import CostModel
 from schedulers.journal import Journal, check
 from schedulers.request import Request, Slo
+from schedulers.routing import outline
 
 TWO_AND_TWO = fakes.altered(prefill__instances=2, decode__instances=2)
 COLOCATED = fakes.altered(colocated=True)
 # 16 pages of 8 tokens, the least for a context of 128: three long outputs do not fit at once.
+LIMITS = fakes.CONFIG.limits(Role.PREFILL)
 SCARCE = fakes.altered(decode__kv_tokens=128)
 
 
@@ -60,14 +62,13 @@ def test_evicted_requests_come_back_with_every_token(decode_policy, colocated):
 
 def test_a_peer_counts_what_its_summary_does_not_know_yet():
     cost = CostModel.from_profile(fakes.PROFILE)
-    engines, events = fakes.fake_engines(TWO_AND_TWO), []
-    worker = build_workers(TWO_AND_TWO, engines, cost, fakes.LocalTransport(), events.append)[0]
-    peer, slo = Peer(worker, cost, 0.0), Slo(30.0, 30.0)
-    idle = peer.summary(0.0)
+    idle, sent = outline(Instance("p", Role.PREFILL, LIMITS), cost, 0.0), []
+    peer, slo = Peer("p", Role.PREFILL, sent.append, cost, idle, 0.0), Slo(30.0, 30.0)
     for index in range(3):
         peer.submit(Submit(Request(str(index), 0.0, [1] * 20, 5, slo)))
     one_s = cost.prefill_s(20)
     assert peer.summary(0.0).work_s == pytest.approx(3 * one_s)
+    assert len(sent) == 3
     peer.update(replace(idle, free_s=1.0), num_received=2, now=5.0)
     assert peer.summary(5.0).work_s == pytest.approx(1.0 + one_s)
     assert peer.summary(5.4).work_s == pytest.approx(0.6 + one_s), "the step goes on meanwhile"
@@ -123,19 +124,17 @@ async def read(call):
     return [response async for response in call]
 
 
-def test_a_fetch_that_fails_after_an_eviction_ends_one_request_alone():
+def test_after_a_fetch_that_fails_the_prompt_is_prefilled_again():
     async def main():
         async with fakes.running(SCARCE) as harness:
             fetches = HeldFetches(harness)
-            calls = [harness.stub.Generate(fakes.ask([i] * 10, 60), timeout=30) for i in range(5)]
-            readers = [asyncio.ensure_future(read(call)) for call in calls]
+            asked = [asyncio.ensure_future(harness.generate([i] * 10, 60)) for i in range(5)]
             assert await asyncio.to_thread(fetches.any_held.wait, 30)
-            ticket, _, _ = fetches.held[0]
+            ticket, *_ = fetches.held[0]
             harness.transport.release(ticket)
             fetches.let_go()
-            answers = await asyncio.gather(*readers, return_exceptions=True)
-            (error,) = [answer for answer in answers if isinstance(answer, Exception)]
-            assert "transfer failed" in error.details()
+            for index, answer in enumerate(await asyncio.gather(*asked)):
+                assert fakes.ids(answer) == fakes.expected_tokens([index] * 10, 60)
             await harness.assert_nothing_held()
 
     asyncio.run(main())

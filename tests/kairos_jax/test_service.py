@@ -197,20 +197,38 @@ def test_a_dead_engine_fails_its_streams_with_the_reason(which):
 
 
 @served
-async def test_a_failed_transfer_fails_one_request_alone(harness):
+async def test_after_a_failed_transfer_a_request_begins_again(harness):
     offer, refused = harness.transport.offer, []
 
     def lossy(request_id, num_tokens, kv):
         ticket = offer(request_id, num_tokens, kv)
-        if not refused:
+        if len(refused) < 2:
             refused.append(ticket)
             harness.transport.release(ticket)
         return ticket
 
     harness.transport.offer = lossy
+    *_, last = answer = await harness.generate([1, 2], 9)
+    assert ids(answer) == fakes.expected_tokens([1, 2], 9)
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (2, 9)
+    assert len({ticket.request_id for ticket in refused}) == 2
+    await harness.assert_nothing_held()
+
+
+@served
+async def test_a_transfer_that_always_fails_is_given_up(harness):
+    offer = harness.transport.offer
+
+    def lossy(request_id, num_tokens, kv):
+        ticket = offer(request_id, num_tokens, kv)
+        harness.transport.release(ticket)
+        return ticket
+
+    harness.transport.offer = lossy
     code, details = await refusal(harness.stub.Generate(fakes.ask([1, 2], 9), timeout=30))
     assert code is grpc.StatusCode.UNAVAILABLE
-    assert "transfer" in details
+    assert "the KV transfer failed" in details
+    harness.transport.offer = offer
     assert ids(await harness.generate([1, 2], 9)) == fakes.expected_tokens([1, 2], 9)
     await harness.assert_nothing_held()
 
@@ -232,6 +250,24 @@ async def test_a_drain_finishes_what_runs_and_takes_nothing_new(harness):
     rest = [response async for response in answers]
     assert ids([first, *rest]) == fakes.expected_tokens([1, 2, 3], 10)
     assert await drain is True
+
+
+@served
+async def test_shut_it_refuses_until_it_is_opened_again(harness):
+    backend = harness.server._servicer.backend
+    harness.engines[1].gate.clear()
+    _, answers, first = await harness.stream([1, 2, 3], 10)
+    await harness.server.shut("waiting for a decode worker")
+    code, details = await refusal(harness.stub.Generate(fakes.ask([9], 4), timeout=30))
+    assert (code, details) == (grpc.StatusCode.UNAVAILABLE, "waiting for a decode worker")
+    harness.engines[1].gate.set()
+    rest = [response async for response in answers]
+    assert ids([first, *rest]) == fakes.expected_tokens([1, 2, 3], 10)
+    await harness.server.open(backend)
+    assert ids(await harness.generate([9], 4)) == fakes.expected_tokens([9], 4)
+    assert await harness.server.drain(30)
+    await harness.server.open(backend)
+    assert harness.server._servicer.closed == "the server is draining"
 
 
 @served

@@ -7,7 +7,18 @@ import fakes
 import pytest
 
 from kairos_jax.instances import build_policy, build_workers
-from kairos_jax.messages import Cancel, Died, Handover, Moved, Stepped, Submit
+from kairos_jax.messages import (
+    Cancel,
+    Died,
+    Draining,
+    HandBack,
+    Handover,
+    Moved,
+    Prefetch,
+    Returned,
+    Stepped,
+    Submit,
+)
 from kairos_jax.transfer import LocalTransport
 from schedulers.core import Role
 from schedulers.cost import CostModel
@@ -60,12 +71,14 @@ class Pair:
         for worker in self.workers:
             worker.start()
 
-    def hand_over(self, id: str, max_tokens: int) -> None:
+    def hand_over(self, id: str, max_tokens: int, ahead: bool = False) -> None:
         """A prompt is prefilled, and goes to the decode worker."""
         self.prefill.post(Submit(Request(id, 0.0, [1, 2, 3], max_tokens, Slo(30.0, 30.0))))
         output = self.next_output(id)
         seq = self.prefill.instance.parked[id]
         handover = Handover(seq.request, (output.token.id,), output.at, output.ticket)
+        if ahead:
+            self.decode.post(Prefetch(output.ticket))
         self.decode.post(handover)
 
     def next_output(self, id: str):
@@ -76,6 +89,14 @@ class Pair:
                 for output in event.outputs:
                     if output.id == id:
                         return output
+
+    def told(self, kind, count=1):
+        """The next events of a kind."""
+        events = []
+        while len(events) < count:
+            if isinstance(event := self.events.get(timeout=30), kind):
+                events.append(event)
+        return events
 
     def decode_begun(self) -> None:
         """Returns when the decode worker is in a step."""
@@ -113,6 +134,17 @@ def test_a_fetch_begins_while_a_step_is_under_way(pair):
     roles = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
     policies = {id: build_policy(fakes.CONFIG, role, COST) for id, role in roles.items()}
     assert check(records, policies) == len(list(replay(records)))
+
+
+def test_a_prefetch_is_not_overtaken_by_its_handover_during_a_step(pair):
+    pair.engines[1].gate.clear()
+    pair.hand_over("long", 20)
+    pair.decode_begun()
+    pair.hand_over("late", 2, ahead=True)
+    pair.engines[1].gate.set()
+    assert pair.next_output("late").finish_reason == "length"
+    pair.stop()
+    assert not pair.decode._ahead
 
 
 def test_cancelled_in_a_step_it_is_forgotten_after_it(pair):
@@ -156,3 +188,65 @@ def test_a_step_that_fails_ends_the_instance_with_its_error(pair):
     while not isinstance(event := pair.events.get(timeout=30), Died):
         pass
     assert event.error is pair.engines[1].fail
+
+
+def test_what_waits_goes_back_and_what_runs_goes_on(pair):
+    pair.engines[0].gate.clear()
+    slo = Slo(30.0, 30.0)
+    for id in ("a", "b"):
+        pair.prefill.post(Submit(Request(id, 0.0, [1] * 40, 4, slo)))  # two chunks each
+    assert pair.engines[0].begun.acquire(timeout=30)
+    pair.prefill.post(HandBack(running=False))
+    pair.prefill.post(Submit(Request("c", 0.0, [1], 4, slo)))
+    pair.engines[0].gate.set()
+    assert pair.told(Draining) == [Draining("prefill-0")]
+    assert pair.told(Returned, 2) == [Returned("b"), Returned("c")]
+    assert pair.next_output("a").ticket, "what had begun is prefilled to its end, and parked"
+    pair.prefill.post(HandBack(running=True))
+    assert pair.told(Returned) == [Returned("a")]
+    pair.prefill.stop()
+    assert pair.transport.num_offers == 0
+    assert pair.prefill.instance.pages.num_free == pair.prefill.instance.limits.num_pages
+
+
+def test_what_runs_goes_back_too_if_told_so_and_its_fetch_is_dropped(pair):
+    pair.engines[1].gate.clear()
+    pair.hand_over("runs", 20)
+    pair.decode_begun()
+    assert pair.transport.begun.acquire(timeout=30)
+    pair.hand_over("fetched", 20)
+    assert pair.transport.arrived.acquire(timeout=30)
+    assert pair.transport.arrived.acquire(timeout=30)
+    pair.decode.post(HandBack(running=True))
+    pair.engines[1].gate.set()
+    assert {event.id for event in pair.told(Returned, 2)} == {"runs", "fetched"}
+    pair.decode.stop()
+    assert not pair.decode._tickets
+    assert pair.decode.instance.pages.num_free == pair.decode.instance.limits.num_pages
+
+
+def test_a_forgotten_ticket_is_released_whether_or_not_its_fetch_has_begun(pair):
+    released, release = queue.SimpleQueue(), pair.transport.release
+    pair.transport.release = lambda ticket: (released.put(ticket.request_id), release(ticket))
+    fetch, held = pair.transport.fetch, queue.SimpleQueue()
+    pair.transport.fetch = lambda *args: held.put(args)
+    pair.hand_over("gone", 20)
+    args = held.get(timeout=30)
+    pair.decode.post(Cancel("gone"))
+    assert released.get(timeout=30) == "gone"
+    fetch(*args)  # which comes late, and to nothing
+    assert pair.transport.arrived.acquire(timeout=30)
+    pair.transport.fetch = fetch
+    pair.hand_over("next", 2)
+    assert pair.next_output("next").finish_reason == "length"
+
+
+def test_a_worker_that_dies_takes_its_offers_with_it(pair):
+    pair.transport.fetch = lambda *args: None
+    pair.hand_over("parked", 20)
+    assert pair.transport.num_offers == 1
+    pair.engines[0].fail = RuntimeError("no more memory")
+    pair.prefill.post(Submit(Request("last", 0.0, [1], 4, Slo(30.0, 30.0))))
+    assert pair.told(Died)[0].error is pair.engines[0].fail
+    pair.prefill.stop()
+    assert pair.transport.num_offers == 0

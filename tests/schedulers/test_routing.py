@@ -1,5 +1,8 @@
 """Routing on summaries whose answer can be worked out by hand."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from schedulers import routing
@@ -16,8 +19,8 @@ def prompt(id, length, arrival=0.0, ttft=100.0):
     return Request(id, arrival, range(length), 5, Slo(ttft, 2.0))
 
 
-def prefill(*requests):
-    instance = Instance("p", Role.PREFILL, LIMITS)
+def prefill(*requests, limits=LIMITS):
+    instance = Instance("p", Role.PREFILL, limits)
     for request in requests:
         instance.add(request)
     return instance
@@ -92,3 +95,55 @@ def test_a_colocated_instance_has_less_time_for_prompts_the_more_it_decodes():
     both = [Instance(str(i), Role.BOTH, LIMITS) for i in range(2)]
     both[0].add(prompt("a", 50), 1, 0.0)
     assert route(prompt("new", 5), *both) == 1
+
+
+def test_by_how_much_a_first_token_is_late_where_it_comes_soonest():
+    summaries = [routing.outline(prefill(prompt("a", n)), COST, 0.0) for n in (20, 30)]
+    assert routing.late_s(prompt("new", 5, ttft=100), summaries, COST, 0.0) == 0.0
+    assert routing.late_s(prompt("new", 5, ttft=100), summaries, COST, 90.0) == 15.0
+    assert routing.late_s(prompt("new", 15, ttft=10), summaries, COST, 0.0) == 5.0, "the first due"
+    assert routing.always(prompt("new", 15, ttft=10), summaries, COST, 0.0) == 0.0
+
+
+def park(instance, id):
+    """The prompt of `id` is prefilled, and its KV copied out."""
+    while id not in instance.parked:
+        batch = Batch({id: min(instance.get(id).remaining, LIMITS.max_chunk)})
+        instance.begin(batch, 0.0)
+        instance.end(batch, 0.0)
+    instance.copied(id)
+
+
+def test_it_is_full_when_as_much_waits_as_may_be_parked_and_nothing_more_may_be():
+    limits = replace(LIMITS, parked_tokens=250)
+    instance = prefill(*(prompt(f"{i}", 100) for i in range(4)), limits=limits)
+    assert routing.outline(instance, COST, 0.0).parked_room == math.inf, "it has only to go on"
+    for id in ("0", "1"):
+        park(instance, id)
+    summary = routing.outline(instance, COST, 0.0)
+    assert summary.parked_room == 250 - 200, "two are parked, and two wait"
+    assert routing.is_full(51, [summary, summary])
+    assert not routing.is_full(50, [summary])
+    other = routing.outline(prefill(prompt("a", 100)), COST, 0.0)
+    assert not routing.is_full(51, [summary, other])
+    assert routing.route_prefill(prompt("new", 5), [summary, other], COST, 0.0) == 1
+    instance.release("0")
+    assert routing.outline(instance, COST, 0.0).parked_room == math.inf
+
+
+def test_relief_comes_with_the_first_end():
+    instance = decode(50, 60)
+    assert routing.outline(instance, COST, 0.0).end_s == math.inf, "none is running"
+    for id in ("0", "1"):
+        instance.begin(Batch(fetch=(id,)), 0.0)
+        instance.fetched(id)
+    batch = Batch({"0": 1})
+    instance.begin(batch, 0.0)
+    summary = routing.outline(instance, COST, 0.0)
+    # Of 5 tokens it has 1, and a step takes 1 + 0.01 * 50 s.
+    assert summary.end_s == pytest.approx(4 * 1.5)
+    idle = routing.outline(decode(), COST, 0.0)
+    busy = routing.outline(prefill(prompt("a", 9)), COST, 0.0)
+    assert routing.relief_s([busy], [summary, idle]) == 9.0
+    assert routing.relief_s([routing.outline(prefill(), COST, 0.0)], [summary, idle]) == 6.0
+    assert routing.relief_s([], [idle]) == 0.0

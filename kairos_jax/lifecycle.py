@@ -1,0 +1,87 @@
+"""How a process that serves starts, waits and ends."""
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from absl import flags
+from rich.console import Console
+
+T = TypeVar("T")
+
+
+def define_flags(port: int) -> None:
+    """Not at import: other binaries have flags of the same names."""
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
+    flags.DEFINE_integer("port", port, "Port to listen on; 0: any free one.", 0, 65535)
+    flags.DEFINE_float("grace_s", 30.0, "Seconds that a drain waits for requests.", 0.0)
+    flags.DEFINE_bool("end_with_stdin", False, "Drain when stdin ends, as when its writer dies.")
+
+
+def asked_to_stop() -> asyncio.Future[Any]:
+    """What is done once SIGTERM or Ctrl-C asks the process to drain; a second Ctrl-C ends it at
+    once.
+    """
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(sign, _on_signal, sign, stop)
+    if "end_with_stdin" in flags.FLAGS and flags.FLAGS.end_with_stdin:
+        loop.add_reader(sys.stdin.fileno(), _on_stdin, loop, stop)
+    return asyncio.ensure_future(stop.wait())
+
+
+async def prepared(prepare: Callable[[], T], stopping: asyncio.Future[Any]) -> T | None:
+    """What `prepare` returns, or None if the process is asked to stop before. Raises what it does.
+
+    It runs on a thread that does not keep the process alive: a compilation cannot be interrupted.
+    """
+    result = _in_daemon(prepare)
+    await asyncio.wait({result, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if result.done():
+        return result.result()
+    Console(stderr=True).show_cursor()  # which a progress bar has hidden
+    print("stopped while starting", flush=True)
+    return None
+
+
+def end(code: int) -> None:
+    """Ends the process at once: a step may never end, so no thread is waited for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _on_signal(sign: signal.Signals, stop: asyncio.Event) -> None:
+    if stop.is_set() and sign is signal.SIGINT:
+        os._exit(130)
+    stop.set()
+
+
+def _on_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    if not os.read(sys.stdin.fileno(), 4096):
+        loop.remove_reader(sys.stdin.fileno())
+        stop.set()
+
+
+def _in_daemon(job: Callable[[], T]) -> asyncio.Future[T]:
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def finish(method: Callable[[Any], None], value: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(method, value)
+
+    def run() -> None:
+        try:
+            result = job()
+        except BaseException as error:
+            finish(done.set_exception, error)
+        else:
+            finish(done.set_result, result)
+
+    threading.Thread(target=run, name="prepare", daemon=True).start()
+    return done

@@ -1,0 +1,19 @@
+"""A prefill instance in a process of its own; routers attach to it (kairos_jax.router).
+
+  python -m kairos_jax.prefill --config=configs/smollm2_135m_cpu.py --port=50061
+
+See kairos_jax/role.py for how it starts and ends, and for its exit codes.
+"""
+
+from kairos_jax import launch, role
+from schedulers.core import Role
+
+
+def main(argv: list[str]) -> None:
+    """Serves, and ends the process."""
+    role.main(Role.PREFILL)
+
+
+if __name__ == "__main__":
+    role.define_flags(port=50061)
+    launch.run(main)

@@ -1,0 +1,202 @@
+"""What the binaries of one role are: one instance, its worker, and the service that routers attach
+to.
+
+It listens at once and answers UNAVAILABLE (health: NOT_SERVING) until every shape is compiled.
+SIGTERM and Ctrl-C drain it: what waits goes back to the routers, what runs goes on for --grace_s,
+and then goes back too. A second Ctrl-C ends it at once. SIGUSR1 has it print what it holds, as one
+line of JSON after "state: ".
+
+Exit codes: 0 after a drain; 1 if the instance died, or it was stopped before it was ready; 2 for a
+wrong flag, config or model.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from absl import flags
+
+from kairos_jax import channels, followers, launch, lifecycle, profile, remote_kv
+from kairos_jax.channels import Wire
+from kairos_jax.config import ServerConfig
+from kairos_jax.instances import build_engine, build_worker, open_model, warm_up
+from kairos_jax.manifest import Facts, facts
+from kairos_jax.messages import Cancel
+from kairos_jax.progress import bars
+from kairos_jax.recording import recording
+from kairos_jax.role_server import Options, Prepared, RoleServer
+from kairos_jax.worker import Worker
+from schedulers.core import Role
+from schedulers.cost import CostModel
+from schedulers.journal import Journal
+
+log = logging.getLogger(__name__)
+
+# What a step under way is given to end in.
+_STOP_TIMEOUT_S = 5.0
+
+
+def define_flags(port: int) -> None:
+    """Not at import: other binaries have flags of the same names."""
+    launch.define_config_flag()
+    launch.define_distributed_flags()
+    lifecycle.define_flags(port)
+    channels.define_flags()
+    remote_kv.define_flags()
+    flags.DEFINE_string("name", None, "Name of the instance; else its role and address.")
+    flags.DEFINE_string("advertise", None, "Host by which peers reach it; else --host.")
+    flags.DEFINE_integer("health_port", 0, "Port for health alone, without TLS; 0: none.", 0, 65535)
+    flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
+    flags.DEFINE_string("journal", None, "File for a record of every decision, as JSON lines.")
+    flags.DEFINE_float("router_hang_s", 10.0, "Silence after which a router is dropped.", 0.1)
+    flags.DEFINE_float("stuck_s", 30.0, "By so much later than predicted, a step hangs.", 0.1)
+
+
+MakeTransport = Callable[[RoleServer, Facts, Callable[[str], None]], remote_kv.RemoteTransport]
+"""(server for its service, what it carries, whom to tell the ids of offers that ran out)."""
+
+
+def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> Prepared:
+    """Loads, compiles and measures one instance; a process that follows another of its mesh ends
+    here. Raises UsageError or ModelNotAvailable.
+    """
+    processes = launch.start_distributed()
+    devices = launch.start_jax(config.devices(role), flags.FLAGS.cpu_devices, processes)
+    with bars() as progress:
+        model = open_model(config)
+        engine = build_engine(config, model, role, role.value, devices, progress)
+        # Of the weights: where the mesh spans processes, all of them must ask.
+        name, description = Path(config.model).name, model.checkpoint.config
+        known = facts(name, description, engine.params, config.dtype, config.page_size)
+        if not processes.leads:
+            followers.follow(engine, processes)
+            lifecycle.end(0)
+        leader = followers.lead(engine, processes) if processes.several else None
+        warm_up(engine, role.value, progress)
+        measured = profile.load_or_measure(profile_path, config, model, [engine], progress)
+    return Prepared(engine, known, measured, len(devices), devices[0].device_kind, leader)
+
+
+async def serve(
+    config: ServerConfig,
+    role: Role,
+    options: Options,
+    net: Wire,
+    prepare: Callable[[], Prepared],
+    make_transport: MakeTransport,
+    journal: Journal | None = None,
+) -> int:
+    """Serves until a signal, or until the instance dies. Returns the exit code."""
+    stopping = lifecycle.asked_to_stop()
+    try:
+        server = RoleServer(role, options, net)
+    except OSError as error:
+        raise launch.UsageError(str(error)) from error
+    await server.start()
+    print(f"starting {role.value} of {config.model}: gRPC on {server.address}", flush=True)
+    try:
+        prepared = await lifecycle.prepared(prepare, stopping)
+    except BaseException:
+        await server.close()
+        raise
+    if prepared is None:
+        return 1
+    engine, emit = prepared.engine, server.attachments.emit
+    transport = make_transport(server, prepared.facts, lambda id: worker.post(Cancel(id)))
+    cost = CostModel.from_profile(prepared.measured, (role.value,))
+    worker = build_worker(config, role, server.name, engine, cost, transport, emit, journal)
+    await server.open(worker, config, prepared)
+    asyncio.get_running_loop().add_signal_handler(
+        signal.SIGUSR1, _print_state, server, worker, transport
+    )
+    print(_ready_line(config, server, prepared), flush=True)
+    died = server.attachments.died
+    await asyncio.wait({died, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    print("the instance died: ending" if died.done() else "draining", flush=True)
+    drained = not died.done() and await server.drain(worker)
+    await server.close()
+    if died.done():
+        return 1
+    await asyncio.to_thread(worker.stop, _STOP_TIMEOUT_S)
+    transport.close()
+    if prepared.leader:
+        await asyncio.to_thread(prepared.leader.close)
+    print("drained" if drained else "handed over what outlasted --grace_s", flush=True)
+    return 0
+
+
+def _print_state(server: RoleServer, worker: Worker, transport: remote_kv.RemoteTransport) -> None:
+    """As it is while the worker's own thread goes on: in the midst of a step, not to the last."""
+    ledger = worker.instance
+    state = {
+        "pages": ledger.limits.num_pages,
+        "pages_free": ledger.pages.num_free,
+        "waiting": len(ledger.waiting),
+        "running": len(ledger.running),
+        "parked": len(ledger.parked),
+        "offers": transport.num_offers,
+        "fetches": transport.num_fetches,
+        "requests": server.attachments.num_requests,
+        "routers": server.attachments.num_routers,
+    }
+    print(f"state: {json.dumps(state)}", flush=True)
+
+
+def _ready_line(config: ServerConfig, server: RoleServer, prepared: Prepared) -> str:
+    policy = config.prefill.policy if server.role is Role.PREFILL else config.decode.policy
+    measured = prepared.measured
+    return (
+        f"ready: {server.name}, {config.model} on {prepared.mesh_size} {prepared.device_kind} "
+        f"devices, {policy}, step times {measured.get('source', 'of unknown source')} "
+        f"({profile.fit_line(measured)}); gRPC on {server.address}"
+    )
+
+
+def main(role: Role) -> None:
+    """Serves one instance of a role, and ends the process."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    config, options, net = launch.read_config(), Options.from_flags(), Wire.from_flags()
+    if config.colocated:
+        raise launch.UsageError(f"config.colocated must be False for a process of {role.value}")
+    values = flags.FLAGS
+    path = Path(values.profile) if values.profile else None
+    if values.process_id > 0:  # it follows, and has no service of its own
+        prepare(config, role, path)
+    carried = remote_kv.TransferOptions.from_flags(options.host)
+    if role is Role.DECODE:
+        # What it offers are its own evicted sequences, which nobody else would fetch.
+        carried = replace(carried, lease_s=math.inf)
+    if carried.kind == "jax" and net.cert:
+        log.warning("--tls_cert does not protect KV: --kv_transport=jax sends it in the clear")
+
+    def make_transport(
+        server: RoleServer, known: Facts, on_expired: Callable[[str], None]
+    ) -> remote_kv.RemoteTransport:
+        loop = asyncio.get_running_loop()
+        transport = remote_kv.RemoteTransport(
+            known, server.address, loop, net.channel, net.metadata, carried, on_expired
+        )
+        server.add_late(transport.add_to)
+        return transport
+
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(recording(Path(values.journal))) if values.journal else None
+        code = asyncio.run(
+            serve(
+                config,
+                role,
+                options,
+                net,
+                lambda: prepare(config, role, path),
+                make_transport,
+                journal,
+            )
+        )
+    lifecycle.end(code)

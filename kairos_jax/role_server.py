@@ -1,0 +1,184 @@
+"""The gRPC server of a process of one role: what routers attach to, and health."""
+
+import asyncio
+import contextlib
+import ipaddress
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from absl import flags
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from kairos_jax import channels, wire
+from kairos_jax.attach import Attachments
+from kairos_jax.channels import Wire
+from kairos_jax.command import UsageError
+from kairos_jax.config import ServerConfig
+from kairos_jax.discovery import join_address
+from kairos_jax.engine import Engine
+from kairos_jax.followers import Leader
+from kairos_jax.manifest import Facts
+from kairos_jax.messages import HandBack
+from kairos_jax.rpc import internal_pb2_grpc
+from kairos_jax.worker import Worker
+from schedulers.core import Role
+
+# What routers are given to take back what has not ended by itself.
+_RETURN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that takes long to get. facts: of its KV; measured: its profile. leader: of a mesh that
+    spans processes.
+    """
+
+    engine: Engine
+    facts: Facts
+    measured: dict[str, Any]
+    mesh_size: int
+    device_kind: str
+    leader: Leader | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Where a role listens, and how it ends. host, port: as bound. advertise: the host by which
+    peers reach it. health_port: 0 for none.
+    """
+
+    host: str
+    port: int
+    advertise: str
+    name: str = ""
+    health_port: int = 0
+    grace_s: float = 30.0
+    router_hang_s: float = 10.0
+    stuck_s: float = 30.0
+
+    @classmethod
+    def from_flags(cls) -> "Options":
+        """Raises UsageError where peers would be told an address that is none."""
+        values = flags.FLAGS
+        advertise = values.advertise or values.host
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(advertise.strip("[]")).is_unspecified:
+                raise UsageError(
+                    f"--advertise is missing: peers cannot reach this host as {advertise}"
+                )
+        return cls(
+            values.host,
+            values.port,
+            advertise,
+            values.name or "",
+            values.health_port,
+            values.grace_s,
+            values.router_hang_s,
+            values.stuck_s,
+        )
+
+
+class RoleServer:
+    """The gRPC server of one role. Health says NOT_SERVING until `open`, and again from `drain`."""
+
+    def __init__(self, role: Role, options: Options, net: Wire):
+        """Raises OSError if the address cannot be listened on."""
+        self.role, self.options = role, options
+        self.attachments = Attachments(
+            asyncio.get_running_loop(), options.stuck_s, options.router_hang_s
+        )
+        self.grpc = grpc.aio.server(
+            interceptors=net.interceptors(),
+            options=[
+                ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
+            ],
+        )
+        internal_pb2_grpc.add_WorkerServicer_to_server(self.attachments, self.grpc)
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        self._health_server: grpc.aio.Server | None = None
+        port = net.add_port(self.grpc, options.host, options.port)
+        self.address = join_address(options.advertise, port)
+        self.name = options.name or f"{role.value}-{self.address}"
+
+    def add_late(self, add: Callable[[Any], None]) -> None:
+        """Adds a service, by its `add_to`, to the server that has started."""
+        add(_Late(self.grpc))
+
+    async def start(self) -> None:
+        """Listens; routers are answered UNAVAILABLE until `open`."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.grpc.start()
+        if self.options.health_port:
+            self._health_server = await channels.open_health_port(
+                self._health, self.options.host, self.options.health_port
+            )
+
+    async def open(self, worker: Worker, config: ServerConfig, prepared: Prepared) -> None:
+        """Starts the worker, and takes routers for it."""
+        welcome = wire.Welcome(
+            instance=self.name,
+            incarnation=secrets.token_hex(8),
+            role=self.role,
+            model=prepared.facts.model,
+            fingerprint=prepared.facts.fingerprint,
+            dtype=config.dtype,
+            limits=prepared.engine.limits,
+            profile=prepared.measured,
+            mesh_size=prepared.mesh_size,
+            device_kind=prepared.device_kind,
+            kv_address=self.address,
+        )
+        self.attachments.open(worker, welcome)
+        worker.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self, worker: Worker) -> bool:
+        """Gives back what waits, lets the rest end, and after the grace gives that back too. True
+        if nothing outlasted it.
+        """
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.attachments.drain()
+        worker.post(HandBack(running=False))
+        if await self._drained(self.options.grace_s):
+            return True
+        worker.post(HandBack(running=True))
+        await self._drained(_RETURN_S)
+        return False
+
+    async def close(self) -> None:
+        """Ends the routers' calls, each once it has been told all, and stops listening."""
+        self.attachments.close()
+        await self.grpc.stop(grace=1.0)
+        if self._health_server:
+            await self._health_server.stop(grace=None)
+
+    async def _drained(self, timeout_s: float) -> bool:
+        """Whether no router has a request here in time; where the worker died, none will have."""
+        drained = asyncio.ensure_future(self.attachments.drained())
+        await asyncio.wait(
+            {drained, self.attachments.died}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        done = drained.done()
+        drained.cancel()
+        return done
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", wire.SERVICE):
+            await self._health.set(service, status)
+
+
+class _Late:
+    """A server that has started, for whoever adds a service. What generated code registers besides
+    its generic handler is not looked up any more then, and gRPC warns of it.
+    """
+
+    def __init__(self, server: grpc.aio.Server):
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        """Does without."""

@@ -1,0 +1,199 @@
+r"""The router in a process of its own: the public gRPC service, over prefill and decode workers in
+others.
+
+  python -m kairos_jax.router --config=configs/smollm2_135m_cpu.py --port=50051 \\
+    --prefill=127.0.0.1:50061 --decode=127.0.0.1:50071,dns:decode.example:50071
+
+It listens at once and answers UNAVAILABLE (health: NOT_SERVING) until there is a worker of each
+role, and whenever there is none of one. Several routers may share the same workers. SIGTERM and
+Ctrl-C drain it; a second Ctrl-C ends it at once.
+
+Exit codes: 0 after a drain; 1 if it was stopped before it was ready; 2 for a wrong flag, config or
+model.
+"""
+
+import asyncio
+import logging
+import sys
+import time
+from dataclasses import dataclass
+
+from absl import flags
+
+from kairos_jax import channels, discovery, launch, lifecycle
+from kairos_jax.backend import backend
+from kairos_jax.channels import Wire
+from kairos_jax.config import ServerConfig
+from kairos_jax.instances import Model, open_model
+from kairos_jax.links import Links
+from kairos_jax.service import Server
+from kairos_jax.streams import Router
+from schedulers.core import Role
+from schedulers.cost import CostModel
+from schedulers.routing import ADMISSION
+
+_ROLES = (Role.PREFILL, Role.DECODE)
+
+
+def define_flags() -> None:
+    """Not at import: other binaries have flags of the same names."""
+    launch.define_config_flag()
+    lifecycle.define_flags(port=50051)
+    channels.define_flags()
+    channels.define_public_flags()
+    flags.DEFINE_enum("admission", "none", list(ADMISSION), "Who is turned away early.")
+    flags.DEFINE_integer("health_port", 0, "Port for health alone, without TLS; 0: none.", 0, 65535)
+    for role in _ROLES:
+        flags.DEFINE_list(
+            role.value, [], f"Where {role.value} workers are: host:port, or dns:name:port for all."
+        )
+    flags.DEFINE_float("resolve_s", 5.0, "Seconds after which names are resolved again.", 0.1)
+    flags.DEFINE_float("heartbeat_s", 0.25, "Seconds between two pings to a worker.", 0.01)
+    flags.DEFINE_float("hang_s", 1.0, "Silence after which a worker is lost.", 0.05)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """targets: where the workers of each role are, as `discovery.watch` takes it."""
+
+    host: str
+    port: int
+    targets: dict[Role, list[str]]
+    grace_s: float = 30.0
+    resolve_s: float = 5.0
+    heartbeat_s: float = 0.25
+    hang_s: float = 1.0
+    health_port: int = 0
+    admission: str = "none"
+
+    @classmethod
+    def from_flags(cls) -> "Options":
+        """Raises UsageError."""
+        values = flags.FLAGS
+        targets: dict[Role, list[str]] = {
+            role: list(values[role.value].value or ()) for role in _ROLES
+        }
+        for role, given in targets.items():
+            if not given:
+                raise launch.UsageError(f"--{role.value} is missing: give host:port, ...")
+            for target in given:
+                try:
+                    discovery.Target.parse(target)
+                except ValueError as error:
+                    raise launch.UsageError(f"--{role.value}: {error}") from error
+        if values.hang_s < 2 * values.heartbeat_s:
+            raise launch.UsageError(
+                f"--hang_s must be at least twice --heartbeat_s, {values.heartbeat_s:g}, got "
+                f"{values.hang_s:g}"
+            )
+        return cls(
+            values.host,
+            values.port,
+            targets,
+            values.grace_s,
+            values.resolve_s,
+            values.heartbeat_s,
+            values.hang_s,
+            values.health_port,
+            values.admission,
+        )
+
+
+async def serve(
+    config: ServerConfig, options: Options, net: Wire, public: Wire = channels.PLAIN
+) -> int:
+    """Serves until a signal. net: to workers; public: from clients. Returns the exit code."""
+    stopping = lifecycle.asked_to_stop()
+    try:
+        server = Server(options.host, options.port, time.monotonic, public, options.health_port)
+    except OSError as error:
+        raise launch.UsageError(str(error)) from error
+    await server.start()
+    print(f"starting router for {config.model}: gRPC on {server.address}", flush=True)
+    try:
+        model = await lifecycle.prepared(lambda: open_model(config), stopping)
+    except BaseException:
+        await server.drain(0.0)
+        raise
+    if model is None:
+        return 1
+    changed = asyncio.Event()
+    # What steps cost, it learns from its workers.
+    cost = CostModel.from_profile(_NOTHING, ())
+    router = Router(
+        asyncio.get_running_loop(), config.max_requests, cost, admission=options.admission
+    )
+    links = Links(router, config, net, changed.set, options.heartbeat_s, options.hang_s)
+    tasks = [
+        asyncio.ensure_future(_watch(links, role, targets, options.resolve_s))
+        for role, targets in options.targets.items()
+    ]
+    tasks.append(asyncio.ensure_future(_keep_open(server, config, model, router, links, changed)))
+    await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        if task.done():
+            task.result()  # none of them ends but by an error
+    print("draining", flush=True)
+    tasks[-1].cancel()
+    drained = await server.drain(options.grace_s)
+    for task in tasks:
+        task.cancel()
+    await links.close()
+    print("drained" if drained else "ended requests that outlasted --grace_s", flush=True)
+    return 0
+
+
+_NOTHING = {"kv_capacity_tokens": 1}
+
+
+async def _watch(links: Links, role: Role, targets: list[str], period_s: float) -> None:
+    await discovery.watch(targets, period_s, lambda addresses: links.found(role, addresses))
+
+
+async def _keep_open(
+    server: Server,
+    config: ServerConfig,
+    model: Model,
+    router: Router,
+    links: Links,
+    changed: asyncio.Event,
+) -> None:
+    """Opens the server while there is a worker of each role."""
+    said = False
+    while True:
+        changed.clear()
+        workers = [links.of(role) for role in _ROLES]
+        missing = [
+            f"a {role.value} worker" for role, of in zip(_ROLES, workers, strict=True) if not of
+        ]
+        if missing:
+            await server.shut(f"waiting for {' and '.join(missing)}")
+        else:
+            first, last = (of[0].welcome for of in workers)
+            meshes = first.mesh_size, last.mesh_size
+            await server.open(backend(config, model, router, meshes, last.device_kind))
+            if not said:
+                print(_ready_line(config, links, server.address), flush=True)
+            said = True
+        await changed.wait()
+
+
+def _ready_line(config: ServerConfig, links: Links, address: str) -> str:
+    counts = " + ".join(f"{len(links.of(role))} {role.value}" for role in _ROLES)
+    return (
+        f"ready: {config.model} on {counts} workers, SLO TTFT {config.slo.ttft:g} s TPOT "
+        f"{config.slo.tpot:g} s; gRPC on {address}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Serves, and ends the process."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    config, options, net = launch.read_config(), Options.from_flags(), Wire.from_flags()
+    public = Wire.public_from_flags()
+    lifecycle.end(asyncio.run(serve(config, options, net, public)))
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch.run(main)

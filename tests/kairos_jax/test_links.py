@@ -1,0 +1,329 @@
+"""Routers and workers over real gRPC: all is well, one dies, one hangs, one does not fit."""
+
+import asyncio
+import logging
+import random
+from dataclasses import replace
+
+import cluster
+import fakes
+import grpc
+import pytest
+
+from kairos_jax.channels import Wire
+from kairos_jax.messages import Died
+from kairos_jax.role_server import Options
+from kairos_jax.transfer import LocalTransport
+from schedulers.core import Role
+
+
+def run(main):
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def some_requests(count, seed=1):
+    rng = random.Random(seed)
+    return [
+        (
+            [rng.randrange(fakes.VOCAB) for _ in range(rng.choice([1, 9, 33, 60]))],
+            rng.choice([1, 9]),
+        )
+        for _ in range(count)
+    ]
+
+
+async def ask_all(front, requests):
+    answers = await asyncio.gather(*(front.ask(*request) for request in requests))
+    for (prompt, count), answer in zip(requests, answers, strict=True):
+        assert answer == fakes.expected_tokens(prompt, count)
+
+
+def listening(front):
+    """What a router is told of workers that died, from now on."""
+    died, emit = [], front.router.emit
+
+    def heard(event):
+        if isinstance(event, Died):
+            died.append(event)
+        emit(event)
+
+    front.router.emit = heard
+    return died
+
+
+@pytest.fixture
+def logged():
+    """Waits until links have logged so many lines with a text, and returns them."""
+    lines, more = [], asyncio.Event()
+
+    class Ear(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+            more.set()
+
+    async def until(count, text):
+        async with asyncio.timeout(30):
+            while len(found := [line for line in lines if text in line]) < count:
+                more.clear()
+                await more.wait()
+        return found
+
+    log, ear = logging.getLogger("kairos_jax.links"), Ear()
+    log.addHandler(ear)
+    yield until
+    log.removeHandler(ear)
+
+
+def test_two_routers_share_two_workers_of_each_role():
+    async def main():
+        async with cluster.running(2, 2) as (nodes, one, transport):
+            two = cluster.Front.start(nodes)
+            await two.linked(4)
+            assert {node.server.attachments.num_routers for node in nodes} == {2}
+            await asyncio.gather(
+                ask_all(one, some_requests(20)), ask_all(two, some_requests(20, seed=2))
+            )
+            for node in nodes:
+                await cluster.idle(node)
+            assert transport.num_offers == 0
+            await two.links.close()
+
+    run(main)
+
+
+def test_the_cost_of_each_kind_of_step_comes_from_a_worker_of_its_role():
+    async def main():
+        async with cluster.running() as (_, front, _):
+            assert front.router.cost.prefill.base_s == fakes.PROFILE["prefill"]["base_s"]
+            assert front.router.cost.decode.base_s == fakes.PROFILE["decode"]["base_s"]
+
+    run(main)
+
+
+def test_a_router_that_goes_leaves_nothing_behind():
+    async def main():
+        async with cluster.running() as (nodes, front, transport):
+            prefill, decode = nodes
+            decode.engine.gate.clear()
+            streams = [front.submit([1, 2, 3], 30) for _ in range(12)]
+            for stream in streams:
+                await anext(aiter(stream))
+            waiting = front.submit([4] * 100, 1)
+            assert prefill.server.attachments.num_requests > 0
+            await front.links.close()
+            decode.engine.gate.set()
+            for node in nodes:
+                await cluster.idle(node)
+                assert node.server.attachments.num_routers == 0
+            assert transport.num_offers == 0
+            del waiting
+
+    run(main)
+
+
+def test_a_worker_that_dies_is_lost_at_once_and_joins_again_as_another():
+    async def main():
+        async with cluster.running(hang_s=30.0) as (nodes, front, transport):
+            died = listening(front)
+            decode = nodes[1]
+            decode.engine.gate.clear()
+            stream = front.submit([1, 2, 3], 9)
+            await anext(aiter(stream))
+            (before,) = (linked.id for linked in front.links.of(Role.DECODE))
+            await decode.die()
+            await front.linked(1)
+            await front.until(lambda: bool(died))
+            assert died[0].instance == before
+            nodes[1] = await decode.again(transport)
+            await front.linked(2)
+            (after,) = (linked.id for linked in front.links.of(Role.DECODE))
+            assert after != before
+            assert after.partition("@")[0] == before.partition("@")[0]
+            await front.ask([5, 6], 9)
+            front.router.cancel(stream)
+
+    run(main)
+
+
+def test_a_stream_goes_on_where_its_worker_died():
+    async def main():
+        async with cluster.running(1, 2, hang_s=30.0) as (nodes, front, _):
+            stream = front.submit([1, 2, 3], 60)
+            tokens = aiter(stream)
+            got = [(await anext(tokens)).token.id for _ in range(5)]
+            (having,) = (node for node in nodes[1:] if node.server.name in stream.peers[-1].id)
+            having.engine.gate.clear()
+            await having.die()
+            got += [output.token.id async for output in tokens]
+            assert got == fakes.expected_tokens([1, 2, 3], 60)
+
+    run(main)
+
+
+def test_a_step_that_hangs_makes_its_worker_lost_until_it_ends(logged):
+    async def main():
+        options = Options(cluster.HOST, 0, cluster.HOST, stuck_s=0.1)
+        transport = LocalTransport()
+        nodes = [
+            await cluster.Node.start(role, transport, options=options)
+            for role in (Role.PREFILL, Role.DECODE)
+        ]
+        front = cluster.Front.start(nodes, hang_s=0.4)
+        await front.linked(2)
+        died = listening(front)
+        nodes[1].engine.gate.clear()
+        stream = front.submit([1, 2, 3], 9)
+        await anext(aiter(stream))
+        await front.linked(1)
+        assert [str(each.error) for each in died] == ["nothing came from it for 0.4 s"]
+        await logged(1, "hangs in a step")
+        assert not front.links.of(Role.DECODE)
+        nodes[1].engine.gate.set()
+        await front.linked(2)
+        await front.ask([1, 2], 9)
+        front.router.cancel(stream)
+        await front.links.close()
+        for node in nodes:
+            await node.die()
+        transport.close()
+
+    run(main)
+
+
+def test_a_worker_whose_loop_ends_is_lost_with_its_reason():
+    async def main():
+        async with cluster.running() as (nodes, front, _):
+            died = listening(front)
+            nodes[1].engine.fail = RuntimeError("no more memory")
+            front.submit([1, 2, 3], 9)
+            await front.linked(1)
+            assert [str(each.error) for each in died] == ["RuntimeError: no more memory"]
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"facts": replace(cluster.FACTS, fingerprint="beef")}, "its weights (beef) are others"),
+        ({"facts": replace(cluster.FACTS, model="other")}, "its model is 'other'"),
+        ({"config": fakes.altered(dtype="bfloat16")}, "its dtype is 'bfloat16'"),
+        ({"config": fakes.altered(page_size=16)}, "its page_size is 16"),
+        ({"config": fakes.altered(max_context=96)}, "its max_context is 96"),
+    ],
+)
+def test_a_worker_that_does_not_fit_is_named_and_does_not_join(changes, reason, logged):
+    async def main():
+        async with cluster.running(1, 1) as (nodes, front, transport):
+            odd = await cluster.Node.start(Role.DECODE, transport, **changes)
+            nodes.append(odd)
+            addresses = {node.server.address for node in nodes[1:]}
+            front.links.found(Role.DECODE, frozenset(addresses))
+            (line,) = await logged(1, odd.server.address)
+            assert reason in line
+            assert len(front.links.workers) == 2
+            if "weights" in reason:
+                assert any(f"than those of {node.server.name}" in line for node in nodes[:2])
+                assert "(f00d)" in line
+
+    run(main)
+
+
+def test_a_worker_of_the_other_role_is_named(logged):
+    async def main():
+        async with cluster.running(1, 1) as (nodes, front, _):
+            front.links.found(Role.DECODE, frozenset({nodes[0].server.address}))
+            await logged(1, "its role is 'prefill', and this router is for 'decode'")
+
+    run(main)
+
+
+def test_a_token_is_asked_for_and_shown(logged):
+    async def main():
+        net, transport = Wire(token="secret"), LocalTransport()
+        roles = (Role.PREFILL, Role.DECODE)
+        nodes = [await cluster.Node.start(role, transport, net=net) for role in roles]
+        stranger = cluster.Front.start(nodes)
+        front = cluster.Front.start(nodes, net=net)
+        await front.linked(2)
+        await front.ask([1, 2], 3)
+        await logged(2, grpc.StatusCode.UNAUTHENTICATED.name)
+        assert not stranger.links.workers
+        for each in (front, stranger):
+            await each.links.close()
+        for node in nodes:
+            await node.die()
+        transport.close()
+
+    run(main)
+
+
+def test_a_worker_under_two_addresses_joins_once(logged):
+    async def main():
+        async with cluster.running() as (nodes, front, _):
+            port = nodes[1].server.address.rpartition(":")[2]
+            addresses = frozenset({nodes[1].server.address, f"localhost:{port}"})
+            front.links.found(Role.DECODE, addresses)
+            await logged(1, f"it is linked already, at {nodes[1].server.address}")
+            assert len(front.links.workers) == 2
+            await front.ask([1, 2], 9)
+
+    run(main)
+
+
+def test_a_worker_that_is_listed_no_more_is_kept_until_it_leaves():
+    async def main():
+        async with cluster.running() as (nodes, front, _):
+            front.links.found(Role.DECODE, frozenset())
+            await front.ask([1, 2], 9)
+            await nodes[1].die()
+            await front.linked(1)
+
+    run(main)
+
+
+def test_a_worker_that_drains_ends_what_runs_and_returns_what_waits():
+    async def main():
+        async with cluster.running(1, 2) as (nodes, front, _):
+            leaving, staying = nodes[1:]
+            for node in (leaving, staying):
+                node.engine.gate.clear()
+            requests = some_requests(30)
+            answers = asyncio.ensure_future(ask_all(front, requests))
+            for node in (leaving, staying):
+                await node.begun()
+            draining = asyncio.ensure_future(leaving.server.drain(leaving.worker))
+            await front.linked(2)
+            for node in (leaving, staying):
+                node.engine.gate.set()
+            await answers
+            assert await draining
+            await leaving.server.close()
+            await cluster.idle(leaving)
+
+    run(main)
+
+
+def test_what_outlasts_the_grace_of_a_drain_goes_on_elsewhere():
+    async def main():
+        options = Options(cluster.HOST, 0, cluster.HOST, grace_s=0.0)
+        async with cluster.running(1, 1) as (nodes, front, transport):
+            leaving = await cluster.Node.start(Role.DECODE, transport, options=options)
+            nodes.append(leaving)
+            addresses = frozenset(node.server.address for node in nodes[1:])
+            front.links.found(Role.DECODE, addresses)
+            await front.linked(3)
+            await nodes[1].die()
+            await front.linked(2)
+            leaving.engine.gate.clear()
+            stream = front.submit([1, 2, 3], 60)
+            await leaving.begun()
+            nodes[1] = await nodes[1].again(transport)
+            await front.linked(3)
+            draining = asyncio.ensure_future(leaving.server.drain(leaving.worker))
+            await front.linked(2)
+            leaving.engine.gate.set()
+            assert not await draining
+            assert await cluster.read(stream) == fakes.expected_tokens([1, 2, 3], 60)
+
+    run(main)
