@@ -1,6 +1,6 @@
 """Reads the journal of a server or a simulation: why a request waited, what the run was like.
 
-  python -m kairos_jax.journal --journal=FILE --explain='request-1#1' --profile=profile.json
+  python -m kairos_jax.journal --journal=FILE --explain=request-1 --profile=profile.json
   python -m kairos_jax.journal --journal=FILE --perfetto=run.json
   python -m kairos_jax.journal --journal=FILE --profile=profile.json --check
 
@@ -30,7 +30,7 @@ from schedulers.journal import Record, check, from_lines
 def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
     flags.DEFINE_string("journal", None, "File that a server or a simulation wrote.")
-    flags.DEFINE_string("explain", None, "Print why this request waited, by its id in the journal.")
+    flags.DEFINE_string("explain", None, "Print why this request waited, by its id.")
     flags.DEFINE_string("perfetto", None, "File to write the run to, for ui.perfetto.dev.")
     flags.DEFINE_bool("check", False, "Ask the policies for every decision again.")
     flags.DEFINE_string("profile", None, "Step times that the run was scheduled by.")
@@ -63,6 +63,20 @@ def policies(records: list[Record], cost: CostModel) -> Mapping[str, Policy]:
     }
 
 
+def find_id(records: list[Record], asked: str) -> str:
+    """The id in the journal of a request that is asked for by it, or by what a router made it of:
+    its name, or NAME#NUMBER where several bore that name. As it was asked, if there is none.
+    """
+    ids = dict.fromkeys(record[3][0] for record in records if record[1] == "add")
+    if asked in ids:
+        return asked
+    for id in ids:
+        inner = id.partition("/")[2]
+        if asked in (inner, inner.rpartition("#")[0]):
+            return id
+    return asked
+
+
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     values = flags.FLAGS
@@ -76,7 +90,7 @@ def main(argv: list[str]) -> int:
         asked = policies(records, CostModel.from_profile(profile_file.read(values.profile)))
     try:
         if values.explain:
-            print(*explain(records, asked, values.explain), sep="\n")
+            print(*explain(records, asked, find_id(records, values.explain)), sep="\n")
         if values.perfetto:
             Path(values.perfetto).write_text(json.dumps(trace_events(records)))
     except OSError as error:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from kairos_jax.journal import find_id
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
 from schedulers.journal import Journal, to_lines
 from schedulers.request import Slo
@@ -84,3 +85,10 @@ def test_wrong_use(run, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_live_request_is_found_by_the_name_that_its_client_knows():
+    records: list = [("a", "instance", 0.0, "both", {}, True)]
+    records += [("a", "add", 0.0, [id, 0.0, 1, 1, 1.0, 1.0, 0], 0, None) for id in ("7", "f0/x#1")]
+    found = {asked: find_id(records, asked) for asked in ("7", "x", "x#1", "f0/x#1", "y")}
+    assert found == {"7": "7", "x": "f0/x#1", "x#1": "f0/x#1", "f0/x#1": "f0/x#1", "y": "y"}
