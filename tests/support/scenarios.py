@@ -104,10 +104,12 @@ class Faults:
         await load.until(lambda answers: all(len(each.tokens) >= 100 for each in answers))
         hit = (await asyncio.to_thread(victim.state))["requests"]
         at = victim.send(sign)
-        lost_at = await self.lost_at(victim, at)
-        answers = await load.done()
-        if sign == signal.SIGSTOP:
-            victim.send(signal.SIGCONT)
+        try:
+            lost_at = await self.lost_at(victim, at)
+            answers = await load.done()
+        finally:
+            if sign == signal.SIGSTOP:
+                victim.send(signal.SIGCONT)
         recovered = max(each.next_after(lost_at) for each in answers)
         wrong = self.num_wrong(asks, answers)
         if sign == signal.SIGSTOP:
@@ -187,12 +189,14 @@ class Faults:
         if sign == signal.SIGTERM:
             code = await asyncio.to_thread(victim.wait)
             note = f"exit {code} after {time.monotonic() - at:.2f} s; "
+        try:
             detection_s = None
-        else:
-            detection_s = await self.lost_at(victim, at) - at
-        answers = await load.done()
-        if sign == signal.SIGSTOP:
-            victim.send(signal.SIGCONT)
+            if sign != signal.SIGTERM:
+                detection_s = await self.lost_at(victim, at) - at
+            answers = await load.done()
+        finally:
+            if sign == signal.SIGSTOP:
+                victim.send(signal.SIGCONT)
         first = max(each.times[0] for each in answers)
         wrong = self.num_wrong(asks, answers)
         if sign == signal.SIGSTOP:
