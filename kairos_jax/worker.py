@@ -219,6 +219,9 @@ class Worker:
         stopped = [id for id, token in tokens.items() if token.id in seqs[id].request.stop]
         left = self.instance.end(batch, now, stopped)
         tickets = {seq.request.id: self._park(seq) for seq in left if not seq.finish_reason}
+        for seq in left:
+            if seq.finish_reason:  # perhaps with its first token, after parts had been offered
+                self._drop_offer(seq.request.id)
         if self.transport.overlaps and self.instance.role is Role.PREFILL:
             for seq in filter(None, map(self.instance.running.get, batch.work)):
                 self._offer_part(seq)

@@ -474,6 +474,7 @@ def build(directory, role):
     return JaxEngine(checkpoint.config, params, mesh, rules, limits, shapes)
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_real_engine_goes_on_with_the_same_tokens(tiny_llama):
     """Greedy and seeded: the sampler looks at the place in the whole, not at who computes it."""

@@ -437,6 +437,7 @@ def resident_bytes():
         return int(statm.read().split()[1]) * 4096
 
 
+@pytest.mark.slow
 @KINDS
 def test_memory_goes_back_whatever_becomes_of_an_offer(kind):
     """Never claimed, claimed and never pulled, given up, or fetched."""

@@ -14,6 +14,7 @@ from kairos_jax.messages import (
     HandBack,
     Handover,
     Moved,
+    Offered,
     Prefetch,
     Returned,
     Stepped,
@@ -145,6 +146,15 @@ def test_a_prefetch_is_not_overtaken_by_its_handover_during_a_step(pair):
     assert pair.next_output("late").finish_reason == "length"
     pair.stop()
     assert not pair.decode._ahead
+
+
+def test_what_ends_with_its_first_token_leaves_no_part_on_offer(pair):
+    pair.transport.overlaps = True
+    pair.prefill.post(Submit(Request("one", 0.0, [1] * 100, 1, Slo(30.0, 30.0))))
+    assert pair.told(Offered), "parts of it while the rest was computed"
+    assert pair.next_output("one").finish_reason == "length"
+    pair.prefill.stop()
+    assert pair.transport.num_offers == 0
 
 
 def test_cancelled_in_a_step_it_is_forgotten_after_it(pair):
