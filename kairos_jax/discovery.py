@@ -1,6 +1,7 @@
 """Which peers there are: fixed addresses, and names that stand for all that they resolve to now."""
 
 import asyncio
+import ipaddress
 import logging
 import re
 import socket
@@ -127,6 +128,14 @@ def split_address(address: str) -> tuple[str, int]:
     if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
         raise ValueError(f"{address!r}: the port must be from 1 to 65535")
     return host, int(port)
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether it stands for all addresses of a machine, at which nobody can be reached."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return False
 
 
 def _listing(addresses: frozenset[str]) -> str:

@@ -31,6 +31,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from kairos_jax.discovery import split_address
 from kairos_jax.engine import BLOCK_PAGES, Call, JaxEngine, Read, Step, Write
 from kairos_jax.launch import Processes
 from kairos_jax.lines import Kind, Line, Message
@@ -296,7 +297,7 @@ def _join(engine: JaxEngine, shards: Iterable[np.ndarray]) -> jax.Array:
 
 
 def _host(processes: Processes) -> str:
-    return processes.address.rpartition(":")[0].strip("[]")
+    return split_address(processes.address)[0]
 
 
 def _thread(target: Callable[..., None], *args: Any) -> threading.Thread:

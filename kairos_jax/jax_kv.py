@@ -27,7 +27,7 @@ from jax.sharding import (
 )
 
 from kairos_jax.discovery import join_address, split_address
-from kairos_jax.manifest import Box, Manifest, grid_of, shape_of, shards_of
+from kairos_jax.manifest import Box, Manifest, box_of, grid_of, shape_of, shards_of
 
 # For a look whether the peer listens. Whoever connects to a port where nobody does hears nothing.
 _PROBE_S = 5.0
@@ -198,11 +198,7 @@ def _devices(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, Any]:
     """A device for each part of an array of that sharding, by the part's place."""
     placed = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = [
-            part.indices(size)[:2]
-            for part, size in zip(index or (slice(None),) * len(shape), shape, strict=True)
-        ]
-        placed.setdefault(tuple(bounds), device)
+        placed.setdefault(box_of(index or (slice(None),) * len(shape), shape), device)
     return dict(sorted(placed.items()))
 
 

@@ -100,11 +100,12 @@ def shards_of(block: Any) -> list[tuple[Box, Any]]:
     """The parts of a block, each once, by their place in it: where they are, and the data."""
     if not isinstance(block, jax.Array):
         return [(tuple((0, size) for size in block.shape), block)]
-    parts = {_box(each.index, block.shape): each.data for each in block.addressable_shards}
+    parts = {box_of(each.index, block.shape): each.data for each in block.addressable_shards}
     return sorted(parts.items(), key=lambda part: part[0])
 
 
-def _box(index: Sequence[slice], shape: Sequence[int]) -> Box:
+def box_of(index: Sequence[slice], shape: Sequence[int]) -> Box:
+    """Where an index of whole slices lies in an array of that shape."""
     bounds = (part.indices(size) for part, size in zip(index, shape, strict=True))
     return tuple((start, stop) for start, stop, _ in bounds)
 

@@ -7,8 +7,6 @@ of `LocalTransport`.
 """
 
 import asyncio
-import contextlib
-import ipaddress
 import logging
 import secrets
 import time
@@ -22,7 +20,7 @@ import jax
 from absl import flags
 from jax.sharding import Sharding
 
-from kairos_jax.discovery import split_address
+from kairos_jax.discovery import is_wildcard, split_address
 from kairos_jax.engine import KV
 from kairos_jax.in_flight import Priority
 from kairos_jax.jax_kv import TransferPort
@@ -151,7 +149,9 @@ class RemoteTransport:
         self._leases = Leases(options.lease_s, options.claim_s)
         self._port = None
         if options.kind == "jax":
-            host = _one_address(options.host) or split_address(address)[0]
+            host = options.host.strip("[]")
+            if not host or is_wildcard(host):
+                host, _ = split_address(address)
             self._port = TransferPort(
                 host, options.transfer_bytes, options.parallel_copies, self._in_thread
             )
@@ -358,11 +358,3 @@ def _stop(arrival: _Arrival, error: Exception) -> None:
 
 def _failed(task: asyncio.Task[KV]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
-
-
-def _one_address(host: str) -> str:
-    """The host, or "" if it stands for all addresses of the machine."""
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host.strip("[]")).is_unspecified:
-            return ""
-    return host.strip("[]")

@@ -27,7 +27,7 @@ from kairos_jax import channels, followers, launch, lifecycle, profile, remote_k
 from kairos_jax.channels import Wire
 from kairos_jax.config import ServerConfig
 from kairos_jax.instances import build_engine, build_worker, open_model, warm_up
-from kairos_jax.manifest import Facts, facts
+from kairos_jax.manifest import facts
 from kairos_jax.messages import Cancel
 from kairos_jax.progress import bars
 from kairos_jax.recording import recording
@@ -59,10 +59,6 @@ def define_flags(port: int) -> None:
     flags.DEFINE_float("stuck_s", 30.0, "By so much later than predicted, a step hangs.", 0.1)
 
 
-MakeTransport = Callable[[RoleServer, Facts, Callable[[str], None]], remote_kv.RemoteTransport]
-"""(server for its service, what it carries, whom to tell the ids of offers that ran out)."""
-
-
 def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> Prepared:
     """Loads, compiles and measures one instance; a process that follows another of its mesh ends
     here. Raises UsageError or ModelNotAvailable.
@@ -89,8 +85,8 @@ async def serve(
     role: Role,
     options: Options,
     net: Wire,
+    carried: remote_kv.TransferOptions,
     prepare: Callable[[], Prepared],
-    make_transport: MakeTransport,
     journal: Journal | None = None,
 ) -> int:
     """Serves until a signal, or until the instance dies. Returns the exit code."""
@@ -109,7 +105,16 @@ async def serve(
     if prepared is None:
         return 1
     engine, emit = prepared.engine, server.attachments.emit
-    transport = make_transport(server, prepared.facts, lambda id: worker.post(Cancel(id)))
+    transport = remote_kv.RemoteTransport(
+        prepared.facts,
+        server.address,
+        asyncio.get_running_loop(),
+        net.channel,
+        net.metadata,
+        carried,
+        on_expired=lambda id: worker.post(Cancel(id)),
+    )
+    server.add_late(transport.add_to)
     cost = CostModel.from_profile(prepared.measured, (role.value,))
     worker = build_worker(config, role, server.name, engine, cost, transport, emit, journal)
     await server.open(worker, config, prepared)
@@ -176,27 +181,9 @@ def main(role: Role) -> None:
     if carried.kind == "jax" and net.cert:
         log.warning("--tls_cert does not protect KV: --kv_transport=jax sends it in the clear")
 
-    def make_transport(
-        server: RoleServer, known: Facts, on_expired: Callable[[str], None]
-    ) -> remote_kv.RemoteTransport:
-        loop = asyncio.get_running_loop()
-        transport = remote_kv.RemoteTransport(
-            known, server.address, loop, net.channel, net.metadata, carried, on_expired
-        )
-        server.add_late(transport.add_to)
-        return transport
-
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(recording(Path(values.journal))) if values.journal else None
         code = asyncio.run(
-            serve(
-                config,
-                role,
-                options,
-                net,
-                lambda: prepare(config, role, path),
-                make_transport,
-                journal,
-            )
+            serve(config, role, options, net, carried, lambda: prepare(config, role, path), journal)
         )
     lifecycle.end(code)

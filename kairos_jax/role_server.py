@@ -1,8 +1,6 @@
 """The gRPC server of a process of one role: what routers attach to, and health."""
 
 import asyncio
-import contextlib
-import ipaddress
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +8,16 @@ from typing import Any
 
 import grpc
 from absl import flags
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kairos_jax import channels, wire
+from kairos_jax import wire
 from kairos_jax.attach import Attachments
 from kairos_jax.channels import Wire
 from kairos_jax.command import UsageError
 from kairos_jax.config import ServerConfig
-from kairos_jax.discovery import join_address
+from kairos_jax.discovery import is_wildcard, join_address
 from kairos_jax.engine import Engine
 from kairos_jax.followers import Leader
+from kairos_jax.health import Health
 from kairos_jax.manifest import Facts
 from kairos_jax.messages import HandBack
 from kairos_jax.rpc import internal_pb2_grpc
@@ -64,11 +62,8 @@ class Options:
         """Raises UsageError where peers would be told an address that is none."""
         values = flags.FLAGS
         advertise = values.advertise or values.host
-        with contextlib.suppress(ValueError):
-            if ipaddress.ip_address(advertise.strip("[]")).is_unspecified:
-                raise UsageError(
-                    f"--advertise is missing: peers cannot reach this host as {advertise}"
-                )
+        if is_wildcard(advertise):
+            raise UsageError(f"--advertise is missing: peers cannot reach this host as {advertise}")
         return cls(
             values.host,
             values.port,
@@ -98,9 +93,7 @@ class RoleServer:
             ],
         )
         internal_pb2_grpc.add_WorkerServicer_to_server(self.attachments, self.grpc)
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        self._health_server: grpc.aio.Server | None = None
+        self._health = Health(self.grpc, wire.SERVICE, options.host, options.health_port)
         port = net.add_port(self.grpc, options.host, options.port)
         self.address = join_address(options.advertise, port)
         self.name = options.name or f"{role.value}-{self.address}"
@@ -111,12 +104,9 @@ class RoleServer:
 
     async def start(self) -> None:
         """Listens; routers are answered UNAVAILABLE until `open`."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.say(serving=False)
         await self.grpc.start()
-        if self.options.health_port:
-            self._health_server = await channels.open_health_port(
-                self._health, self.options.host, self.options.health_port
-            )
+        await self._health.listen()
 
     async def open(self, worker: Worker, config: ServerConfig, prepared: Prepared) -> None:
         """Starts the worker, and takes routers for it."""
@@ -135,13 +125,13 @@ class RoleServer:
         )
         self.attachments.open(worker, welcome)
         worker.start()
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._health.say(serving=True)
 
     async def drain(self, worker: Worker) -> bool:
         """Gives back what waits, lets the rest end, and after the grace gives that back too. True
         if nothing outlasted it.
         """
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.say(serving=False)
         self.attachments.drain()
         worker.post(HandBack(running=False))
         if await self._drained(self.options.grace_s):
@@ -154,8 +144,7 @@ class RoleServer:
         """Ends the routers' calls, each once it has been told all, and stops listening."""
         self.attachments.close()
         await self.grpc.stop(grace=1.0)
-        if self._health_server:
-            await self._health_server.stop(grace=None)
+        await self._health.close()
 
     async def _drained(self, timeout_s: float) -> bool:
         """Whether no router has a request here in time; where the worker died, none will have."""
@@ -166,10 +155,6 @@ class RoleServer:
         done = drained.done()
         drained.cancel()
         return done
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", wire.SERVICE):
-            await self._health.set(service, status)
 
 
 class _Late:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import cast
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
-from kairos_jax.channels import PLAIN, Wire, open_health_port
+from kairos_jax.channels import PLAIN, Wire
 from kairos_jax.discovery import join_address
 from kairos_jax.edge import BadField, Edge, UnknownModel
 from kairos_jax.engine import Token
+from kairos_jax.health import Health
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.streams import Full, IdInUse, Router, Stream, WorkerLost
@@ -157,44 +158,38 @@ class Server:
         self._grpc = grpc.aio.server(options=options)
         self._servicer, self._draining = Servicer(clock), False
         kairos_pb2_grpc.add_KairosServicer_to_server(self._servicer, self._grpc)
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self._health = Health(self._grpc, SERVICE, host, health_port)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
-        self._host, self._health_port = host, health_port
-        self._health_server: grpc.aio.Server | None = None
         self.port = net.add_port(self._grpc, host, port)
         self.address = join_address(host, self.port)
 
     async def start(self) -> None:
         """Listens; requests are answered UNAVAILABLE until `open`."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.say(serving=False)
         await self._grpc.start()
-        if self._health_port:
-            self._health_server = await open_health_port(
-                self._health, self._host, self._health_port
-            )
+        await self._health.listen()
 
     async def open(self, backend: Backend) -> None:
         """Serves, until `shut`, and again after; not any more once it drains."""
         if self._draining:
             return
         self._servicer.backend, self._servicer.closed = backend, None
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._health.say(serving=True)
 
     async def shut(self, reason: str) -> None:
         """Answers UNAVAILABLE with this reason; requests in progress go on."""
         if self._draining:
             return
         self._servicer.closed = reason
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.say(serving=False)
 
     async def drain(self, grace_s: float) -> bool:
         """Takes no new requests, waits for those in progress, and stops listening. After `grace_s`
         seconds it ends those that are left. True if there were none.
         """
         self._draining, self._servicer.closed = True, "the server is draining"
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.say(serving=False)
         drained = True
         if self._servicer.backend and self._servicer.backend.router.num_streams:
             try:
@@ -203,10 +198,5 @@ class Server:
                 drained = False
         # The last answers may still be on their way out.
         await self._grpc.stop(grace=1.0 if drained else 0.0)
-        if self._health_server:
-            await self._health_server.stop(grace=None)
+        await self._health.close()
         return drained
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", SERVICE):
-            await self._health.set(service, status)

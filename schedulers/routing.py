@@ -243,7 +243,9 @@ def _end_s(instance: Instance, cost: CostModel) -> float:
 def _parked_room(instance: Instance) -> float:
     """See `Summary`."""
     bound, waiting = instance.limits.parked_tokens, instance.waiting
+    if math.isinf(bound):
+        return math.inf
     next_one = float(waiting.length.min()) if waiting else instance.limits.page_size
-    if math.isinf(bound) or instance.parked_room >= next_one:
+    if instance.parked_room >= next_one:
         return math.inf
     return bound - (float(waiting.length.sum()) if waiting else 0.0)
