@@ -9,12 +9,15 @@ PROFILE ?=
 # Of `make sweep`: any flags of kairos_jax.sweep.
 SWEEP ?= --simulated --profile=llama3_8b_h100_roofline --trace=synthetic --ttft=1 --tpot=0.025 \
   --rates=10,20,25,30,35,40 --layouts=2:1,3xcolocated
+# Of `make bench-accelerator`: config, sizes of the random weights, any other flags of the benchmark.
+BENCH ?= --config=configs/llama3_8b.py:gpu1 --model_shape=llama3_8b
 VENV := .venv
 BIN := $(VENV)/bin
 # Named by version, so that another PYTHON makes another environment.
 INSTALLED = $(VENV)/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: help setup model demo agreement serve cluster sweep paper test slow lint lock proto clean
+.PHONY: help setup model demo agreement bench-accelerator serve cluster sweep paper test slow lint \
+  lock proto clean
 
 help:
 	@echo "make demo   serve one workload under three schedulers; report in out/demo/report.html"
@@ -23,6 +26,7 @@ help:
 	@echo "make sweep  simulated: layouts, loads and policies; report in out/sweep/report.html"
 	@echo "make paper  the paper's four claims on a trace (TRACE=FILE); tables in out/paper"
 	@echo "make agreement  the simulator against the live engine, at five loads: six minutes"
+	@echo "make bench-accelerator  steps beside the limits of the GPU or TPU here: out/roofline.json"
 	@echo "make test   lint and the whole default test suite"
 	@echo "make slow   the tests of several processes, which take minutes"
 	@echo "make setup  the environment alone, in $(VENV)"
@@ -53,6 +57,13 @@ agreement: setup
 	@$(BIN)/python -m kairos_jax.agreement --config=configs/smollm2_135m_cpu_colocated.py \
 	  --output=out/agreement
 
+bench-accelerator: setup
+	@mkdir -p out
+	$(BIN)/python benchmarks/roofline.py $(BENCH) --config.kernels=auto --output=json \
+	  > out/roofline.json.part
+	@mv out/roofline.json.part out/roofline.json
+	@cat out/roofline.json
+
 serve: setup
 	@$(BIN)/python -m kairos_jax.serve --config=$(CONFIG) --port=$(PORT)
 
@@ -67,7 +78,7 @@ paper: setup
 	  --output=out/paper
 
 test: lint model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -78,7 +89,9 @@ lint: setup
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-lock: setup
+# Not by way of setup, which would first install what the old lock says.
+lock:
+	@test -x $(BIN)/uv || $(MAKE) setup
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-annotate \
 	  --custom-compile-command "make lock" --quiet --output-file requirements.lock

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
         {
             "model": "smollm2-135m-instruct",
             "dtype": "float32",
-            "attention": "cpu",
+            "kernels": "auto",
             "max_context": 2048,
             "max_tokens": 1024,
             "max_requests": 1024,
@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
                 "max_chunk": 512,
                 "row_tokens": 64,
                 "pack": math.inf,
+                "prefix_cache": True,
             },
             "decode": {
                 "instances": 1,

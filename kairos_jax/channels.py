@@ -7,27 +7,26 @@ The token never goes in the clear to another host: `channel` and `add_port` refu
 could read it there could use it, and a warning is not seen until then.
 """
 
+import functools
 import hmac
 import ipaddress
 import logging
 import ssl
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 from absl import flags
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health
 
 from kairos_jax.command import UsageError
 from kairos_jax.discovery import join_address, split_address
 
 # Probes come without a token, and learn nothing from health but that a server is there.
 _OPEN = f"/{health.SERVICE_NAME}/"
-# The service that health tells of for as long as the event loop turns.
-ALIVE = "alive"
 # Peers are called by name; a proxy of the environment is for calls to elsewhere.
 _OPTIONS = (("grpc.enable_http_proxy", 0),)
 
@@ -36,12 +35,18 @@ _log = logging.getLogger(__name__)
 
 def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
-    flags.DEFINE_string("tls_cert", None, "PEM file: what this process shows its peers.")
-    flags.DEFINE_string("tls_key", None, "PEM file: the private key of --tls_cert.")
-    flags.DEFINE_string("tls_ca", None, "PEM file: who signs the peers' certificates.")
-    flags.DEFINE_string("tls_name", None, "Name in the peers' certificates; else their host.")
+    define_caller_flags(flags.FLAGS)
     flags.DEFINE_boolean("mutual_tls", False, "Refuse callers without a certificate of --tls_ca.")
     flags.DEFINE_string("token_file", None, "File of the secret that every internal call bears.")
+
+
+def define_caller_flags(values: flags.FlagValues) -> None:
+    """Of who calls others; whom nobody calls needs no more of them."""
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    string("tls_cert", None, "PEM file: what this process shows its peers.")
+    string("tls_key", None, "PEM file: the private key of --tls_cert.")
+    string("tls_ca", None, "PEM file: who signs the peers' certificates; else no TLS.")
+    string("tls_name", None, "Name in the peers' certificates; else their host.")
 
 
 def define_public_flags() -> None:
@@ -70,23 +75,25 @@ class Wire:
     def from_flags(cls) -> "Wire":
         """Raises UsageError."""
         values = flags.FLAGS
+        if values.mutual_tls and not values.tls_ca:
+            raise UsageError("--tls_ca is missing, which --mutual_tls needs")
+        caller = cls.caller_from_flags(values)
+        return replace(caller, mutual=values.mutual_tls, token=_token(values, "token_file"))
+
+    @classmethod
+    def caller_from_flags(cls, values: flags.FlagValues) -> "Wire":
+        """Of `define_caller_flags`. Raises UsageError."""
         if values.tls_cert and not values.tls_ca:
             raise UsageError("--tls_ca is missing: with --tls_cert, peers are called over TLS too")
-        for name in ("mutual_tls", "tls_name"):
-            if values[name].value and not values.tls_ca:
-                raise UsageError(f"--tls_ca is missing, which --{name} needs")
-        return cls(
-            *_certificate("tls_cert", "tls_key"),
-            ca=_authority("tls_ca"),
-            name=values.tls_name or "",
-            mutual=values.mutual_tls,
-            token=_token("token_file"),
-        )
+        if values.tls_name and not values.tls_ca:
+            raise UsageError("--tls_ca is missing, which --tls_name needs")
+        cert, key = _certificate(values, "tls_cert", "tls_key")
+        return cls(cert, key, _authority(values, "tls_ca"), values.tls_name or "")
 
     @classmethod
     def public_from_flags(cls) -> "Wire":
         """Of `define_public_flags`. Raises UsageError."""
-        return cls(*_certificate("public_tls_cert", "public_tls_key"))
+        return cls(*_certificate(flags.FLAGS, "public_tls_cert", "public_tls_key"))
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -99,19 +106,16 @@ class Wire:
         Raises:
             UsageError: the token would go there in the clear.
         """
-        options = self._options(address, options)
+        if self.ca is None and self.token and not _is_loopback(split_address(address)[0]):
+            raise UsageError(f"--token_file needs --tls_ca to call {address}: {_IN_CLEAR}")
+        named = [("grpc.ssl_target_name_override", self.name)] if self.name else []
+        options = [*_OPTIONS, *named, *options]
         if self.ca is None:
             return grpc.aio.insecure_channel(address, options)
-        return grpc.aio.secure_channel(address, self._channel_credentials(), options)
+        credentials = grpc.ssl_channel_credentials(self.ca, self.key, self.cert)
+        return grpc.aio.secure_channel(address, credentials, options)
 
-    def sync_channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
-        """As `channel`, for threads."""
-        options = self._options(address, options)
-        if self.ca is None:
-            return grpc.insecure_channel(address, options)
-        return grpc.secure_channel(address, self._channel_credentials(), options)
-
-    def add_port(self, server: grpc.Server | grpc.aio.Server, host: str, port: int) -> int:
+    def add_port(self, server: grpc.aio.Server, host: str, port: int) -> int:
         """Has a server listen on one more address. Returns the port: port 0 is any free one.
 
         Raises:
@@ -135,19 +139,6 @@ class Wire:
         """For grpc.aio.server: refuses calls without the token, save health."""
         return [_TokenCheck(self.token)] if self.token else []
 
-    def sync_interceptors(self) -> list[grpc.ServerInterceptor]:
-        """For grpc.server: as `interceptors`."""
-        return [_SyncTokenCheck(self.token)] if self.token else []
-
-    def _options(self, address: str, options: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-        if self.ca is None and self.token and not _is_loopback(split_address(address)[0]):
-            raise UsageError(f"--token_file needs --tls_ca to call {address}: {_IN_CLEAR}")
-        named = [("grpc.ssl_target_name_override", self.name)] if self.name else []
-        return [*_OPTIONS, *named, *options]
-
-    def _channel_credentials(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(self.ca, self.key, self.cert)
-
     def _server_credentials(self) -> grpc.ServerCredentials | None:
         if self.key is None or self.cert is None:
             return None
@@ -159,7 +150,6 @@ class Wire:
 
 
 _IN_CLEAR = "anyone on the way could read the token and use it"
-
 
 PLAIN = Wire()
 
@@ -174,16 +164,6 @@ class _TokenCheck(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(_refuse)
 
 
-class _SyncTokenCheck(grpc.ServerInterceptor):
-    def __init__(self, token: str):
-        self._expected = f"Bearer {token}".encode()
-
-    def intercept_service(self, continuation, handler_call_details):
-        if _allowed(handler_call_details, self._expected):
-            return continuation(handler_call_details)
-        return grpc.stream_stream_rpc_method_handler(_sync_refuse)
-
-
 def _allowed(call: grpc.HandlerCallDetails, expected: bytes) -> bool:
     if call.method.startswith(_OPEN):
         return True
@@ -192,37 +172,10 @@ def _allowed(call: grpc.HandlerCallDetails, expected: bytes) -> bool:
     return len(given) == 1 and hmac.compare_digest(_bytes(given[0]), expected)
 
 
-# Both are of the stream kind, which refuses any kind of call before it has read a message.
+# Of the stream kind, which refuses any kind of call before it has read a message.
 async def _refuse(requests, context) -> None:
-    await context.abort(*_REFUSAL)
-
-
-def _sync_refuse(requests, context) -> None:
-    context.abort(*_REFUSAL)
-
-
-_REFUSAL = (grpc.StatusCode.UNAUTHENTICATED, "the call must bear the token of --token_file")
-
-
-async def open_health_port(
-    servicer: health.aio.HealthServicer,  # pyright: ignore[reportAttributeAccessIssue]
-    host: str,
-    port: int,
-) -> grpc.aio.Server:
-    """A started server that answers health alone, without TLS.
-
-    For the probes of Kubernetes, which have no certificate to show. Beside what the servicer tells,
-    service ALIVE is always serving: a server that starts, or drains, is not to be restarted.
-
-    Raises:
-        OSError: the address cannot be listened on.
-    """
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    PLAIN.add_port(server, host, port)
-    await servicer.set(ALIVE, health_pb2.HealthCheckResponse.SERVING)
-    await server.start()
-    return server
+    text = "the call must bear the token of --token_file"
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
 
 
 def _is_loopback(host: str) -> bool:
@@ -232,8 +185,10 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _certificate(cert_flag: str, key_flag: str) -> tuple[bytes | None, bytes | None]:
-    cert, key = flags.FLAGS[cert_flag].value, flags.FLAGS[key_flag].value
+def _certificate(
+    values: flags.FlagValues, cert_flag: str, key_flag: str
+) -> tuple[bytes | None, bytes | None]:
+    cert, key = values[cert_flag].value, values[key_flag].value
     for given, flag, missing in ((key, key_flag, cert_flag), (cert, cert_flag, key_flag)):
         if given and not (cert and key):
             raise UsageError(f"--{missing} is missing: it goes with --{flag}")
@@ -250,8 +205,8 @@ def _certificate(cert_flag: str, key_flag: str) -> tuple[bytes | None, bytes | N
     return pem
 
 
-def _authority(flag: str) -> bytes | None:
-    path = flags.FLAGS[flag].value
+def _authority(values: flags.FlagValues, flag: str) -> bytes | None:
+    path = values[flag].value
     if not path:
         return None
     pem = _read(flag, path)
@@ -262,8 +217,8 @@ def _authority(flag: str) -> bytes | None:
     return pem
 
 
-def _token(flag: str) -> str:
-    path = flags.FLAGS[flag].value
+def _token(values: flags.FlagValues, flag: str) -> str:
+    path = values[flag].value
     if not path:
         return ""
     token = _read(flag, path, secret=True).strip()

@@ -3,6 +3,7 @@
 python -m kairos_jax.client --prompt="What is the capital of France?" --chat
 python -m kairos_jax.client --prompt_token_ids=1,2,3 --max_tokens=8 --temperature=0 --output=json
 python -m kairos_jax.client --trace=synthetic --rate=2 --num_requests=50
+python -m kairos_jax.client --address=HOST:PORT --tls_ca=ca.pem --prompt=Hello
 
 Exit codes: 0; 1 for what the server could not do (of a workload: none of it); 2 for what it was
 wrong to ask; 130 for Ctrl-C.
@@ -19,6 +20,9 @@ import grpc
 from absl import app, flags
 from google.protobuf.json_format import MessageToDict
 
+from kairos_jax import channels
+from kairos_jax.channels import Wire
+from kairos_jax.command import UsageError, list_flags
 from kairos_jax.progress import bars
 from kairos_jax.replay import Received, Record, error_line, fit_to_model, replay
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
@@ -45,10 +49,6 @@ _WRONG_TO_ASK = (
 )
 
 
-class UsageError(Exception):
-    """The flags don't make a request."""
-
-
 def define_flags(values: flags.FlagValues) -> None:
     """Not at import: other binaries have flags of the same names."""
     boolean, enum, integer, listing, number, string = (
@@ -63,6 +63,7 @@ def define_flags(values: flags.FlagValues) -> None:
         )
     )
     string("address", "127.0.0.1:50051", "host:port of the server.")
+    channels.define_caller_flags(values)
     number("timeout", 600.0, "Seconds after which to give a request up.", 0.0)
     enum("output", None, ["json"], "json: one line when done, instead of a stream.")
     # What is not given is not sent, so that the server's own defaults and checks apply.
@@ -123,7 +124,7 @@ def build_request(values: Any) -> kairos_pb2.GenerateRequest:
 
 
 async def generate(
-    address: str, request: kairos_pb2.GenerateRequest, timeout_s: float, stream: bool
+    address: str, net: Wire, request: kairos_pb2.GenerateRequest, timeout_s: float, stream: bool
 ) -> dict[str, Any]:
     """Sends one request; with `stream`, prints its text as it comes.
 
@@ -139,7 +140,7 @@ async def generate(
         print(delta, end="", flush=True)
 
     received = Received()
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with net.channel(address) as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)
         begin = asyncio.get_running_loop().time()  # time.monotonic(), like the receiver's.
         await received.read(stub, request, timeout_s, show if stream else lambda delta: None)
@@ -164,13 +165,13 @@ async def generate(
     return answer
 
 
-async def run_workload(values: Any) -> None:
+async def run_workload(values: Any, net: Wire) -> None:
     """Replays --trace, then prints the summary."""
     arrivals = _read_arrivals(values)
     # Matplotlib comes with it: not worth the wait for a single prompt.
     from kairos_jax.report import Run, print_table
 
-    async with grpc.aio.insecure_channel(values.address) as channel:
+    async with net.channel(values.address) as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)
         model = await stub.GetModel(kairos_pb2.GetModelRequest(), timeout=values.timeout)
     if values.model not in (None, model.name):
@@ -193,6 +194,7 @@ async def run_workload(values: Any) -> None:
             ignore_eos=values.ignore_eos is not False,
             timeout_s=values.timeout,
             on_ended=partial(progress, "replay", total=len(arrivals)),
+            net=net,
         )
     label = f"{model.prefill_policy} + {model.decode_policy}"
     run = Run(label, [record.outcome for record in records])
@@ -238,12 +240,13 @@ def _to_dict(message: Any) -> dict[str, Any]:
 
 
 async def _run(values: Any) -> None:
+    net = Wire.caller_from_flags(values)
     if values.trace is not None:
         _refuse(values, _PROMPT_ONLY, "--trace makes its own, greedy requests; leave --{} out")
-        return await run_workload(values)
+        return await run_workload(values, net)
     _refuse(values, _TRACE_ONLY, "--{} goes with --trace")
-    stream = values.output is None
-    answer = await generate(values.address, build_request(values), values.timeout, stream)
+    stream, request = values.output is None, build_request(values)
+    answer = await generate(values.address, net, request, values.timeout, stream)
     if not stream:
         print(json.dumps(answer, ensure_ascii=False))
 
@@ -284,4 +287,5 @@ def _fail(line: str, code: int) -> int:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
+    list_flags(flags.FLAGS)
     app.run(main, flags_parser=parse_flags)

@@ -2,9 +2,9 @@
 
   python -m kairos_jax.cluster --config=configs/smollm2_135m_cpu.py --num_prefill=2 --num_decode=2
 
-Prints one line, "ready: gRPC on HOST:PORT", and ends all of them at Ctrl-C or SIGTERM, or when one
-ends by itself. When it is killed, they notice that their stdin has ended, and end too. What it is
-told of the config, the wire and the transport goes on to them.
+Prints one line, "ready: HTTP on HOST:PORT, gRPC on HOST:PORT", and ends all of them at Ctrl-C or
+SIGTERM, or when one ends by itself. When it is killed, they notice that their stdin has ended, and
+end too. What it is told of the config, the wire and the transport goes on to them.
 
 Exit codes: 0 when it was asked to end; 1 if a process ended before; 2 for a wrong flag.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from absl import flags
 
-from kairos_jax import channels, launch, lifecycle, remote_kv
+from kairos_jax import channels, http_server, launch, lifecycle, remote_kv
 
 # Beyond their own --grace_s: to end in when asked to, before they are killed.
 _END_S = 10.0
@@ -62,6 +62,11 @@ class Member:
     async def ready(self) -> str:
         """Its address, once it serves. Raises Ended."""
         return await self._or_ended(self._ready)
+
+    async def listening(self) -> str:
+        """Where, in its own words, once it serves. Raises Ended."""
+        await self.ready()
+        return self._ready.result().rpartition("; ")[2]
 
     async def ended(self) -> None:
         """Raises Ended when it has."""
@@ -112,8 +117,8 @@ async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """counts: workers of each role. host, port: where the router listens. common, of_workers:
-    arguments for all processes, and for the workers alone.
+    """counts: workers of each role. host, port: where the router listens. common,
+    of_workers, of_router: arguments for all processes, for the workers alone, and for the router.
     """
 
     counts: dict[str, int]
@@ -122,6 +127,7 @@ class Layout:
     grace_s: float
     common: list[str]
     of_workers: list[str]
+    of_router: list[str]
 
 
 async def run(layout: Layout) -> int:
@@ -132,7 +138,7 @@ async def run(layout: Layout) -> int:
         starting = asyncio.ensure_future(_start(members, layout))
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
-            print(f"ready: gRPC on {starting.result()}", flush=True)
+            print(f"ready: {starting.result()}", flush=True)
             ended = [asyncio.ensure_future(member.ended()) for member in members]
             await asyncio.wait({stopping, *ended}, return_when=asyncio.FIRST_COMPLETED)
             for each in ended:
@@ -155,7 +161,7 @@ async def run(layout: Layout) -> int:
 
 
 async def _start(members: list[Member], layout: Layout) -> str:
-    """Starts all, and adds them to `members`. Returns the router's address. Raises Ended."""
+    """Starts all, and adds them to `members`. Returns where the router listens. Raises Ended."""
     common = [f"--grace_s={layout.grace_s:g}", *layout.common]
     of_role: dict[str, list[Member]] = {role: [] for role in layout.counts}
     for role, count in layout.counts.items():
@@ -168,12 +174,12 @@ async def _start(members: list[Member], layout: Layout) -> str:
     targets = [
         f"--{role}={','.join([await each.started() for each in of_role[role]])}" for role in of_role
     ]
-    where = [f"--host={layout.host}", f"--port={layout.port}"]
+    where = [f"--host={layout.host}", f"--port={layout.port}", *layout.of_router]
     router = await Member.start(_ROUTER, _ROUTER, [*where, *targets, *common])
     members.append(router)
     for member in workers:
         await member.ready()
-    return await router.ready()
+    return await router.listening()
 
 
 def define_flags() -> None:
@@ -182,6 +188,7 @@ def define_flags() -> None:
     lifecycle.define_flags(port=50051)
     channels.define_flags()
     remote_kv.define_flags()
+    http_server.define_flags()
     flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
     flags.DEFINE_integer("num_prefill", 2, "Prefill workers.", 1)
     flags.DEFINE_integer("num_decode", 2, "Decode workers.", 1)
@@ -197,17 +204,19 @@ def main(argv: list[str]) -> int:
     """Returns the exit code."""
     launch.read_config()  # so that what is wrong with it is told once
     values = flags.FLAGS
-    common, of_workers = [], _said("profile")
+    common, of_workers, of_router = [], _said("profile"), []
     for name in sorted(values):  # overrides after the config's file
         module = values.find_module_defining_flag(name)
         if name.startswith("config") or module in (launch.__name__, channels.__name__):
             common += _said(name)
         elif module == remote_kv.__name__:
             of_workers += _said(name)
+        elif module == http_server.__name__:
+            of_router += _said(name)
     counts = {"prefill": values.num_prefill, "decode": values.num_decode}
-    return asyncio.run(
-        run(Layout(counts, values.host, values.port, values.grace_s, common, of_workers))
-    )
+    where = values.host, values.port
+    layout = Layout(counts, *where, values.grace_s, common, of_workers, of_router)
+    return asyncio.run(run(layout))
 
 
 if __name__ == "__main__":

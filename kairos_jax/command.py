@@ -32,7 +32,16 @@ def run(
         except UsageError as error:
             return fail(error)
 
+    list_flags(flags.FLAGS)
     app.run(guarded, flags_parser=parse or parse_flags)
+
+
+def list_flags(values: flags.FlagValues) -> None:
+    """Has --help list the flags of all modules of this package, not those of the main one alone."""
+    for module, defined in values.flags_by_module_dict().items():
+        if module.startswith("kairos_jax."):
+            for flag in defined:
+                values.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

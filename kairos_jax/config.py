@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from models.ops import ATTENTION
+from models.ops import KERNELS
 from schedulers import decode, prefill
 from schedulers.core import Limits, Role
 from schedulers.request import Slo
@@ -38,13 +38,15 @@ class InstanceConfig:
 class PrefillConfig(InstanceConfig):
     """parked_tokens: tokens whose KV may wait, outside of the pool, for decode. max_chunk: prompt
     tokens a step; row_tokens: a chunk is padded to a multiple of it. pack: base costs of a step
-    that other prompts may add to it (`schedulers.prefill`).
+    that other prompts may add to it (`schedulers.prefill`). prefix_cache: whether prompts that
+    begin alike share the pages of what they have in common.
     """
 
     parked_tokens: int
     max_chunk: int
     row_tokens: int
     pack: float
+    prefix_cache: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ class SloConfig:
 class ServerConfig:
     """A server: a model on one or more prefill and decode meshes.
 
-    model: path, hub id or the default model's name. max_context: prompt and output together, at
+    model: path, hub id or the default model's name. kernels: see `models.ops.KERNELS`; "auto": the
+    fastest that run here. max_context: prompt and output together, at
     most; max_tokens: output, at most. max_requests: in progress at once; more are rejected.
     colocated: the prefill instances decode too, with decode's max_batch, kv_tokens and policy;
     there are no decode instances then.
@@ -74,7 +77,7 @@ class ServerConfig:
 
     model: str
     dtype: str
-    attention: str
+    kernels: str
     max_context: int
     max_tokens: int
     max_requests: int
@@ -180,7 +183,7 @@ def _check(config: ServerConfig) -> None:
             raise ConfigError(f"config.{name} must be at least 1, got {value}")
     choices = {
         "dtype": (config.dtype, DTYPES),
-        "attention": (config.attention, tuple(ATTENTION)),
+        "kernels": (config.kernels, ("auto", *KERNELS)),
         "prefill.policy": (config.prefill.policy, tuple(prefill.POLICIES)),
         "decode.policy": (config.decode.policy, tuple(decode.POLICIES)),
     }

@@ -19,7 +19,14 @@ _SEED_BITS = 32
 
 
 class BadField(ValueError):
-    """A field of a request that cannot be served."""
+    """A field of a request that cannot be served.
+
+    field: its name. problem: what is wrong with it, with the value and the limit.
+    """
+
+    def __init__(self, field: str, problem: str):
+        super().__init__(f"{field} {problem}")
+        self.field, self.problem = field, problem
 
 
 class UnknownModel(ValueError):
@@ -46,8 +53,8 @@ class Edge:
             raise UnknownModel(f"model {message.model!r} is not served here; {self.model!r} is")
         if len(message.request_id) > MAX_REQUEST_ID:
             raise BadField(
-                f"request_id must have at most {MAX_REQUEST_ID} characters, "
-                f"got {len(message.request_id)}"
+                "request_id",
+                f"must have at most {MAX_REQUEST_ID} characters, got {len(message.request_id)}",
             )
         prompt = self._prompt(message)
         return Request(
@@ -63,40 +70,43 @@ class Edge:
     def _prompt(self, message: pb.GenerateRequest) -> Sequence[int]:
         kind = message.WhichOneof("prompt")
         if kind is None:
-            raise BadField("prompt is missing: give text, token_ids or chat")
+            raise BadField("prompt", "is missing: give text, token_ids or chat")
         if kind == "token_ids":
             ids = list(message.token_ids.ids)
-            self._check_ids(ids, "prompt.token_ids")
+            self.check_ids(ids, "prompt.token_ids")
         else:
-            ids = self._encode(message, kind)
+            ids = self.encode(message, kind)
         if not ids:
-            raise BadField(f"prompt.{kind} is empty: at least 1 token is needed")
+            raise BadField(f"prompt.{kind}", "is empty: at least 1 token is needed")
         if len(ids) >= self.config.max_context:
             raise BadField(
-                f"prompt.{kind} has {len(ids)} tokens; with at least 1 token of output it must "
-                f"fit the context of {self.config.max_context}"
+                f"prompt.{kind}",
+                f"has {len(ids)} tokens; with at least 1 token of output it must "
+                f"fit the context of {self.config.max_context}",
             )
         return ids
 
-    def _encode(self, message: pb.GenerateRequest, kind: str) -> list[int]:
+    def encode(self, message: pb.GenerateRequest, kind: str) -> list[int]:
+        """The ids of a message's text or chat. Raises BadField."""
         if self.tokenizer is None:
-            raise BadField(f"prompt.{kind} needs a tokenizer, and this model has none: send ids")
+            raise BadField(f"prompt.{kind}", "needs a tokenizer, and this model has none: send ids")
         if kind == "text":
             return self.tokenizer.encode(message.text)
         if not message.chat.messages:
-            raise BadField("prompt.chat is empty: at least 1 message is needed")
+            raise BadField("prompt.chat", "is empty: at least 1 message is needed")
         turns = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
         try:
             text = self.tokenizer.render_chat(turns)
         except ValueError as error:
-            raise BadField(f"prompt.chat: {error}") from error
+            raise BadField("prompt.chat", f"cannot be rendered: {error}") from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _check_ids(self, ids: Sequence[int], field: str) -> None:
+    def check_ids(self, ids: Sequence[int], field: str) -> None:
+        """Raises BadField for an id out of the vocabulary."""
         for index, id in enumerate(ids):
             if not 0 <= id < self.vocab_size:
                 raise BadField(
-                    f"{field}[{index}] must be from 0 to {self.vocab_size - 1}, got {id}"
+                    f"{field}[{index}]", f"must be from 0 to {self.vocab_size - 1}, got {id}"
                 )
 
     def _max_tokens(self, message: pb.GenerateRequest, num_prompt: int) -> int:
@@ -105,11 +115,12 @@ class Edge:
             return min(self.config.max_tokens, room)
         value = message.max_tokens
         if not 1 <= value <= self.config.max_tokens:
-            raise BadField(f"max_tokens must be from 1 to {self.config.max_tokens}, got {value}")
+            raise BadField("max_tokens", f"must be from 1 to {self.config.max_tokens}, got {value}")
         if value > room:
             raise BadField(
-                f"max_tokens must be at most {room} after a prompt of {num_prompt} tokens in a "
-                f"context of {self.config.max_context}, got {value}"
+                "max_tokens",
+                f"must be at most {room} after a prompt of {num_prompt} tokens in a "
+                f"context of {self.config.max_context}, got {value}",
             )
         return value
 
@@ -121,11 +132,11 @@ class Edge:
         }
         for name, value in values.items():
             if not (math.isfinite(value) and value > 0):
-                raise BadField(f"{name} must be a positive number of seconds, got {value:g}")
+                raise BadField(name, f"must be a positive number of seconds, got {value:g}")
         return Slo(*values.values())
 
     def _stop(self, sampling: pb.Sampling) -> frozenset[int]:
-        self._check_ids(sampling.stop_token_ids, "sampling.stop_token_ids")
+        self.check_ids(sampling.stop_token_ids, "sampling.stop_token_ids")
         eos = frozenset() if sampling.ignore_eos else self.eos_ids
         return eos | frozenset(sampling.stop_token_ids)
 
@@ -153,5 +164,5 @@ def _sampling(message: pb.Sampling) -> SamplingParams:
     }
     for name, (holds, limit) in limits.items():
         if not holds:
-            raise BadField(f"sampling.{name} must be {limit}, got {getattr(params, name):g}")
+            raise BadField(f"sampling.{name}", f"must be {limit}, got {getattr(params, name):g}")
     return params

@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
+from kairos_jax.programs import Programs
 from models import kv_cache, sampling
 from models.config import ModelConfig
 from models.kv_cache import StepInput
-from models.llama import Params, forward
-from models.ops import ATTENTION
+from models.llama import Params, forward, pack, pack_config
+from models.ops import KERNELS, on_mesh
 from models.sampling import SamplingInput, SamplingParams
 from models.sharding import Rules
 from schedulers.core import Limits, Role
@@ -149,7 +150,10 @@ class _Row:
 class JaxEngine:
     """The engine of one instance: its weights, its page pool and its compiled steps.
 
-    dispatch: runs each call; `run`, unless other processes are to run it too.
+    kernels: by name (models.ops.KERNELS). params: the weights as they were loaded; the engine
+    keeps them as its kernels take them. packed: params are so already, those of another engine.
+    programs: where the compiled ones are kept; None: nowhere. dispatch: runs each call; `run`,
+    unless other processes are to run it too.
     """
 
     def __init__(
@@ -161,23 +165,29 @@ class JaxEngine:
         limits: Limits,
         shapes: Shapes,
         dtype: DTypeLike = jnp.float32,
-        attention: str = "cpu",
+        kernels: str = "cpu",
+        packed: bool = False,
+        programs: Programs | None = None,
     ):
         self.config, self.mesh, self.limits, self.shapes = config, mesh, limits, shapes
-        self.params = dict(params)
-        pool = (limits.num_pages, config.num_kv_heads, config.head_dim, limits.page_size)
-        cache_sharding = rules.sharding(mesh, ("pages", "kv_heads", None, None), pool)
+        self.kernels = kernels
+        packed_config = pack_config(config, KERNELS[kernels])
+        self.params = params if packed else pack(config, params, KERNELS[kernels])
+        on_this_mesh = on_mesh(KERNELS[kernels], packed_config, mesh, rules)
+        layout = on_this_mesh.layout
+        layer_sharding = layout.shardings(packed_config, mesh, rules)
+        cache_sharding = (layer_sharding,) * config.num_layers
         wire_sharding = NamedSharding(mesh, rules.spec((None, None, "kv_heads", None, None)))
         tokens = BLOCK_PAGES * limits.page_size
         shape = (config.num_layers, tokens, config.num_kv_heads, 2, config.head_dim)
         # One block in wire form, as it lies on this mesh.
         self.block = jax.ShapeDtypeStruct(shape, dtype, sharding=wire_sharding)
         self._cache = kv_cache.allocate(
-            config, limits.num_pages, limits.page_size, dtype, cache_sharding
+            packed_config, layout, limits.num_pages, limits.page_size, dtype, layer_sharding
         )
         self._table_pages = limits.pages_for(limits.max_context)
         replicated = NamedSharding(mesh, PartitionSpec())
-        forward_step = functools.partial(forward, config, attention=ATTENTION[attention])
+        forward_step = functools.partial(forward, packed_config, kernels=on_this_mesh)
 
         def step(params, cache, inputs: StepInput, how: SamplingInput):
             logits, cache = forward_step(params, cache, inputs)
@@ -187,10 +197,10 @@ class JaxEngine:
                 return cache, sampling.sample(logits, how)
 
         def read(cache, pages):
-            return kv_cache.read_pages(cache, pages)
+            return kv_cache.read_pages(config, layout, cache, pages)
 
         def write(cache, pages, kv):
-            return kv_cache.write_pages(cache, pages, kv)
+            return kv_cache.write_pages(layout, cache, pages, kv)
 
         # Functions of this engine's own: JAX keeps one cache of programs for each function, which
         # `num_compiled` looks at. The pool is donated, so that a step writes the pages where they
@@ -200,6 +210,9 @@ class JaxEngine:
         read_sharding = replicated if mesh.is_multi_process else wire_sharding
         self._read = jax.jit(read, out_shardings=read_sharding)
         self._write = jax.jit(write, donate_argnums=0, out_shardings=cache_sharding)
+        self._programs = programs
+        # Where programs are kept: by name and shape, each for arguments of just one kind.
+        self._kept: dict[tuple[str, tuple[int, ...]], Any] = {}
         self.dispatch: Callable[[Call], Any] = self.run
 
     @property
@@ -211,13 +224,19 @@ class JaxEngine:
     def num_compiled(self) -> int:
         """Programs compiled so far; it stays where it is after `warm_up`."""
         programs: tuple[Any, ...] = (self._step, self._read, self._write)
-        return sum(program._cache_size() for program in programs)
+        return len(self._kept) + sum(program._cache_size() for program in programs)
 
     def warm_up(self, progress: Callable[[str], None] = lambda what: None) -> None:
-        """Compiles every shape, by a run of each over padding rows alone."""
+        """Compiles every shape, by a run of each over padding rows alone. Where programs are kept
+        they need not run, which takes as long as loading them.
+        """
         for rows, queries in self.shapes:
             progress(f"{rows} x {queries} tokens")
-            self.run_rows([], rows, queries)
+            call = self.padding(rows, queries)
+            if self._programs is None:
+                self.dispatch(call)
+            else:
+                self._program(call)
         progress("page moves")
         self.write_pages([], [self.dispatch(Read(_block_ids([], 0)))])
         self.wait()
@@ -287,14 +306,36 @@ class JaxEngine:
 
     def run(self, call: Call) -> jax.Array | None:
         """Dispatches one call, and returns its samples or its block, still on the device."""
+        program, args = self._program(call)
+        result = program(*args)
+        match call:
+            case Step():
+                self._cache, packed = result
+                return packed
+            case Read():
+                return result
+            case Write():
+                self._cache = result
+
+    def _program(self, call: Call) -> tuple[Any, tuple[Any, ...]]:
+        """What runs this call, and its arguments: a jitted function, or, where programs are kept,
+        what it is compiled to for these.
+        """
         match call:
             case Step(inputs, how):
-                self._cache, packed = self._step(self.params, self._cache, inputs, how)
-                return packed
+                name, function, shape = "step", self._step, inputs.tokens.shape
+                args = self.params, self._cache, inputs, how
             case Read(pages):
-                return self._read(self._cache, pages)
+                name, function, shape = "read", self._read, pages.shape
+                args = self._cache, pages
             case Write(pages, block):
-                self._cache = self._write(self._cache, pages, block)
+                name, function, shape = "write", self._write, pages.shape
+                args = self._cache, pages, block
+        if self._programs is None:
+            return function, args
+        if (name, shape) not in self._kept:
+            self._kept[name, shape] = self._programs.compiled(name, function, *args)
+        return self._kept[name, shape], args
 
     def read_pages(self, pages: Sequence[int]) -> KV:
         """See `Engine.read_pages`."""

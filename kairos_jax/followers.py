@@ -15,6 +15,7 @@ all of them: a mesh with a hole can compute nothing, and may hang in the attempt
 """
 
 import contextlib
+import hashlib
 import hmac
 import logging
 import os
@@ -25,6 +26,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -33,7 +35,7 @@ from jax.experimental import multihost_utils
 
 from kairos_jax.discovery import split_address
 from kairos_jax.engine import BLOCK_PAGES, Call, JaxEngine, Read, Step, Write
-from kairos_jax.launch import Processes
+from kairos_jax.launch import Processes, agree
 from kairos_jax.lines import Kind, Line, Message
 
 log = logging.getLogger(__name__)
@@ -143,8 +145,10 @@ def lead(
     step may hang then: the process is to end.
 
     Raises:
+        UsageError: a follower has another model.
         OSError, FollowerLost: it cannot listen, or a follower did not come.
     """
+    agree(processes, _model(engine))
     host = _host(processes)
     family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     secret = os.urandom(_SECRET_BYTES)
@@ -161,7 +165,10 @@ def follow(engine: JaxEngine, processes: Processes, deadline_s: float = DEADLINE
 
     Ends the process with code 1 if the leader is lost, or a call fails. Signals that ask it to end
     pass it by: the leader, which gets its own, still needs it to drain.
+
+    Raises UsageError if the leader has another model.
     """
+    agree(processes, _model(engine))
     if threading.current_thread() is threading.main_thread():
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, signal.SIG_IGN)
@@ -180,13 +187,26 @@ def follow(engine: JaxEngine, processes: Processes, deadline_s: float = DEADLINE
         end_process(error)
 
 
+def _model(engine: JaxEngine) -> dict[str, Any]:
+    """Its description, and a hash of the weights that every process holds whole, which are the
+    norms: of the others none has what another has.
+    """
+    digest = hashlib.sha256()
+    for path, weight in sorted(engine.params.items()):
+        if weight.is_fully_replicated:
+            digest.update(f"{path} {weight.dtype}".encode())
+            digest.update(np.asarray(weight.addressable_data(0)).tobytes())
+    return {"model": asdict(engine.config), "hash of the norms": digest.hexdigest()[:32]}
+
+
 def _receive(line: Line, messages: queue.SimpleQueue[Message]) -> None:
     """On a thread of its own: the one that runs the calls may hang when the leader is lost."""
     try:
         for message in line:
             messages.put(message)
             if message.kind is Kind.END:
-                return
+                time.sleep(_CLOSE_S)
+                end_process(TimeoutError("a call hangs on the mesh, whose leader has ended"))
     except OSError as error:
         end_process(ConnectionError(f"the leader of the mesh was lost: {error}"))
 

@@ -3,24 +3,39 @@
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kairos_jax.channels import open_health_port
+from kairos_jax.channels import PLAIN
+from kairos_jax.command import UsageError
+
+# The service that health tells of for as long as the event loop turns: a server that starts, or
+# drains, is not to be restarted.
+ALIVE = "alive"
 
 
 class Health:
-    """Whether a server serves: as a whole, and its one service. Also told on a port for health
-    alone, `host:port`; port 0: on none.
+    """Whether a server serves: as a whole, and its one service.
+
+    Also told, with ALIVE, at `host:port`, by a server for health alone and without TLS: the probes
+    of Kubernetes have no certificate to show. Port 0: by none.
     """
 
     def __init__(self, server: grpc.aio.Server, service: str, host: str, port: int):
+        """Raises UsageError if the port for health alone cannot be listened on."""
         self._servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-        self._services, self._host, self._port = ("", service), host, port
-        self._own: grpc.aio.Server | None = None
+        self._services, self._own = ("", service), None
+        if port:
+            self._own = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+            health_pb2_grpc.add_HealthServicer_to_server(self._servicer, self._own)
+            try:
+                PLAIN.add_port(self._own, host, port)
+            except OSError as error:
+                raise UsageError(f"--health_port={port}: {error}") from error
 
     async def listen(self) -> None:
-        """Opens the port for health alone. Raises OSError."""
-        if self._port:
-            self._own = await open_health_port(self._servicer, self._host, self._port)
+        """Opens the port for health alone."""
+        if self._own:
+            await self._servicer.set(ALIVE, health_pb2.HealthCheckResponse.SERVING)
+            await self._own.start()
 
     async def say(self, serving: bool) -> None:
         """SERVING or NOT_SERVING."""

@@ -1,18 +1,23 @@
 """Builds what a config describes: the model on every mesh, the compiled engines, the workers."""
 
 import functools
+import logging
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine import Engine, JaxEngine, Shapes
-from kairos_jax.hub import resolve_model
+from kairos_jax.hub import cache_dir, resolve_model
 from kairos_jax.launch import UsageError
 from kairos_jax.messages import Event
+from kairos_jax.page_keys import page_keys
+from kairos_jax.programs import NotKept, Programs
 from kairos_jax.progress import Progress
 from kairos_jax.tokenizer import Tokenizer, load_tokenizer
 from kairos_jax.transfer import KVTransport
@@ -20,6 +25,7 @@ from kairos_jax.worker import Worker
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.checkpoint.gguf import GgufCheckpoint
 from models.llama import Params, abstract_params
+from models.ops import native
 from models.sharding import Rules, make_mesh
 from schedulers import prefill
 from schedulers.colocated import policy_for
@@ -27,6 +33,8 @@ from schedulers.core import Instance, Policy, Role
 from schedulers.cost import CostModel
 from schedulers.journal import Journal
 from schedulers.routing import Summary, outline
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,40 +85,140 @@ def build_engines(
         UsageError: the model cannot be split over so many devices, or its files are broken.
     """
     engines: list[JaxEngine] = []
+    programs = open_programs(config, model, config.roles, devices)
     first, names = 0, _names(config)
     for role, name in zip(config.roles, names, strict=True):
         mine = devices[first : first + config.devices(role)]
         first += len(mine)
         loaded = engines[0].params if engines else None
-        engines.append(build_engine(config, model, role, name, mine, progress, loaded))
+        params = load_weights(config, model, name, mine, progress, loaded)
+        engines.append(build_engine(config, model, role, mine, params, bool(engines), programs))
     # XLA compiles mostly on one thread: two at once take little longer than one.
     named = zip(engines, names, strict=True)
     parallel([functools.partial(warm_up, engine, name, progress) for engine, name in named])
     return engines
 
 
-def build_engine(
+def load_weights(
     config: ServerConfig,
     model: Model,
-    role: Role,
     name: str,
     devices: Sequence[Any],
     progress: Progress,
     loaded: Params | None = None,
-) -> JaxEngine:
-    """One engine, nothing compiled yet. loaded: the weights on another mesh, from where they are
-    copied rather than read again.
+) -> Params:
+    """The weights on one engine's mesh. loaded: those of an engine on another mesh, which are
+    copied as they are, packed perhaps, rather than read again.
 
     Raises:
         UsageError: the model cannot be split over so many devices, or its files are broken.
     """
     progress(f"load {name} weights", 0, 1)
+    mesh, rules, description = make_mesh(devices), Rules(), model.checkpoint.config
     try:
-        engine = _build_engine(config, model, role, devices, loaded)
+        if loaded is None:
+            params = model.checkpoint.load(mesh, rules, config.dtype)
+        else:
+            wanted = abstract_params(description, config.dtype, mesh, rules)
+            # Those that only packed weights have: then the mesh is one device.
+            shardings = dict.fromkeys(loaded, NamedSharding(mesh, PartitionSpec()))
+            shardings |= {path: w.sharding for path, w in wanted.items()}
+            params = jax.device_put(dict(loaded), shardings)
     except ValueError as error:
         raise UsageError(str(error)) from error
     progress(f"load {name} weights", 1, 1)
-    return engine
+    return params
+
+
+def build_engine(
+    config: ServerConfig,
+    model: Model,
+    role: Role,
+    devices: Sequence[Any],
+    params: Params,
+    packed: bool = False,
+    programs: Programs | None = None,
+) -> JaxEngine:
+    """One engine, nothing compiled yet. params: from `load_weights` for the same devices; packed,
+    programs: as of `JaxEngine`.
+
+    Raises:
+        UsageError: the kernels that the config asks for cannot be had, or do not take the model's
+            heads or the config's pages.
+    """
+    limits = config.limits(role)
+    shapes = Shapes.for_role(role, limits, config.prefill.row_tokens)
+    mesh, kernels = make_mesh(devices), choose_kernels(config, devices)
+    described = model.checkpoint.config
+    try:
+        return JaxEngine(
+            described,
+            params,
+            mesh,
+            Rules(),
+            limits,
+            shapes,
+            config.dtype,
+            kernels,
+            packed,
+            programs,
+        )
+    except ValueError as error:
+        raise UsageError(f"kernels {kernels}: {error}") from error
+
+
+def open_programs(
+    config: ServerConfig, model: Model, roles: Sequence[Role], devices: Sequence[Any]
+) -> Programs | None:
+    """The kept programs of engines of these roles on these devices, which begin to load. None where
+    JAX's own cache serves: on accelerators, and where a mesh spans processes.
+
+    Raises:
+        UsageError: as `choose_kernels`.
+    """
+    if devices[0].platform != "cpu" or jax.process_count() > 1:
+        return None
+    each = [devices[: config.devices(role)] for role in roles]
+    # First of all: what is loaded may call the kernels in C++.
+    kernels = [choose_kernels(config, of_one) for of_one in each]
+    limits, row_tokens = [config.limits(role) for role in roles], config.prefill.row_tokens
+    about = (model.checkpoint.config, Rules(), config.dtype, roles, kernels, limits, row_tokens)
+    try:
+        return Programs(cache_dir("programs"), repr(about), devices)
+    except NotKept as error:
+        log.warning("compiled programs are not kept: %s", error)
+        return None
+
+
+def choose_kernels(config: ServerConfig, devices: Sequence[Any]) -> str:
+    """The name of the kernels that an engine on these devices gets.
+
+    Raises:
+        UsageError: the config names some that cannot be had.
+    """
+    asked, platform = config.kernels, devices[0].platform
+    if asked == "auto" and platform in ("gpu", "tpu"):
+        return platform
+    for kind in ("gpu", "tpu"):
+        if asked.startswith(kind) and platform != kind:
+            raise UsageError(f"config.kernels={asked} needs devices of {kind}, got {platform}")
+    if asked not in ("auto", "native"):
+        return asked
+    if platform != "cpu" or len(devices) > 1:
+        if asked == "native":
+            raise UsageError(
+                "config.kernels=native needs meshes of one CPU device, "
+                f"got {len(devices)} of {platform}"
+            )
+        return "cpu"
+    try:
+        native.load(cache_dir("native"))
+    except native.NotAvailable as error:
+        if asked == "native":
+            raise UsageError(f"config.kernels=native: {error}") from error
+        log.warning("the kernels in C++ are not used, which is slower: %s", error)
+        return "cpu"
+    return "native"
 
 
 def build_workers(
@@ -147,7 +255,10 @@ def build_worker(
     policy = build_policy(config, role, cost)
     demotes = config.prefill.policy in prefill.DEMOTING
     summed_up = functools.partial(_outline, cost, demotes)
-    return Worker(instance, policy, engine, transport, emit, summed_up)
+    keys = None
+    if config.prefill.prefix_cache and role is not Role.DECODE:
+        keys = functools.partial(page_keys, engine.limits.page_size, secrets.token_bytes(32))
+    return Worker(instance, policy, engine, transport, emit, summed_up, page_keys=keys)
 
 
 def build_policy(config: ServerConfig, role: Role, cost: CostModel) -> Policy:
@@ -164,26 +275,6 @@ def _names(config: ServerConfig) -> list[str]:
     roles = config.roles
     words = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.BOTH: "colocated"}
     return [f"{words[role]}-{roles[:index].count(role)}" for index, role in enumerate(roles)]
-
-
-def _build_engine(
-    config: ServerConfig,
-    model: Model,
-    role: Role,
-    devices: Sequence[Any],
-    loaded: Params | None,
-) -> JaxEngine:
-    mesh, rules, description = make_mesh(devices), Rules(), model.checkpoint.config
-    if loaded is None:
-        params = model.checkpoint.load(mesh, rules, config.dtype)
-    else:
-        wanted = abstract_params(description, config.dtype, mesh, rules)
-        params = jax.device_put(dict(loaded), {path: w.sharding for path, w in wanted.items()})
-    limits = config.limits(role)
-    shapes = Shapes.for_role(role, limits, config.prefill.row_tokens)
-    return JaxEngine(
-        description, params, mesh, rules, limits, shapes, config.dtype, config.attention
-    )
 
 
 def warm_up(engine: JaxEngine, name: str, progress: Progress) -> None:

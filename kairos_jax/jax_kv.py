@@ -41,7 +41,10 @@ class Unreachable(ConnectionError):
 
 @dataclass(frozen=True, slots=True)
 class _Peer:
-    """A connection is first in, first out, so the urgent have one of their own."""
+    """A connection is first in, first out, so the urgent have one of their own.
+
+    address: of its KV service, at which it is another incarnation when it has started again.
+    """
 
     address: str
     incarnation: int
@@ -95,8 +98,19 @@ class TransferPort:
         self._server.await_pull(uuid, shards)
         return uuid, shards
 
+    def drop(self, address: str, but: int | None = None) -> None:
+        """Closes the connections to a peer, except to one incarnation of it, when their pulls have
+        ended. Until then a dead peer's four sockets stay open: nothing else ever closes them.
+
+        address: of its KV service.
+        """
+        for peer in list(self._connections):
+            if peer.address == address and peer.incarnation != but:
+                del self._connections[peer]
+
     async def pull(
         self,
+        address: str,
         manifest: Manifest,
         uuid: int,
         num_blocks: int,
@@ -106,6 +120,7 @@ class TransferPort:
     ) -> list[jax.Array]:
         """The blocks registered under `uuid`, placed as `sharding` says; None: on one device.
 
+        address: of the KV service that told the manifest.
         arrived: waits until arrays are ready, and raises what went wrong; never blocks.
 
         Raises:
@@ -113,8 +128,8 @@ class TransferPort:
             Exception: what `arrived` raised.
         """
         plan = _plan(manifest.shards, manifest.block_shape, sharding)
-        peer = _Peer(manifest.transfer_address, manifest.incarnation, urgent)
-        connection = await self._connect(peer)
+        peer = _Peer(address, manifest.incarnation, urgent)
+        connection = await self._connect(peer, manifest.transfer_address)
         dtype = jnp.dtype(manifest.dtype)
         specs = [
             jax.ShapeDtypeStruct(shape_of(box), dtype, sharding=SingleDeviceSharding(device))
@@ -127,24 +142,19 @@ class TransferPort:
             await arrived(blocks)
         except BaseException:
             # It may be dead for good, or hang with all that comes after it.
-            self._drop(peer, connection)
+            if self._connections.get(peer) is connection:
+                del self._connections[peer]
             raise
         return blocks
 
-    async def _connect(self, peer: _Peer) -> Any:
+    async def _connect(self, peer: _Peer, where: str) -> Any:
         connection = self._connections.get(peer)
         if connection is not None:
             return connection
-        await _probe(peer.address)
-        for other in list(self._connections):
-            if other.address == peer.address and other.incarnation != peer.incarnation:
-                del self._connections[other]
-        connection = await self._in_thread(self._server.connect, peer.address)
+        await _probe(where)
+        self.drop(peer.address, but=peer.incarnation)
+        connection = await self._in_thread(self._server.connect, where)
         return self._connections.setdefault(peer, connection)
-
-    def _drop(self, peer: _Peer, connection: Any) -> None:
-        if self._connections.get(peer) is connection:
-            del self._connections[peer]
 
 
 async def _probe(address: str) -> None:

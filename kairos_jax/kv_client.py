@@ -5,7 +5,6 @@ import contextlib
 import functools
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ log = logging.getLogger(__name__)
 _POLL_SHARE, _POLL_S = 1 / 16, (0.0005, 0.005)
 _DELIVERED_S = 5.0
 
+_UP = grpc.ChannelConnectivity.READY
 _ERRORS = {
     grpc.StatusCode.NOT_FOUND: LookupError,
     grpc.StatusCode.FAILED_PRECONDITION: PermissionError,
@@ -48,6 +48,18 @@ class Wanted:
     sharding: Sharding | None
     claimant: Claimant
     priority: Callable[[], Priority]
+
+
+@dataclass(slots=True)
+class _Peer:
+    """A process that offers KV. in_flight: on its way from it. as_bytes: its transfer server cannot
+    be reached.
+    """
+
+    channel: grpc.aio.Channel
+    in_flight: InFlight
+    num_takes: int = 0
+    as_bytes: bool = False
 
 
 class KVClient:
@@ -70,10 +82,7 @@ class KVClient:
         self._facts, self._channel, self._metadata, self._port = facts, channel, metadata, port
         self._in_flight_bytes, self._silence_s = in_flight_bytes, silence_s
         self._in_thread = in_thread
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._in_flight: dict[str, InFlight] = {}
-        self._num_takes: Counter[str] = Counter()
-        self._unreachable: set[str] = set()  # whose transfer servers are; they send bytes
+        self._peers: dict[str, _Peer] = {}  # by address
         self._telling: set[asyncio.Task] = set()
 
     async def take(self, wanted: Wanted) -> KV:
@@ -86,33 +95,44 @@ class KVClient:
             TimeoutError, ConnectionError: it did not come.
         """
         address = wanted.ticket.address
-        self._num_takes[address] += 1
+        peer = self._peer(address)
+        peer.num_takes += 1
         try:
-            if self._port is not None and address not in self._unreachable:
+            if self._port is not None and not peer.as_bytes:
                 try:
                     return await self._take(wanted, as_bytes=False)
                 except Unreachable as error:
                     log.warning("KV from %s comes as bytes from now on: %s", address, error)
-                    self._unreachable.add(address)
+                    peer.as_bytes = True
             return await self._take(wanted, as_bytes=True)
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE and self._num_takes[address] == 1:
-                self._forget(address)  # it may never come back
             kind = _ERRORS.get(error.code(), ConnectionError)
             raise kind(f"KV from {address}: {error.code().name}: {error.details()}") from error
         finally:
-            self._num_takes[address] -= 1
+            peer.num_takes -= 1
+            self.forget_lost()
+
+    def forget_lost(self) -> None:
+        """Frees what is kept for peers from which nothing is taken and to which no channel is up:
+        they may never come back. A channel goes down with its peer, and after 30 minutes unused.
+        """
+        for address, peer in list(self._peers.items()):
+            if not peer.num_takes and peer.channel.get_state() is not _UP:
+                self._forget(address)
 
     def close(self) -> None:
         """Ends what is under way."""
-        for address in list(self._channels):
+        for address in list(self._peers):
             self._forget(address)
+
+    def _peer(self, address: str) -> _Peer:
+        if address not in self._peers:
+            self._peers[address] = _Peer(self._channel(address), InFlight(self._in_flight_bytes))
+        return self._peers[address]
 
     async def _take(self, wanted: Wanted, as_bytes: bool) -> KV:
         ticket, claimant = wanted.ticket, wanted.claimant
-        if ticket.address not in self._channels:
-            self._channels[ticket.address] = self._channel(ticket.address)
-        stub = kv_pb2_grpc.KVStub(self._channels[ticket.address])
+        stub = kv_pb2_grpc.KVStub(self._peer(ticket.address).channel)
         claims = pb.Claimant(identity=claimant.identity, nonce=claimant.nonce)
         request = pb.ClaimRequest(
             uuid=ticket.uuid,
@@ -160,9 +180,7 @@ class KVClient:
         self, part: pb.Part, wanted: Wanted, take: Callable[[], Awaitable[Any]]
     ) -> Any:
         """Takes one part when there is room for it."""
-        in_flight = self._in_flight.setdefault(
-            wanted.ticket.address, InFlight(self._in_flight_bytes)
-        )
+        in_flight = self._peer(wanted.ticket.address).in_flight
         num_bytes = part.num_blocks * self._facts.block_bytes
         async with in_flight.admit(num_bytes, wanted.priority):
             try:
@@ -190,8 +208,9 @@ class KVClient:
             await arrived(arrays, call)
 
         urgent = wanted.priority() is Priority.URGENT
+        address, sharding = wanted.ticket.address, wanted.sharding
         return await self._port.pull(
-            told, part.uuid, part.num_blocks, wanted.sharding, urgent, here
+            address, told, part.uuid, part.num_blocks, sharding, urgent, here
         )
 
     async def _tell(self, stub: Any, message: pb.DeliveredRequest) -> None:
@@ -199,10 +218,9 @@ class KVClient:
             await stub.Delivered(message, metadata=self._metadata, timeout=_DELIVERED_S)
 
     def _forget(self, address: str) -> None:
-        self._in_flight.pop(address, None)
-        self._unreachable.discard(address)
-        if channel := self._channels.pop(address, None):
-            self._start(channel.close())
+        self._start(self._peers.pop(address).channel.close())
+        if self._port is not None:
+            self._port.drop(address)
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(coroutine)

@@ -1,18 +1,22 @@
 """What the binaries that run a model share: the config's flags, and how they start JAX."""
 
+import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from kairos_jax import command
 from kairos_jax.command import UsageError, fail
 from kairos_jax.config import ConfigError, ServerConfig
+from kairos_jax.discovery import split_address
 from kairos_jax.hub import ModelNotAvailable, cache_dir
 
 # JAX's own watch over the processes of a mesh is for what happens before ours begins, and for when
@@ -72,6 +76,10 @@ def start_distributed() -> Processes:
             f"{processes.address!r} and {processes.count}"
         )
     if processes.several:
+        try:
+            split_address(processes.address)
+        except ValueError as error:
+            raise UsageError(f"--coordinator_address: {error}") from error
         connect(processes)
     return processes
 
@@ -97,6 +105,48 @@ def connect(processes: Processes) -> None:
         raise UsageError(f"--coordinator_address={processes.address}: {error}") from error
 
 
+def agree(processes: Processes, told: Mapping[str, Any]) -> None:
+    """Compares what all processes of a mesh must have in common; each calls it, after `start_jax`.
+
+    told: values that JSON can carry, by the names by which a user knows them.
+
+    Raises:
+        UsageError: one tells another value than the first. All processes raise it then.
+    """
+    mine = np.frombuffer(json.dumps(_named(told)).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([mine.size], np.int32)).reshape(-1)
+    padded = np.zeros(sizes.max(), np.int32)
+    padded[: mine.size] = mine
+    rows = multihost_utils.process_allgather(padded).reshape(processes.count, -1)
+    texts = [row[:size].astype(np.uint8).tobytes() for row, size in zip(rows, sizes, strict=True)]
+    first, *others = map(json.loads, texts)
+    for id, other in enumerate(others, 1):
+        differing = [
+            f"{name} is {other.get(name)!r}, and {first.get(name)!r} of process 0"
+            for name in first | other
+            if other.get(name) != first.get(name)
+        ]
+        if differing:
+            raise _common_error(
+                f"process {id} of the mesh is not like the first: its {'; its '.join(differing)}"
+            )
+
+
+def _common_error(message: str) -> UsageError:
+    """One that every process of a mesh finds. None is to end while another still looks for it."""
+    jax.distributed.shutdown()
+    return UsageError(message)
+
+
+def _named(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values within values by their dotted names, as a user writes them."""
+    named = {}
+    for key, value in values.items():
+        deeper = isinstance(value, Mapping)
+        named |= _named(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
+    return named
+
+
 def start_jax(num_devices: int, cpu_devices: int = 0, processes: Processes = ALONE) -> list[Any]:
     """Turns the compilation cache on and returns the first `num_devices` devices, as many of each
     process.
@@ -117,7 +167,14 @@ def start_jax(num_devices: int, cpu_devices: int = 0, processes: Processes = ALO
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    devices = [device for id in range(processes.count) for device in jax.local_devices(id)[:each]]
+    local = [jax.local_devices(id) for id in range(processes.count)]
+    if len({len(of_process) for of_process in local}) > 1:
+        raise _common_error(
+            "every process of a mesh must have as many devices as the first, and they have "
+            f"{', '.join(str(len(of_process)) for of_process in local)}: --cpu_devices and the "
+            "config's devices must be the same for all"
+        )
+    devices = [device for of_process in local for device in of_process[:each]]
     if len(devices) < num_devices:
         raise UsageError(
             f"the instances of the config need {num_devices} devices, and there are "

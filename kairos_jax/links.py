@@ -208,7 +208,17 @@ class _Link:
         first = wire.decode_event(said, linked.id, self._role, now)
         if not isinstance(first, Outlined):
             raise ValueError(f"its Welcome was followed by {type(first).__name__}")
-        peer = Peer(linked.id, self._role, self._outbox.put_nowait, cost, first.summary, now)
+        limits = linked.welcome.limits
+        peer = Peer(
+            linked.id,
+            self._role,
+            self._outbox.put_nowait,
+            cost,
+            first.summary,
+            now,
+            limits.kv_tokens,
+            limits.page_size if linked.welcome.prefix_cache else 0,
+        )
         self.linked = linked
         links.join(peer, linked)
         return linked

@@ -65,6 +65,7 @@ class Output:
     """One new token of one request. ticket: set where it goes on elsewhere, good for its KV.
 
     begun_at, at: when its first step here began, and when this token was there, in seconds.
+    cached: tokens of its prompt that were not computed for it, but were in the prefix cache.
     """
 
     id: str
@@ -73,6 +74,7 @@ class Output:
     at: float
     finish_reason: str | None = None
     ticket: Ticket | None = None
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +110,12 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """This request is to go on elsewhere; it is forgotten here."""
+    """This request is to go on elsewhere; it is forgotten here. ticket: of its KV, if that was
+    handed over and not asked for yet, so that another may.
+    """
 
     id: str
+    ticket: Ticket | None = None
 
 
 @dataclass(frozen=True, slots=True)

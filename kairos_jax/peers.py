@@ -1,7 +1,7 @@
 """The workers as the router knows them: the last summary of each, and what was sent since."""
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
@@ -24,10 +24,13 @@ LEAST_RETRY_S = 0.1
 
 
 class Full(Exception):
-    """No request can be taken now. retry_after_s: when one may be, as predicted."""
+    """No request can be taken now. limit: which one was reached, in a word. retry_after_s: when a
+    request may be taken, as predicted.
+    """
 
-    def __init__(self, reason: str, retry_after_s: float):
+    def __init__(self, reason: str, limit: str, retry_after_s: float):
         super().__init__(reason)
+        self.limit = limit
         self.retry_after_s = max(retry_after_s, LEAST_RETRY_S)
 
 
@@ -40,7 +43,8 @@ class Peer:
 
     post: sends it a message. cost: of its own steps. summary: of its ledger as it was at `now`;
     from then on `update` tells. None: of a worker that is not summed up, and passes for idle.
-    draining: it takes no new requests.
+    kv_tokens: whose KV its pool holds, 0 if that is not known. page_size: tokens of a page of its
+    prefix cache, 0 if it has none. draining: it takes no new requests.
     """
 
     def __init__(
@@ -51,17 +55,35 @@ class Peer:
         cost: CostModel,
         summary: Summary | None,
         now: float,
+        kv_tokens: int = 0,
+        page_size: int = 0,
     ):
         self.id, self.role, self.post, self.cost = id, role, post, cost
+        self.kv_tokens, self.page_size = kv_tokens, page_size
         self.draining = False
         self._summary, self._at = summary, now
         self._num_sent = 0
         # What each request adds that the summary does not count yet, in the order sent.
         self._unseen: deque[Callable[[Summary], Summary]] = deque()
+        # Keys of the pages that it had to compute or to find, those of the latest last.
+        self._pages: OrderedDict[int, None] = OrderedDict()
 
     def submit(self, message: Submit) -> None:
         """Sends a request to prefill, and perhaps to decode too."""
-        self._send(message, lambda summary: _with_request(summary, message, self.cost))
+        request, cached = message.request, self.cached(message.request)
+        self._send(message, lambda summary: _with_request(summary, request, self.cost, cached))
+        for key in reversed(request.page_keys):
+            self._pages[key] = None
+            self._pages.move_to_end(key)
+        while self._pages and len(self._pages) * self.page_size > self.kv_tokens:
+            self._pages.popitem(last=False)
+
+    def cached(self, request: Request) -> int:
+        """Tokens of a prompt that it has cached, as far as can be told from what was sent to it."""
+        if not (keys := request.page_keys) or not self.page_size:
+            return 0
+        pages = next((i for i, key in enumerate(keys) if key not in self._pages), len(keys))
+        return min(pages, (len(request.prompt) - 1) // self.page_size) * self.page_size
 
     def hand_over(self, message: Handover) -> None:
         """Sends a request to decode."""
@@ -109,12 +131,14 @@ def check_admission(
         raise Full(
             "every instance that prefills holds all the KV for decode that it may, and as much "
             "waits to be prefilled",
+            "parked_kv",
             wait_s(peers, now),
         )
     if (late_s := admission(request, summaries, cost, now)) > 0:
         raise Full(
             f"the first token is predicted to come {late_s:.3g} s later than slo.ttft_s allows, "
             f"{request.slo.ttft:g} s",
+            "predicted_ttft",
             late_s,
         )
 
@@ -130,7 +154,8 @@ def choose_prefill(peers: Sequence[Peer], message: Submit, cost: CostModel, now:
     if len(peers) == 1:
         return peers[0]
     summaries = [peer.summary(now) for peer in peers]
-    return peers[route_prefill(message.request, summaries, cost, now)]
+    cached = [peer.cached(message.request) for peer in peers]
+    return peers[route_prefill(message.request, summaries, cost, now, cached)]
 
 
 def choose_decode(
@@ -143,9 +168,9 @@ def choose_decode(
     return peers[route_decode(length, slo, summaries, cost, now)]
 
 
-def _with_request(summary: Summary, message: Submit, cost: CostModel) -> Summary:
-    request = message.request
-    summary = summary.with_prompt(request.deadline, prompt_s(request, summary, cost))
+def _with_request(summary: Summary, request: Request, cost: CostModel, cached: int) -> Summary:
+    own_s = prompt_s(request, summary, cost, cached)
+    summary = summary.with_prompt(request.deadline, own_s)
     if summary.role is Role.BOTH:
         return summary.with_context(len(request.prompt), request.slo, cost)
     return replace(summary, parked_room=summary.parked_room - len(request.prompt))

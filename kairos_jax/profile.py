@@ -153,7 +153,7 @@ def _cached_path(config: ServerConfig, model: Model, engines: Sequence[JaxEngine
     facts = (
         model.checkpoint.config,
         config.dtype,
-        config.attention,
+        engines[0].kernels,
         config.page_size,
         config.max_context,
         *((e.mesh.size, e.shapes, e.limits.num_pages) for e in (first, last)),

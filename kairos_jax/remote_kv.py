@@ -107,7 +107,7 @@ class _Arrival:
     sharding: Sharding | None
     claimant: Claimant
     num_bytes: int
-    urgent: bool = False
+    small: bool
     done: Done | None = None
     task: asyncio.Task[KV] | None = None
     stopped_by: Exception | None = None
@@ -116,7 +116,7 @@ class _Arrival:
     def priority(self) -> Priority:
         if self.done is None:
             return Priority.PREFETCH
-        return Priority.URGENT if self.urgent else Priority.BULK
+        return Priority.URGENT if self.small else Priority.BULK
 
 
 class RemoteTransport:
@@ -213,15 +213,13 @@ class RemoteTransport:
         """See `KVTransport.prefetch`."""
         self._on_loop(self._prefetch, ticket, sharding)
 
-    def fetch(
-        self, ticket: Ticket, sharding: Sharding | None, done: Done, urgent: bool = False
-    ) -> None:
+    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
         """See `KVTransport.fetch`. `done` is called on the event loop.
 
         It is given a LookupError if the offer has ended, PermissionError if someone else has
         claimed it, ManifestMismatch if it does not fit, TimeoutError, or ConnectionError.
         """
-        self._on_loop(self._fetch, ticket, sharding, done, urgent)
+        self._on_loop(self._fetch, ticket, sharding, done)
 
     def release(self, ticket: Ticket) -> None:
         """See `KVTransport.release`."""
@@ -253,6 +251,7 @@ class RemoteTransport:
         period = min(self.options.lease_s, self.options.claim_s, 4.0) / 4
         while True:
             await asyncio.sleep(period)
+            self._client.forget_lost()
             for lease in self._leases.expire(self.clock()):
                 id = lease.ticket.request_id
                 whose = "that nobody claimed" if lease.claimant is None else "not fetched in time"
@@ -268,7 +267,7 @@ class RemoteTransport:
             self._arrivals[ticket.uuid] = arrival
             self._bring(arrival)
 
-    def _fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done, urgent: bool) -> None:
+    def _fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
         arrival = self._arrivals.get(ticket.uuid)
         if arrival is None:
             arrival = self._arrivals[ticket.uuid] = self._expect(ticket, sharding)
@@ -276,7 +275,6 @@ class RemoteTransport:
             done(PermissionError(f"the KV of request {ticket.request_id!r} is being fetched"))
             return
         arrival.done = done
-        arrival.urgent = urgent or arrival.num_bytes <= self.options.urgent_bytes
         if arrival.task is None or _failed(arrival.task):  # a prefetch may be tried again
             self._bring(arrival)
         elif arrival.task.done():
@@ -284,7 +282,9 @@ class RemoteTransport:
 
     def _expect(self, ticket: Ticket, sharding: Sharding | None) -> _Arrival:
         num_bytes = self.facts.num_blocks(ticket.num_tokens) * self.facts.block_bytes
-        return _Arrival(ticket, sharding, Claimant(self._identity, secrets.randbits(64)), num_bytes)
+        claimant = Claimant(self._identity, secrets.randbits(64))
+        small = num_bytes <= self.options.urgent_bytes
+        return _Arrival(ticket, sharding, claimant, num_bytes, small)
 
     def _is_own(self, ticket: Ticket) -> bool:
         return ticket.address in ("", self.address)

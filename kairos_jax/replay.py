@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import grpc
 import numpy as np
 
+from kairos_jax.channels import PLAIN, Wire
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
 from schedulers.attainment import Outcome
 from schedulers.request import Slo
@@ -94,6 +95,7 @@ async def replay(
     ignore_eos: bool = True,
     timeout_s: float = 600.0,
     on_ended: Callable[[int], object] = lambda count: None,
+    net: Wire = PLAIN,
 ) -> list[Record]:
     """Replays `arrivals` with prompts of random token ids; returns a record each, in their order.
 
@@ -107,11 +109,12 @@ async def replay(
       ignore_eos: each request generates all of its num_output tokens.
       timeout_s: gRPC deadline of each request, from when it is sent.
       on_ended: called with the number of requests that have ended, 0 first.
+      net: how the server is reached.
 
     Raises:
       grpc.aio.AioRpcError: the server can't be reached at the start.
     """
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with net.channel(address) as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)
         model = await stub.GetModel(kairos_pb2.GetModelRequest(), timeout=timeout_s)
         rng = np.random.default_rng(seed)

@@ -18,15 +18,24 @@ import math
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import jax
 from absl import flags
 
-from kairos_jax import channels, followers, launch, lifecycle, profile, remote_kv
+from kairos_jax import channels, command, followers, gauges, launch, lifecycle, profile, remote_kv
 from kairos_jax.channels import Wire
-from kairos_jax.config import ServerConfig
-from kairos_jax.instances import build_engine, build_worker, open_model, warm_up
+from kairos_jax.config import ConfigError, ServerConfig
+from kairos_jax.hub import ModelNotAvailable
+from kairos_jax.instances import (
+    build_engine,
+    build_worker,
+    load_weights,
+    open_model,
+    open_programs,
+    warm_up,
+)
 from kairos_jax.manifest import facts
 from kairos_jax.messages import Cancel
 from kairos_jax.progress import bars
@@ -53,6 +62,7 @@ def define_flags(port: int) -> None:
     flags.DEFINE_string("name", None, "Name of the instance; else its role and address.")
     flags.DEFINE_string("advertise", None, "Host by which peers reach it; else --host.")
     flags.DEFINE_integer("health_port", 0, "Port for health alone, without TLS; 0: none.", 0, 65535)
+    flags.DEFINE_integer("metrics_port", 0, "Port of http://HOST/metrics; 0: none.", 0, 65535)
     flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
     flags.DEFINE_string("journal", None, "File for a record of every decision, as JSON lines.")
     flags.DEFINE_float("router_hang_s", 10.0, "Silence after which a router is dropped.", 0.1)
@@ -65,16 +75,22 @@ def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> Prep
     """
     processes = launch.start_distributed()
     devices = launch.start_jax(config.devices(role), flags.FLAGS.cpu_devices, processes)
+    name = Path(config.model).name
+    if processes.several:  # before anything that may take one of them longer than another
+        common = {"jax": jax.__version__, "role": role.value}
+        launch.agree(processes, common | {"config": asdict(config) | {"model": name}})
     with bars() as progress:
         model = open_model(config)
-        engine = build_engine(config, model, role, role.value, devices, progress)
-        # Of the weights: where the mesh spans processes, all of them must ask.
-        name, description = Path(config.model).name, model.checkpoint.config
-        known = facts(name, description, engine.params, config.dtype, config.page_size)
+        programs = open_programs(config, model, [role], devices)
+        weights = load_weights(config, model, role.value, devices, progress)
+        engine = build_engine(config, model, role, devices, weights, programs=programs)
         if not processes.leads:
             followers.follow(engine, processes)
             lifecycle.end(0)
         leader = followers.lead(engine, processes) if processes.several else None
+        description = model.checkpoint.config
+        known = facts(name, description, weights, config.dtype, config.page_size)
+        del weights  # the engine may have them in another form
         warm_up(engine, role.value, progress)
         measured = profile.load_or_measure(profile_path, config, model, [engine], progress)
     return Prepared(engine, known, measured, len(devices), devices[0].device_kind, leader)
@@ -91,6 +107,9 @@ async def serve(
 ) -> int:
     """Serves until a signal, or until the instance dies. Returns the exit code."""
     stopping = lifecycle.asked_to_stop()
+    workers: list[Worker] = []
+    if options.metrics_port:
+        gauges.serve_workers(options.host, options.metrics_port, workers)
     try:
         server = RoleServer(role, options, net)
     except OSError as error:
@@ -117,6 +136,7 @@ async def serve(
     server.add_late(transport.add_to)
     cost = CostModel.from_profile(prepared.measured, (role.value,))
     worker = build_worker(config, role, server.name, engine, cost, transport, emit, journal)
+    workers.append(worker)
     await server.open(worker, config, prepared)
     asyncio.get_running_loop().add_signal_handler(
         signal.SIGUSR1, _print_state, server, worker, transport
@@ -165,8 +185,22 @@ def _ready_line(config: ServerConfig, server: RoleServer, prepared: Prepared) ->
 
 
 def main(role: Role) -> None:
-    """Serves one instance of a role, and ends the process."""
+    """Serves one instance of a role, and ends the process: at once, since at a normal exit JAX
+    waits for the other processes of a mesh.
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    try:
+        code = _run(role)
+    except (ConfigError, ModelNotAvailable, launch.UsageError) as error:
+        code = command.fail(error)
+    except Exception:
+        log.exception("this process ends")
+        code = 1
+    lifecycle.end(code)
+
+
+def _run(role: Role) -> int:
+    """Returns the exit code. Raises ConfigError, ModelNotAvailable or UsageError."""
     config, options, net = launch.read_config(), Options.from_flags(), Wire.from_flags()
     if config.colocated:
         raise launch.UsageError(f"config.colocated must be False for a process of {role.value}")
@@ -183,7 +217,6 @@ def main(role: Role) -> None:
 
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(recording(Path(values.journal))) if values.journal else None
-        code = asyncio.run(
+        return asyncio.run(
             serve(config, role, options, net, carried, lambda: prepare(config, role, path), journal)
         )
-    lifecycle.end(code)

@@ -45,7 +45,7 @@ class Prepared:
 @dataclass(frozen=True, slots=True)
 class Options:
     """Where a role listens, and how it ends. host, port: as bound. advertise: the host by which
-    peers reach it. health_port: 0 for none.
+    peers reach it. health_port, metrics_port: 0 for none.
     """
 
     host: str
@@ -56,6 +56,7 @@ class Options:
     grace_s: float = 30.0
     router_hang_s: float = 10.0
     stuck_s: float = 30.0
+    metrics_port: int = 0
 
     @classmethod
     def from_flags(cls) -> "Options":
@@ -73,6 +74,7 @@ class Options:
             values.grace_s,
             values.router_hang_s,
             values.stuck_s,
+            values.metrics_port,
         )
 
 
@@ -122,6 +124,7 @@ class RoleServer:
             mesh_size=prepared.mesh_size,
             device_kind=prepared.device_kind,
             kv_address=self.address,
+            prefix_cache=worker.page_keys is not None,
         )
         self.attachments.open(worker, welcome)
         worker.start()

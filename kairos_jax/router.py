@@ -1,5 +1,5 @@
-r"""The router in a process of its own: the public gRPC service, over prefill and decode workers in
-others.
+r"""The router in a process of its own: the public gRPC service and HTTP API, over prefill and
+decode workers in others.
 
   python -m kairos_jax.router --config=configs/smollm2_135m_cpu.py --port=50051 \\
     --prefill=127.0.0.1:50061 --decode=127.0.0.1:50071,dns:decode.example:50071
@@ -17,17 +17,21 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from absl import flags
 
-from kairos_jax import channels, discovery, launch, lifecycle
+from kairos_jax import channels, discovery, http_server, launch, lifecycle, tracing
 from kairos_jax.backend import backend
 from kairos_jax.channels import Wire
 from kairos_jax.config import ServerConfig
+from kairos_jax.http_server import HttpOptions
 from kairos_jax.instances import Model, open_model
 from kairos_jax.links import Links
+from kairos_jax.metrics import Metrics
 from kairos_jax.service import Server
 from kairos_jax.streams import Router
+from kairos_jax.tracing import Tracing
 from schedulers.core import Role
 from schedulers.cost import CostModel
 from schedulers.routing import ADMISSION
@@ -41,6 +45,8 @@ def define_flags() -> None:
     lifecycle.define_flags(port=50051)
     channels.define_flags()
     channels.define_public_flags()
+    http_server.define_flags()
+    tracing.define_flags()
     flags.DEFINE_enum("admission", "none", list(ADMISSION), "Who is turned away early.")
     flags.DEFINE_integer("health_port", 0, "Port for health alone, without TLS; 0: none.", 0, 65535)
     for role in _ROLES:
@@ -65,6 +71,8 @@ class Options:
     hang_s: float = 1.0
     health_port: int = 0
     admission: str = "none"
+    http: HttpOptions | None = None
+    tracing: Tracing | None = None
 
     @classmethod
     def from_flags(cls) -> "Options":
@@ -96,6 +104,8 @@ class Options:
             values.hang_s,
             values.health_port,
             values.admission,
+            HttpOptions.from_flags(),
+            Tracing.from_flags(),
         )
 
 
@@ -105,11 +115,12 @@ async def serve(
     """Serves until a signal. net: to workers; public: from clients. Returns the exit code."""
     stopping = lifecycle.asked_to_stop()
     try:
-        server = Server(options.host, options.port, time.monotonic, public, options.health_port)
+        where = options.host, options.port
+        server = Server(*where, time.monotonic, public, options.health_port, options.http)
     except OSError as error:
         raise launch.UsageError(str(error)) from error
     await server.start()
-    print(f"starting router for {config.model}: gRPC on {server.address}", flush=True)
+    print(f"starting router for {config.model}: {server.addresses}", flush=True)
     try:
         model = await lifecycle.prepared(lambda: open_model(config), stopping)
     except BaseException:
@@ -121,7 +132,12 @@ async def serve(
     # What steps cost, it learns from its workers.
     cost = CostModel.from_profile(_NOTHING, ())
     router = Router(
-        asyncio.get_running_loop(), config.max_requests, cost, admission=options.admission
+        asyncio.get_running_loop(),
+        config.max_requests,
+        cost,
+        admission=options.admission,
+        metrics=Metrics(Path(config.model).name, config.default_slo),
+        tracing=options.tracing,
     )
     links = Links(router, config, net, changed.set, options.heartbeat_s, options.hang_s)
     tasks = [
@@ -139,6 +155,8 @@ async def serve(
     for task in tasks:
         task.cancel()
     await links.close()
+    if options.tracing:
+        await asyncio.to_thread(options.tracing.flush)
     print("drained" if drained else "ended requests that outlasted --grace_s", flush=True)
     return 0
 
@@ -173,16 +191,16 @@ async def _keep_open(
             meshes = first.mesh_size, last.mesh_size
             await server.open(backend(config, model, router, meshes, last.device_kind))
             if not said:
-                print(_ready_line(config, links, server.address), flush=True)
+                print(_ready_line(config, links, server.addresses), flush=True)
             said = True
         await changed.wait()
 
 
-def _ready_line(config: ServerConfig, links: Links, address: str) -> str:
+def _ready_line(config: ServerConfig, links: Links, addresses: str) -> str:
     counts = " + ".join(f"{len(links.of(role))} {role.value}" for role in _ROLES)
     return (
         f"ready: {config.model} on {counts} workers, SLO TTFT {config.slo.ttft:g} s TPOT "
-        f"{config.slo.tpot:g} s; gRPC on {address}"
+        f"{config.slo.tpot:g} s; {addresses}"
     )
 
 

@@ -21,15 +21,19 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from kairos_jax import launch, lifecycle, profile
+from kairos_jax import channels, http_server, launch, lifecycle, profile, tracing
 from kairos_jax.backend import backend
+from kairos_jax.channels import Wire
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine import JaxEngine
+from kairos_jax.http_server import HttpOptions
 from kairos_jax.instances import Model, build_engines, build_workers, open_model
+from kairos_jax.metrics import Metrics
 from kairos_jax.progress import bars
 from kairos_jax.recording import recording
 from kairos_jax.service import Server
 from kairos_jax.streams import Router
+from kairos_jax.tracing import Tracing
 from kairos_jax.transfer import LocalTransport
 from schedulers.cost import CostModel
 from schedulers.journal import Journal
@@ -43,6 +47,9 @@ def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
     launch.define_config_flag()
     lifecycle.define_flags(port=50051)
+    channels.define_public_flags()
+    http_server.define_flags()
+    tracing.define_flags()
     flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
     flags.DEFINE_string("journal", None, "File for a record of every decision, as JSON lines.")
     flags.DEFINE_enum("admission", "none", list(ADMISSION), "Who is turned away early.")
@@ -76,15 +83,20 @@ async def serve(
     prepare: Callable[[], Prepared],
     journal: Journal | None = None,
     admission: str = "none",
+    public: Wire = channels.PLAIN,
+    http: HttpOptions | None = None,
+    tracing: Tracing | None = None,
 ) -> int:
-    """Serves until a signal, or until an instance dies. Returns the exit code."""
+    """Serves until a signal, or until an instance dies. public: how clients come. Returns the exit
+    code.
+    """
     stopping = lifecycle.asked_to_stop()
     try:
-        server = Server(host, port, time.monotonic)
+        server = Server(host, port, time.monotonic, public, http=http)
     except OSError as error:
         raise launch.UsageError(str(error)) from error
     await server.start()
-    print(f"starting {config.model}: gRPC on {server.address}", flush=True)
+    print(f"starting {config.model}: {server.addresses}", flush=True)
     try:
         prepared = await lifecycle.prepared(prepare, stopping)
     except BaseException:
@@ -92,7 +104,13 @@ async def serve(
         raise
     if prepared is None:
         return 1
-    return await _serve_until(stopping, config, server, grace_s, prepared, journal, admission)
+    cost, loop = prepared.cost, asyncio.get_running_loop()
+    metrics = Metrics(Path(config.model).name, config.default_slo)
+    router = Router(loop, config.max_requests, cost, time.monotonic, admission, metrics, tracing)
+    code = await _serve_until(stopping, config, server, grace_s, prepared, router, journal)
+    if tracing:
+        await asyncio.to_thread(tracing.flush)
+    return code
 
 
 async def _serve_until(
@@ -101,11 +119,10 @@ async def _serve_until(
     server: Server,
     grace_s: float,
     prepared: Prepared,
+    router: Router,
     journal: Journal | None,
-    admission: str,
 ) -> int:
     engines, cost = prepared.engines, prepared.cost
-    router = Router(asyncio.get_running_loop(), config.max_requests, cost, admission=admission)
     workers = build_workers(config, engines, cost, LocalTransport(), router.emit, journal)
     router.connect(workers)
     for worker in workers:
@@ -113,7 +130,7 @@ async def _serve_until(
     meshes = config.prefill.devices, config.devices(config.roles[-1])
     kind = jax.devices()[0].device_kind
     await server.open(backend(config, prepared.model, router, meshes, kind))
-    print(_ready_line(config, prepared, server.address), flush=True)
+    print(_ready_line(config, prepared, server.addresses), flush=True)
     await asyncio.wait({router.died, stopping}, return_when=asyncio.FIRST_COMPLETED)
     print("an instance died: ending" if router.died.done() else "draining", flush=True)
     drained = await server.drain(grace_s)
@@ -125,7 +142,7 @@ async def _serve_until(
     return 0
 
 
-def _ready_line(config: ServerConfig, prepared: Prepared, address: str) -> str:
+def _ready_line(config: ServerConfig, prepared: Prepared, addresses: str) -> str:
     measured = prepared.measured
     compiled = sum(engine.num_compiled for engine in prepared.engines)
     return (
@@ -133,15 +150,15 @@ def _ready_line(config: ServerConfig, prepared: Prepared, address: str) -> str:
         f"{config.prefill.policy} + {config.decode.policy}, "
         f"SLO TTFT {config.slo.ttft:g} s TPOT {config.slo.tpot:g} s, "
         f"{compiled} programs compiled, step times {measured.get('source', 'of unknown source')} "
-        f"({profile.fit_line(measured)}); gRPC on {address}"
+        f"({profile.fit_line(measured)}); {addresses}"
     )
 
 
 def main(argv: list[str]) -> None:
     """Serves, and ends the process."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    config = launch.read_config()
-    values = flags.FLAGS
+    config, public = launch.read_config(), Wire.public_from_flags()
+    values, http, traced = flags.FLAGS, HttpOptions.from_flags(), Tracing.from_flags()
     path = Path(values.profile) if values.profile else None
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(recording(Path(values.journal))) if values.journal else None
@@ -154,6 +171,9 @@ def main(argv: list[str]) -> None:
                 lambda: prepare(config, path),
                 journal,
                 values.admission,
+                public,
+                http,
+                traced,
             )
         )
     lifecycle.end(code)

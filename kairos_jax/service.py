@@ -2,8 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
 
 import grpc
 from grpc_health.v1 import health
@@ -11,13 +9,17 @@ from grpc_reflection.v1alpha import reflection
 
 from kairos_jax.channels import PLAIN, Wire
 from kairos_jax.discovery import join_address
-from kairos_jax.edge import BadField, Edge, UnknownModel
+from kairos_jax.edge import BadField, UnknownModel
 from kairos_jax.engine import Token
+from kairos_jax.gate import Backend, Closed, Gate
 from kairos_jax.health import Health
+from kairos_jax.http_server import HttpOptions, HttpServer
+from kairos_jax.openai_api import make_app
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.rpc import kairos_pb2_grpc
-from kairos_jax.streams import Full, IdInUse, Router, Stream, WorkerLost
+from kairos_jax.streams import Full, IdInUse, Stream, WorkerLost
 from kairos_jax.tokenizer import Detokenizer
+from kairos_jax.tracing import trace_of
 
 SERVICE = "kairos.v1.Kairos"
 MAX_MESSAGE_BYTES = 4 << 20
@@ -25,23 +27,11 @@ MAX_MESSAGE_BYTES = 4 << 20
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """What answers requests, once it is ready."""
-
-    edge: Edge
-    router: Router
-    model: pb.Model
-
-
 class Servicer(kairos_pb2_grpc.KairosServicer):
     """Reads requests and writes answers; the backend's router does the rest."""
 
-    def __init__(self, clock: Callable[[], float]):
-        self.clock = clock
-        self.backend: Backend | None = None
-        # Why no new requests are taken, where none are.
-        self.closed: str | None = "the server is starting"
+    def __init__(self, gate: Gate):
+        self.gate = gate
 
     async def GetModel(self, request: pb.GetModelRequest, context) -> pb.Model:
         """See kairos.proto."""
@@ -49,19 +39,25 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context) -> None:
         """See kairos.proto."""
-        arrival = self.clock()
+        arrival = self.gate.clock()
+        if self.gate.closed is not None and self.gate.backend:
+            self.gate.backend.router.metrics.rejected("closed")
         backend = await self._ready(context)
         try:
             backend.router.check_room()
             # In a thread: a long text takes the tokenizer longer than others should wait.
             checked = await asyncio.to_thread(backend.edge.request, request, arrival)
             await self._ready(context)  # it may have closed meanwhile
-            stream = backend.router.submit(checked)
+            trace = trace_of(context.invocation_metadata() or ())
+            stream = backend.router.submit(checked, trace)
         except UnknownModel as error:
+            backend.router.metrics.rejected("unknown_model")
             await context.abort(grpc.StatusCode.NOT_FOUND, _cut(error))
         except BadField as error:
+            backend.router.metrics.rejected("bad_request")
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _cut(error))
         except IdInUse as error:
+            backend.router.metrics.rejected("id_in_use")
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, _cut(error))
         except Full as error:
             retry = (("retry-after-s", f"{error.retry_after_s:.3g}"),)
@@ -72,9 +68,10 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
             await _answer(backend, stream, context)
 
     async def _ready(self, context) -> Backend:
-        if self.closed is not None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, self.closed)
-        return cast(Backend, self.backend)
+        try:
+            return self.gate.enter()
+        except Closed as error:
+            return await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
 
 async def _answer(backend: Backend, stream: Stream, context) -> None:
@@ -111,33 +108,30 @@ def _logprobs(token: Token) -> pb.TokenLogprobs:
 
 
 def _finish(response: pb.GenerateResponse, stream: Stream) -> None:
-    request, count = stream.request, len(stream.tokens)
-    begun, first, last = stream.begun_at, stream.first_token_at, stream.last_token_at
+    timing = stream.timing()
     assert stream.finish_reason is not None
-    assert begun is not None
-    assert first is not None
-    assert last is not None
-    ttft = first - request.arrival
-    tpot = (last - first) / (count - 1) if count > 1 else 0.0
     response.finish_reason = _FINISH[stream.finish_reason]
-    response.usage.prompt_tokens = len(request.prompt)
-    response.usage.completion_tokens = count
+    response.usage.prompt_tokens = len(stream.request.prompt)
+    response.usage.completion_tokens = len(stream.tokens)
+    response.usage.cached_tokens = stream.cached_tokens
     response.timing.CopyFrom(
         pb.Timing(
-            queue_s=begun - request.arrival,
-            prefill_s=first - begun,
-            transfer_s=stream.moved_at - first if stream.moved_at is not None else 0.0,
-            ttft_s=ttft,
-            tpot_s=tpot,
-            total_s=last - request.arrival,
-            ttft_met=ttft <= request.slo.ttft,
-            tpot_met=tpot <= request.slo.tpot,
+            queue_s=timing.queue_s,
+            prefill_s=timing.prefill_s,
+            transfer_s=timing.transfer_s or 0.0,
+            ttft_s=timing.ttft_s,
+            tpot_s=timing.tpot_s or 0.0,
+            total_s=timing.total_s,
+            ttft_met=timing.ttft_met,
+            tpot_met=timing.tpot_met,
         )
     )
 
 
 class Server:
-    """The gRPC server. Health says NOT_SERVING until `open`, and again from `drain` on."""
+    """The gRPC server, and the HTTP server beside it. Health says NOT_SERVING until `open`, and
+    again from `drain` on. http: None where there is none.
+    """
 
     def __init__(
         self,
@@ -146,8 +140,9 @@ class Server:
         clock: Callable[[], float],
         net: Wire = PLAIN,
         health_port: int = 0,
+        http: HttpOptions | None = None,
     ):
-        """Raises OSError if the address cannot be listened on.
+        """Raises OSError if the address cannot be listened on; UsageError if one of the others.
 
         port: 0 for any free one. health_port: for health alone, without TLS; 0 for none.
         """
@@ -156,47 +151,61 @@ class Server:
             ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
         ]
         self._grpc = grpc.aio.server(options=options)
-        self._servicer, self._draining = Servicer(clock), False
-        kairos_pb2_grpc.add_KairosServicer_to_server(self._servicer, self._grpc)
+        self.gate, self._draining = Gate(clock), False
+        kairos_pb2_grpc.add_KairosServicer_to_server(Servicer(self.gate), self._grpc)
         self._health = Health(self._grpc, SERVICE, host, health_port)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         self.port = net.add_port(self._grpc, host, port)
         self.address = join_address(host, self.port)
+        self.http = (
+            HttpServer(make_app(self.gate, http.app), host, http.port, net) if http else None
+        )
+
+    @property
+    def addresses(self) -> str:
+        """Where it listens, in words; gRPC last."""
+        http = f"HTTP on {self.http.address}, " if self.http else ""
+        return f"{http}gRPC on {self.address}"
 
     async def start(self) -> None:
         """Listens; requests are answered UNAVAILABLE until `open`."""
         await self._health.say(serving=False)
         await self._grpc.start()
         await self._health.listen()
+        if self.http:
+            await self.http.start()
 
     async def open(self, backend: Backend) -> None:
         """Serves, until `shut`, and again after; not any more once it drains."""
         if self._draining:
             return
-        self._servicer.backend, self._servicer.closed = backend, None
+        self.gate.backend, self.gate.closed = backend, None
         await self._health.say(serving=True)
 
     async def shut(self, reason: str) -> None:
         """Answers UNAVAILABLE with this reason; requests in progress go on."""
         if self._draining:
             return
-        self._servicer.closed = reason
+        self.gate.closed = reason
         await self._health.say(serving=False)
 
     async def drain(self, grace_s: float) -> bool:
         """Takes no new requests, waits for those in progress, and stops listening. After `grace_s`
         seconds it ends those that are left. True if there were none.
         """
-        self._draining, self._servicer.closed = True, "the server is draining"
+        self._draining, self.gate.closed = True, "the server is draining"
         await self._health.say(serving=False)
         drained = True
-        if self._servicer.backend and self._servicer.backend.router.num_streams:
+        if self.gate.backend and self.gate.backend.router.num_streams:
             try:
-                await asyncio.wait_for(self._servicer.backend.router.drained(), grace_s)
+                await asyncio.wait_for(self.gate.backend.router.drained(), grace_s)
             except TimeoutError:
                 drained = False
         # The last answers may still be on their way out.
-        await self._grpc.stop(grace=1.0 if drained else 0.0)
+        stops = [self._grpc.stop(grace=1.0 if drained else 0.0)]
+        if self.http:
+            stops.append(self.http.stop(grace_s=1 if drained else 0))
+        await asyncio.gather(*stops)
         await self._health.close()
         return drained

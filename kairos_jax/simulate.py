@@ -76,6 +76,7 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("page_size", 16, "Tokens of a KV page.")
     number("parked_tokens", None, "Tokens whose KV may wait in a prefill host's memory; else any.")
     boolean("learn_outputs", True, "Learn from finished requests how long outputs will be.")
+    boolean("prefix_cache", False, "Prompts that begin alike, by the trace, share pages.")
     number("pack", 0.0, "Base costs of a prefill step that other prompts may add to it.")
     number("noise", 0.0, "Standard deviation of the logarithm of step times.")
     number("bias", 0.0, "The policies take times for (1 + bias) times what they are.")
@@ -109,6 +110,7 @@ def scenario_of(values: Any) -> Scenario:
             parked_tokens=math.inf if values.parked_tokens is None else values.parked_tokens,
             learn_outputs=values.learn_outputs,
             pack=values.pack,
+            prefix_cache=values.prefix_cache,
             noise=values.noise,
             bias=values.bias,
             seed=values.seed,

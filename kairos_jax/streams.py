@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from kairos_jax.messages import (
@@ -26,6 +26,8 @@ from kairos_jax.messages import (
     Stepped,
     Submit,
 )
+from kairos_jax.metrics import Metrics
+from kairos_jax.page_keys import page_keys
 from kairos_jax.peers import (
     Full,
     Peer,
@@ -37,11 +39,12 @@ from kairos_jax.peers import (
     wait_s,
 )
 from kairos_jax.stream import Stream
+from kairos_jax.tracing import Tracing
 from kairos_jax.transfer import Ticket
 from kairos_jax.worker import Worker
 from schedulers.core import Role
 from schedulers.cost import CostModel
-from schedulers.request import Request
+from schedulers.request import Request, Slo
 from schedulers.routing import ADMISSION
 
 # After so many losses a stream fails: what is lost wherever it goes may be the cause of it.
@@ -59,7 +62,9 @@ class Router:
     What a lost worker had, goes on at another: its prompt and the tokens so far are prefilled
     again, under a new id, so that whatever is still said of the old one is passed over.
 
-    admission: one of `schedulers.routing.ADMISSION`. died: the first instance that failed.
+    admission: one of `schedulers.routing.ADMISSION`. metrics: what is counted of it; left out, its
+    own. tracing: makes a trace of each request; None: there are none. died: the first instance that
+    failed.
     """
 
     def __init__(
@@ -69,13 +74,15 @@ class Router:
         cost: CostModel,
         clock: Callable[[], float] = time.monotonic,
         admission: str = "none",
+        metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
     ):
         self.max_requests, self.cost, self.clock = max_requests, cost, clock
         self.admission = ADMISSION[admission]
         self.died: asyncio.Future[Died] = loop.create_future()
         self._loop = loop
         # Workers may have several routers, so ids must differ from those of every other.
-        self._identity = secrets.token_hex(8)
+        self._identity, self._secret = secrets.token_hex(8), secrets.token_bytes(32)
         self._serial = itertools.count(1)
         self._peers: dict[str, Peer] = {}
         self._streams: dict[str, Stream] = {}
@@ -83,6 +90,8 @@ class Router:
         self._last_loss = "none has joined"
         self._empty = asyncio.Event()
         self._empty.set()
+        self.metrics, self.tracing = metrics or Metrics(), tracing
+        self.metrics.watch(self._streams, self._peers, clock)
 
     # Who there is.
 
@@ -92,7 +101,11 @@ class Router:
         for worker in workers:
             ledger = worker.instance
             summary = worker.outline(ledger, now) if worker.outline else None
-            self.join(Peer(ledger.id, ledger.role, worker.post, self.cost, summary, now))
+            held = ledger.limits.kv_tokens
+            size = ledger.limits.page_size if worker.page_keys else 0
+            who = ledger.id, ledger.role, worker.post
+            self.join(Peer(*who, self.cost, summary, now, held, size))
+        self.metrics.watch_workers(workers)
 
     def join(self, peer: Peer) -> None:
         """Takes in a worker, at any time. Raises ValueError if its id is in use."""
@@ -119,16 +132,19 @@ class Router:
         """Requests in progress."""
         return len(self._streams)
 
-    def check_room(self) -> None:
-        """Raises Full if no request can be taken now."""
+    def check_room(self, slo: Slo | None = None) -> None:
+        """Raises Full if no request can be taken now. slo: of the one that is to be, if known."""
         if len(self._streams) >= self.max_requests:
+            self.metrics.rejected("max_requests", slo)
             raise Full(
                 f"{self.max_requests} requests are in progress, the most this server takes",
+                "max_requests",
                 wait_s(self._peers.values(), self.clock()),
             )
 
-    def submit(self, request: Request) -> Stream:
-        """Starts a request; its id is the client's, or empty for one made here.
+    def submit(self, request: Request, trace: Mapping[str, str] | None = None) -> Stream:
+        """Starts a request; its id is the client's, or empty for one made here. trace: see
+        `tracing.trace_of`.
 
         Raises:
             IdInUse, Full, WorkerLost: nothing was started.
@@ -137,19 +153,27 @@ class Router:
         name = request.id or f"request-{serial}"
         if name in self._names:
             raise IdInUse(f"request_id {name!r} is in use by a request in progress")
-        self.check_room()
-        self._check_served()
-        check_admission(request, self._peers.values(), self.admission, self.cost, self.clock())
-        stream = Stream(name, request)
+        self.check_room(request.slo)
+        try:
+            self._check_served()
+            check_admission(request, self._peers.values(), self.admission, self.cost, self.clock())
+        except (Full, WorkerLost) as error:
+            reason = error.limit if isinstance(error, Full) else "no_worker"
+            self.metrics.rejected(reason, request.slo)
+            raise
+        stream = Stream(name, request, trace=trace or {})
         self._names.add(name)
         self._empty.clear()
         self._start(stream, serial)
         return stream
 
-    def cancel(self, stream: Stream) -> None:
-        """Ends a request wherever it is. Nothing happens if it has ended."""
+    def cancel(self, stream: Stream, outcome: str = "cancelled") -> None:
+        """Ends a request wherever it is. Nothing happens if it has ended. outcome: as metrics are
+        to count it.
+        """
         if self._forget(stream):
             self._drop(stream)
+            self._over(stream, outcome)
 
     async def drained(self) -> None:
         """Returns when no request is in progress."""
@@ -165,13 +189,20 @@ class Router:
         id = f"{self._identity}/{stream.name}#{serial}"
         stream.request = replace(stream.request, id=id, serial=serial)
         self._streams[id] = stream
-        submit = Submit(stream.rest(now, self.cost))
-        peer = choose_prefill(self._taking(prefill=True), submit, self.cost, now)
+        peers, request = self._taking(prefill=True), stream.rest(now, self.cost)
+        if len(peers) > 1 and (size := peers[0].page_size):
+            # To choose by alone: workers have keys of their own.
+            keys = page_keys(size, self._secret, request.prompt)
+            request = replace(request, page_keys=keys)
+        submit = Submit(request)
+        peer = choose_prefill(peers, submit, self.cost, now)
         stream.peers = [peer]
         peer.submit(submit)
 
-    def _hand_over(self, stream: Stream, output: Output) -> None:
-        message = stream.handover(output)
+    def _hand_over(self, stream: Stream, ticket: Ticket) -> None:
+        """Sends a stream to decode. The last of its peers has the KV; those before, what came of it
+        ahead.
+        """
         try:
             peers = self._taking(prefill=False)
         except WorkerLost as error:
@@ -182,14 +213,14 @@ class Router:
             if other is not peer:
                 other.post(Cancel(stream.request.id))
         stream.peers = [source, peer]
-        peer.hand_over(message)
+        peer.hand_over(stream.handover(ticket))
 
     def _choose_decode(self, stream: Stream, peers: Sequence[Peer]) -> Peer:
         length = len(stream.request.prompt) + len(stream.tokens)
         return choose_decode(peers, length, stream.request.slo, self.cost, self.clock())
 
-    def _recover(self, stream: Stream, reason: str) -> None:
-        """Goes on with a stream that its workers will not bring to its end."""
+    def _recover(self, stream: Stream, reason: str, cause: str) -> None:
+        """Goes on with a stream that its workers will not bring to its end. cause: in a word."""
         if stream.num_lost > MAX_RECOVERIES:
             return self._end(stream, f"{reason} (lost {stream.num_lost} times)")
         try:
@@ -200,6 +231,7 @@ class Router:
         self._drop(stream)
         del self._streams[stream.request.id]
         self._start(stream, next(self._serial))
+        self.metrics.recovered(cause)
 
     def _lose(self, peer: Peer, reason: str, alive: bool) -> None:
         """Does without a peer; `alive`: it is still to be told what to forget."""
@@ -213,7 +245,7 @@ class Router:
             # Where its KV was being fetched from the lost one, the fetch will tell how it ended.
             if not goes_on:
                 stream.num_lost += 1
-                self._recover(stream, reason)
+                self._recover(stream, reason, "handed_back" if peer.draining else "worker_lost")
 
     def _check_served(self) -> None:
         """Raises WorkerLost where no request could be brought to its end."""
@@ -237,8 +269,14 @@ class Router:
 
     def _end(self, stream: Stream, reason: str) -> None:
         self._drop(stream)
-        self._forget(stream)
+        if self._forget(stream):
+            self._over(stream, "failed")
         stream.fail(WorkerLost(reason))
+
+    def _over(self, stream: Stream, outcome: str) -> None:
+        self.metrics.ended(stream, outcome)
+        if self.tracing:
+            self.tracing.ended(stream, outcome)
 
     def _forget(self, stream: Stream) -> bool:
         """False if it had ended."""
@@ -267,10 +305,10 @@ class Router:
             case Lost(id, error):
                 if stream := self._streams.get(id):
                     stream.num_lost += 1
-                    self._recover(stream, f"the KV transfer failed: {error}")
-            case Returned(id):
+                    self._recover(stream, f"the KV transfer failed: {error}", "transfer_failed")
+            case Returned(id, ticket):
                 if stream := self._streams.get(id):
-                    self._recover(stream, "the instance that had it is draining")
+                    self._on_returned(stream, ticket)
             case _:
                 if peer := self._peers.get(event.instance):
                     self._on_peer(peer, event)
@@ -283,18 +321,26 @@ class Router:
                 peer.draining = True
                 self._last_loss = f"instance {instance} is draining"
             case Died(instance, error):
+                if not peer.draining:
+                    self.metrics.lost(peer.role)
                 self._lose(peer, f"instance {instance} failed: {error}", alive=False)
                 if not self.died.done():
                     self.died.set_result(event)
 
     def _on_output(self, stream: Stream, output: Output) -> None:
+        last_at = stream.last_token_at
         stream.put(output)
+        if last_at is None:
+            self.metrics.first_token(stream)
+        else:
+            self.metrics.gaps.add(output.at - last_at)
         if output.ticket is not None:
-            self._hand_over(stream, output)
+            self._hand_over(stream, output.ticket)
         elif output.finish_reason:
             for peer in stream.peers[:-1]:  # where it was to go on
                 peer.post(Cancel(stream.request.id))
             self._forget(stream)
+            self._over(stream, output.finish_reason)
 
     def _on_offered(self, stream: Stream, ticket: Ticket) -> None:
         """Its KV may go ahead of it to where it will be decoded."""
@@ -302,6 +348,13 @@ class Router:
             peer = self._choose_decode(stream, peers)
             stream.peers.insert(0, peer)
             peer.post(Prefetch(ticket))
+
+    def _on_returned(self, stream: Stream, ticket: Ticket | None) -> None:
+        """Goes on elsewhere: with its KV, if who offers that is still there."""
+        if ticket is None or len(stream.peers) == 1:
+            return self._recover(stream, "the instance that had it is draining", "handed_back")
+        stream.peers.pop()  # which has forgotten it
+        self._hand_over(stream, ticket)
 
     def _on_moved(self, stream: Stream, at: float) -> None:
         if stream.moved_at is None:

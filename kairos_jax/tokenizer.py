@@ -11,8 +11,10 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
-from gguf import GGUFReader, ReaderField, TokenType
+from gguf import TokenType
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from models import gguf_file
 
 _REPLACEMENT = "\ufffd"
 
@@ -151,14 +153,12 @@ class Detokenizer:
         return delta
 
 
-def load_tokenizer(
-    path: str | Path, gguf_fields: Mapping[str, ReaderField] | None = None
-) -> Tokenizer:
+def load_tokenizer(path: str | Path, gguf_fields: Mapping[str, Any] | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
     Args:
       path: a .gguf file, or a directory with a tokenizer.json.
-      gguf_fields: the file's metadata, where it has been read before: that takes seconds.
+      gguf_fields: the file's metadata, where it has been read before.
 
     Raises:
       FileNotFoundError: there is no tokenizer.
@@ -171,7 +171,7 @@ def load_tokenizer(
         raise FileNotFoundError(f"no tokenizer: {path} does not exist")
     if path.suffix != ".gguf":
         raise ValueError(f"no tokenizer: {path} is neither a directory nor a .gguf file")
-    return _from_gguf(path, gguf_fields or GGUFReader(path).fields)
+    return _from_gguf(path, gguf_fields or gguf_file.read(path)[0])
 
 
 def _from_directory(directory: Path) -> Tokenizer:
@@ -235,10 +235,9 @@ _PRE_TOKENIZERS = {
 }
 
 
-def _from_gguf(path: Path, fields: Mapping[str, ReaderField]) -> Tokenizer:
+def _from_gguf(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
     def get(name: str, default: Any = None) -> Any:
-        field = fields.get(f"tokenizer.{name}")
-        return default if field is None else field.contents()
+        return fields.get(f"tokenizer.{name}", default)
 
     kind, pre = get("ggml.model"), get("ggml.pre", "default")
     if kind is None:

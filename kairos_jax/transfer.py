@@ -59,11 +59,9 @@ class KVTransport(Protocol):
         """
         ...
 
-    def fetch(
-        self, ticket: Ticket, sharding: Sharding | None, done: Done, urgent: bool = False
-    ) -> None:
+    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
         """`done` is given the KV, arrived and placed as `sharding` says, or the error that kept it
-        away. urgent: others wait for it.
+        away. Which is fetched first, the policy has decided by the order of the calls.
         """
         ...
 
@@ -119,9 +117,7 @@ class LocalTransport:
     def prefetch(self, ticket: Ticket, sharding: Sharding | None) -> None:
         """Nothing: see `overlaps`."""
 
-    def fetch(
-        self, ticket: Ticket, sharding: Sharding | None, done: Done, urgent: bool = False
-    ) -> None:
+    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
         """See `KVTransport.fetch`."""
         self._mover.submit(self._move, ticket, sharding, done)
 

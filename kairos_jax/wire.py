@@ -67,6 +67,7 @@ class Welcome:
     mesh_size: int = 1
     device_kind: str = ""
     kv_address: str = ""
+    prefix_cache: bool = False
 
 
 # What a router says.
@@ -134,8 +135,9 @@ def encode_event(event: Event, now: float) -> pb.FromWorker:
             return pb.FromWorker(died=pb.Died(error=_error(error)))
         case Outlined(_, summary, num_received):
             return pb.FromWorker(outlined=_outlined(summary, num_received, now))
-        case Returned(id):
-            return pb.FromWorker(returned=pb.Returned(id=id))
+        case Returned(id, ticket):
+            unclaimed = None if ticket is None else _ticket(ticket)
+            return pb.FromWorker(returned=pb.Returned(id=id, ticket=unclaimed))
         case Draining():
             return pb.FromWorker(draining=pb.Draining())
     raise TypeError(f"{type(event).__name__} is not for other processes")
@@ -170,7 +172,9 @@ def decode_event(said: pb.FromWorker, instance: str, role: Role, now: float) -> 
             )
             return Outlined(instance, summary, outlined.num_received)
         case "returned":
-            return Returned(said.returned.id)
+            returned = said.returned
+            ticket = _to_ticket(returned.ticket) if returned.HasField("ticket") else None
+            return Returned(returned.id, ticket)
         case "draining":
             return Draining(instance)
     raise ValueError(f"{said.WhichOneof('kind')} is no event of a worker")
@@ -200,6 +204,7 @@ def encode_welcome(welcome: Welcome) -> pb.FromWorker:
             mesh_size=welcome.mesh_size,
             device_kind=welcome.device_kind,
             kv_address=welcome.kv_address,
+            prefix_cache=welcome.prefix_cache,
         )
     )
 
@@ -228,6 +233,7 @@ def decode_welcome(said: pb.FromWorker) -> Welcome:
         mesh_size=welcome.mesh_size,
         device_kind=welcome.device_kind,
         kv_address=welcome.kv_address,
+        prefix_cache=welcome.prefix_cache,
     )
 
 
@@ -302,6 +308,7 @@ def _output(output: Output, now: float) -> pb.Output:
         age_s=now - output.at,
         finish_reason=output.finish_reason,
         ticket=None if ticket is None else _ticket(ticket),
+        cached=output.cached,
     )
 
 
@@ -318,6 +325,7 @@ def _to_output(said: pb.Output, now: float) -> Output:
         now - said.age_s,
         said.finish_reason if said.HasField("finish_reason") else None,
         _to_ticket(said.ticket) if said.HasField("ticket") else None,
+        said.cached,
     )
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kairos_jax.engine import BLOCK_PAGES, KV, Engine, Token
 from kairos_jax.messages import (
@@ -34,6 +34,7 @@ from kairos_jax.messages import (
     Stepped,
     Submit,
 )
+from kairos_jax.tally import Steps
 from kairos_jax.transfer import KVTransport, Ticket
 from schedulers.core import Batch, Instance, Policy, Role, during_step, fetchable
 from schedulers.request import Seq
@@ -67,7 +68,8 @@ _Work = Sequence[tuple[Seq, int]]
 class Worker:
     """Drives one instance on two threads of its own.
 
-    outline: sums up the ledger for a router that has a choice; None if there is none.
+    outline: sums up the ledger for a router that has a choice; None if there is none. page_keys: of
+    a prompt (`Request.page_keys`); None: prompts share no pages. ran: the steps so far.
     """
 
     def __init__(
@@ -79,16 +81,18 @@ class Worker:
         emit: Callable[[Event], None],
         outline: Callable[[Instance, float], Summary] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        page_keys: Callable[[Sequence[int]], Sequence[int]] | None = None,
     ):
         self.instance, self.policy, self.engine = instance, policy, engine
         self.transport, self.emit, self.outline, self.clock = transport, emit, outline, clock
+        self.page_keys, self.ran = page_keys, Steps()
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._kept: deque[_Item] = deque()  # read during a step, to be handled after it
         self._steps: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._num_received = 0
         self._draining = False
         self._tickets: dict[str, Ticket] = {}  # of KV that is to be fetched
-        self._ahead: dict[str, Ticket] = {}  # of KV that comes ahead of its request
+        self._ahead: dict[str, Ticket] = {}  # of KV that was asked for ahead of its request
         self._offers: dict[str, Ticket] = {}  # of KV that was copied out of this pool
         self._num_offered: dict[str, int] = {}  # pages, of prompts that are still computed
         self._thread = _thread(self._run, f"worker-{instance.id}")
@@ -122,7 +126,7 @@ class Worker:
                     summary = self.outline(self.instance, now)
                     self.emit(Outlined(self.instance.id, summary, self._num_received))
                 if batch.work:
-                    self._step(batch)
+                    self._step(batch, now)
         except BaseException as error:
             log.exception("instance %s died", self.instance.id)
             self.emit(Died(self.instance.id, error))
@@ -157,7 +161,8 @@ class Worker:
             case Submit(request) | Handover(request=request):
                 self._num_received += 1
                 if self._draining:
-                    self.emit(Returned(request.id))
+                    ticket = message.ticket if isinstance(message, Handover) else None
+                    self.emit(Returned(request.id, ticket))
                 else:
                     self._add(message)
             case Prefetch(ticket):
@@ -177,27 +182,29 @@ class Worker:
     def _add(self, message: Submit | Handover) -> None:
         request = message.request
         if isinstance(message, Submit):
-            self.instance.add(request)
+            keys = self.page_keys(request.prompt) if self.page_keys else ()
+            self.instance.add(replace(request, page_keys=keys))
         else:
             tokens = message.tokens
             self.instance.add(request, len(tokens), message.first_token_at, tokens)
             self._tickets[request.id] = message.ticket
-            self._ahead.pop(request.id, None)
 
     def _hand_back(self, running: bool) -> None:
         if not self._draining:
             self._draining = True
             self.emit(Draining(self.instance.id))
-            for id in list(self._ahead):
+            for id in [id for id in self._ahead if id not in self._tickets]:
                 self._forget(id)
         ledger = self.instance
-        waiting = ledger.waiting.values()
-        ids = [seq.request.id for seq in waiting if running or _unbegun(seq)]
-        if running:
-            ids += [*ledger.running, *ledger.parked]
-        for id in ids:
+        for id in [seq.request.id for seq in ledger.waiting.values() if _unbegun(seq)]:
+            # What came ahead was claimed for here, and is of no use to others.
+            ticket = None if id in self._ahead else self._tickets.pop(id, None)
             self._forget(id)
-            self.emit(Returned(id))
+            self.emit(Returned(id, ticket))
+        if running:
+            for id in [*ledger.waiting, *ledger.running, *ledger.parked]:
+                self._forget(id)
+                self.emit(Returned(id))
 
     # One turn of the loop.
 
@@ -209,11 +216,12 @@ class Worker:
         for id in batch.fetch:
             self._fetch(self._tickets[id])
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch, begun: float) -> None:
         seqs = {id: self.instance.running[id] for id in batch.work}
         self._steps.put([(seqs[id], count) for id, count in batch.work.items()])
         tokens = self._until_ended()
         now = self.clock()
+        self.ran.add(now - begun, batch.predicted_s, len(batch.work))
         for id, token in tokens.items():
             seqs[id].tokens.append(token.id)
         stopped = [id for id, token in tokens.items() if token.id in seqs[id].request.stop]
@@ -295,6 +303,7 @@ class Worker:
             self.emit(Lost(id, kv))
             return
         del self._tickets[id]
+        self._ahead.pop(id, None)
         seq = self.instance.fetched(id)
         self.engine.write_pages(self._written(seq), kv)
         if id in self._offers:  # it had been evicted from here
@@ -314,9 +323,9 @@ class Worker:
 
     def _forget(self, id: str) -> None:
         self.instance.cancel(id)
-        for tickets in (self._tickets, self._ahead):
-            if ticket := tickets.pop(id, None):
-                self.transport.release(ticket)
+        ahead = self._ahead.pop(id, None)
+        if ticket := self._tickets.pop(id, ahead):
+            self.transport.release(ticket)
         self._drop_offer(id)
 
 
@@ -332,4 +341,4 @@ def _unbegun(seq: Seq) -> bool:
 
 def _output(seq: Seq, token: Token, at: float, ticket: Ticket | None) -> Output:
     assert seq.begun_at is not None
-    return Output(seq.request.id, token, seq.begun_at, at, seq.finish_reason, ticket)
+    return Output(seq.request.id, token, seq.begun_at, at, seq.finish_reason, ticket, seq.cached)

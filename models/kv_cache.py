@@ -1,20 +1,24 @@
 """The paged KV cache as explicit pytrees, the input of one step, and the wire form of pages.
 
+How a pool lies in memory is its backend's affair (`Layout`); on the wire all are alike.
+
 Dimension letters: R rows, Q queries a row, M pages of a row's table, P pages in the pool,
-G tokens a page, L layers, K kv heads, H head dim.
+G tokens a page, L layers, K kv heads, H head dim, T tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
+from models.sharding import Rules
 
 
 @jax.tree_util.register_dataclass
@@ -35,58 +39,192 @@ class StepInput:
 
 
 class LayerCache(NamedTuple):
-    """One layer's pool of pages."""
+    """One layer's pool of pages: an array for keys and one for values, of four dimensions each.
 
-    k: Float[Array, "P K H G"]
-    v: Float[Array, "P K G H"]
+    In a `Layout` the same as strings, and as shardings where those are asked for.
+    """
+
+    k: Any
+    v: Any
 
 
-Cache = tuple[LayerCache, ...]
+class Interleaved(NamedTuple):
+    """One layer's pool as a single array, in which the key and the value of a head follow each
+    other: it has 2 K heads.
+    """
+
+    kv: Any
+
+
+Layer = LayerCache | Interleaved
+Cache = tuple[Any, ...]
+"""A `Layer` for each layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a backend's pool lies in memory.
+
+    arrays: the order of each array's dimensions: p pages, g tokens of a page, k heads, h head dim.
+    head_dims, page_sizes: what the kernels take, ascending; (): all. Heads are padded with zeros to
+    the next of head_dims.
+    """
+
+    arrays: Layer
+    head_dims: tuple[int, ...] = ()
+    page_sizes: tuple[int, ...] = ()
+
+    def head_dim(self, head_dim: int) -> int:
+        """What a head of this size takes in the pool.
+
+        Raises:
+            ValueError: there is no kernel for it.
+        """
+        fitting = [size for size in self.head_dims or (head_dim,) if size >= head_dim]
+        if not fitting:
+            raise ValueError(
+                f"head_dim must be at most {self.head_dims[-1]} for these kernels, got {head_dim}"
+            )
+        return fitting[0]
+
+    def shardings(self, config: ModelConfig, mesh: Mesh, rules: Rules) -> Layer:
+        """Those of a layer's arrays.
+
+        Raises:
+            ValueError: the kv heads cannot be split as the rules ask.
+        """
+        names = {"p": "pages", "k": "kv_heads", "g": None, "h": None}
+
+        def one(letters: str):
+            axes = tuple(names[letter] for letter in letters)
+            sizes = {"p": mesh.size, "k": config.num_kv_heads, "g": 1, "h": 1}
+            return rules.sharding(mesh, axes, [sizes[letter] for letter in letters])
+
+        return jax.tree.map(one, self.arrays)
+
+    def zeros(self, config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike) -> Layer:
+        """An empty pool for one layer.
+
+        Raises:
+            ValueError: there are no kernels for such pages or heads.
+        """
+        if self.page_sizes and page_size not in self.page_sizes:
+            raise ValueError(
+                f"page_size must be one of {', '.join(map(str, self.page_sizes))} for these "
+                f"kernels, got {page_size}"
+            )
+        heads = config.num_kv_heads * (2 if isinstance(self.arrays, Interleaved) else 1)
+        head_dim = self.head_dim(config.head_dim)
+        sizes = {"p": num_pages, "k": heads, "g": page_size, "h": head_dim}
+        shapes = jax.tree.map(lambda letters: tuple(sizes[x] for x in letters), self.arrays)
+        return type(self.arrays)(*(jnp.zeros(shape, dtype) for shape in shapes))
+
+    def append(
+        self, k: Float[Array, "R Q K H"], v: Float[Array, "R Q K H"], layer: Layer, step: StepInput
+    ) -> Any:
+        """The layer with a step's keys and values in; those of padding tokens are dropped."""
+        num_pages, page_size = self._size("p", layer), self._size("g", layer)
+        queries = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+        position = jnp.asarray(step.start)[:, None] + queries
+        table = jnp.asarray(step.page_table)
+        page = jnp.take_along_axis(table, position // page_size, axis=1, mode="clip")
+        # Past the end of the pool: the scatter drops what points there.
+        page = jnp.where(queries < jnp.asarray(step.count)[:, None], page, num_pages).reshape(-1)
+        at = {"p": page, "g": (position % page_size).reshape(-1)}
+        return self._scatter(layer, at, "tkh", *(x.reshape(-1, *x.shape[2:]) for x in (k, v)))
+
+    def write(self, layer: Layer, pages: Int[Array, "M"], wire: Float[Array, "T K 2 H"]) -> Any:
+        """The layer with M whole pages replaced; ids outside of the pool are dropped."""
+        paged = wire.reshape(pages.shape[0], -1, *wire.shape[1:])
+        return self._scatter(layer, {"p": pages}, "pgkh", paged[..., 0, :], paged[..., 1, :])
+
+    def gather(
+        self, layer: Layer, pages: Int[Array, "*R M"]
+    ) -> tuple[Float[Array, "*R T K H"], Float[Array, "*R T K H"]]:
+        """Keys and values of the pages' tokens, in order, T = M * G; heads as wide as they lie."""
+
+        def one(order: str, array: Array) -> Array:
+            taken = jnp.take(array, pages.reshape(-1), axis=order.index("p"), mode="clip")
+            paged = taken.transpose([order.index(letter) for letter in "pgkh"])
+            return paged.reshape(*pages.shape[:-1], -1, *paged.shape[2:])
+
+        parts = [one(order, array) for order, array in zip(self.arrays, layer, strict=True)]
+        if isinstance(self.arrays, Interleaved):
+            return parts[0][..., ::2, :], parts[0][..., 1::2, :]
+        return parts[0], parts[1]
+
+    def _size(self, letter: str, layer: Layer) -> int:
+        return layer[0].shape[self.arrays[0].index(letter)]
+
+    def _scatter(self, layer: Layer, at: Mapping[str, Array], dims: str, *kv: Array) -> Any:
+        """The layer with these keys and values at these indices. dims: theirs, where t stands for
+        all of `at` together.
+        """
+        values = [pad_heads(each, self._size("h", layer)) for each in kv]
+        if isinstance(self.arrays, Interleaved):
+            both = jnp.stack(values, axis=-2)
+            values = [both.reshape(*both.shape[:-3], -1, both.shape[-1])]
+        parts = zip(layer, self.arrays, values, strict=True)
+        return type(self.arrays)(*(_put(*each, at, dims) for each in parts))
 
 
 def allocate(
     config: ModelConfig,
+    layout: Layout,
     num_pages: int,
     page_size: int,
     dtype: DTypeLike,
-    sharding: Sharding | None = None,
+    sharding: Layer | None = None,
 ) -> Cache:
-    """A zeroed pool for every layer; `sharding` is that of [P, K, ...] arrays."""
-    kv, head = config.num_kv_heads, config.head_dim
+    """A zeroed pool for every layer; `sharding` as `Layout.shardings` gives it.
+
+    Raises:
+        ValueError: as `Layout.zeros`.
+    """
 
     def zeros() -> Cache:
-        return tuple(
-            LayerCache(
-                k=jnp.zeros((num_pages, kv, head, page_size), dtype),
-                v=jnp.zeros((num_pages, kv, page_size, head), dtype),
-            )
-            for _ in range(config.num_layers)
-        )
+        layers = range(config.num_layers)
+        return tuple(layout.zeros(config, num_pages, page_size, dtype) for _ in layers)
 
-    return jax.jit(zeros, out_shardings=sharding)()
+    shardings = None if sharding is None else (sharding,) * config.num_layers
+    return jax.jit(zeros, out_shardings=shardings)()
 
 
-def read_pages(cache: Cache, pages: Int[Array, "M"]) -> Float[Array, "L T K 2 H"]:
+def read_pages(
+    config: ModelConfig, layout: Layout, cache: Cache, pages: Int[Array, "M"]
+) -> Float[Array, "L T K 2 H"]:
     """Copies pages out in the wire form: token-major, K and V side by side, T = M * G."""
 
-    def one_layer(layer: LayerCache) -> Array:
-        keys = layer.k[pages].transpose(0, 3, 1, 2)  # [M, G, K, H]
-        values = layer.v[pages].transpose(0, 2, 1, 3)
-        both = jnp.stack([keys, values], axis=3)
-        return both.reshape(-1, *both.shape[2:])
+    def one_layer(layer: Layer) -> Array:
+        return jnp.stack(layout.gather(layer, pages), axis=2)[..., : config.head_dim]
 
     return jnp.stack([one_layer(layer) for layer in cache])
 
 
-def write_pages(cache: Cache, pages: Int[Array, "M"], wire: Float[Array, "L T K 2 H"]) -> Cache:
-    """Writes what `read_pages` gave into other pages. Page ids outside the pool are dropped."""
+def write_pages(
+    layout: Layout, cache: Cache, pages: Int[Array, "M"], wire: Float[Array, "L T K 2 H"]
+) -> Cache:
+    """Writes what `read_pages` gave into other pages, of whatever layout that was. Page ids outside
+    the pool are dropped.
+    """
+    layers = zip(cache, wire, strict=True)
+    return tuple(layout.write(layer, pages, tokens) for layer, tokens in layers)
 
-    def one_layer(layer: LayerCache, tokens: Array) -> LayerCache:
-        paged = tokens.reshape(pages.shape[0], -1, *tokens.shape[1:])  # [M, G, K, 2, H]
-        keys = paged[:, :, :, 0].transpose(0, 2, 3, 1)
-        values = paged[:, :, :, 1].transpose(0, 2, 1, 3)
-        return LayerCache(
-            k=layer.k.at[pages].set(keys, mode="drop"), v=layer.v.at[pages].set(values, mode="drop")
-        )
 
-    return tuple(one_layer(layer, tokens) for layer, tokens in zip(cache, wire, strict=True))
+def pad_heads(x: Float[Array, "... H"], head_dim: int) -> Float[Array, "... H2"]:
+    """Heads with zeros behind them, up to head_dim: they add nothing to a product of heads."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, head_dim - x.shape[-1])])
+
+
+def _put(array: Array, order: str, values: Array, at: Mapping[str, Array], dims: str) -> Array:
+    """The array, whose dimensions are `order`, with values, whose are `dims`, at these indices."""
+    index = tuple(at.get(letter, slice(None)) for letter in order)
+    if len(at) > 1:
+        # As NumPy has it: what two indices pick stays in their place if they are neighbours, and
+        # comes first if they are not.
+        first, last = sorted(order.index(letter) for letter in at)
+        others = [letter for letter in order if letter not in at]
+        others.insert(first if last == first + 1 else 0, "t")
+        order = "".join(others)
+    values = values.transpose([dims.index(letter) for letter in order])
+    return array.at[index].set(values.astype(array.dtype), mode="drop")

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig, rope_frequencies
+from models.ops.linear import Linear
 from models.sharding import Axes
 
 Rope = tuple[Float[Array, "R Q 1 H/2"], Float[Array, "R Q 1 H/2"]]
@@ -25,9 +26,13 @@ Attend = Callable[
 
 
 def weight(
-    rngs: nnx.Rngs, axes: Axes, shape: tuple[int, ...], dtype: DTypeLike, stddev: float
+    rngs: nnx.Rngs | None, axes: Axes, shape: tuple[int, ...], dtype: DTypeLike, stddev: float
 ) -> nnx.Param:
-    """Declares a weight: its logical axes, shape, dtype and initial distribution."""
+    """Declares a weight: its logical axes, shape, dtype and initial distribution. rngs: None for
+    zeros, where only the declaration is wanted: to trace the rest took SmolLM2 a second.
+    """
+    if rngs is None:
+        return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
     value = nnx.initializers.normal(stddev)(rngs.params(), shape, dtype)
     return nnx.Param(value, axes=axes)
 
@@ -49,7 +54,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; what attends is passed in."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
         hidden, head_dim = config.hidden_size, config.head_dim
         heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
         names = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
@@ -65,6 +70,7 @@ class Attention(nnx.Module):
         out_shape = (config.num_heads, head_dim, hidden)
         stddev = (config.num_heads * head_dim) ** -0.5
         self.o = weight(rngs, ("heads", "head_dim", "embed"), out_shape, dtype, stddev)
+        self.num_heads, self.num_kv_heads, self.head_dim = heads["q"], heads["k"], head_dim
         self.has_bias, self.has_norm = config.qkv_bias, config.qk_norm
         if config.qkv_bias:
             self.q_bias, self.k_bias, self.v_bias = bias("q"), bias("k"), bias("v")
@@ -73,42 +79,40 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(head_dim, "head_dim", eps=config.norm_eps, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "R Q D"], rope: Rope, attend: Attend
+        self, x: Float[Array, "R Q D"], rope: Rope, attend: Attend, linear: Linear
     ) -> Float[Array, "R Q D"]:
-        q, k, v = (_into_heads(x, w[...]) for w in (self.q, self.k, self.v))
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        parts = zip((self.q, self.k, self.v), heads, strict=True)
+        q, k, v = (linear(x, w[...], count, self.head_dim) for w, count in parts)
         if self.has_bias:
             biases = (self.q_bias, self.k_bias, self.v_bias)
             q, k, v = (y + b[...][None, None] for y, b in zip((q, k, v), biases, strict=True))
         if self.has_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(rotate(q, rope), rotate(k, rope), v)
-        return out.reshape(*x.shape[:2], -1) @ self.o[...].reshape(-1, x.shape[-1])
-
-
-def _into_heads(x: Float[Array, "R Q D"], w: Float[Array, "D N H"]) -> Float[Array, "R Q N H"]:
-    """As one plain product of matrices, like that of `o`: given einsums over [D, N, H], XLA for CPU
-    transposed weights at every step, and prefill took twice the time.
-    """
-    return (x @ w.reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:])
+        return linear(out.reshape(*x.shape[:2], -1), self.o[...], x.shape[-1])
 
 
 class Mlp(nnx.Module):
     """The gated feed-forward layer: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
         hidden, size = config.hidden_size, config.mlp_size
         into = (("embed", "mlp"), (hidden, size), dtype, hidden**-0.5)
         self.gate, self.up = weight(rngs, *into), weight(rngs, *into)
         self.down = weight(rngs, ("mlp", "embed"), (size, hidden), dtype, size**-0.5)
 
-    def __call__(self, x: Float[Array, "R Q D"]) -> Float[Array, "R Q D"]:
-        return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+        self.size = size
+
+    def __call__(self, x: Float[Array, "R Q D"], linear: Linear) -> Float[Array, "R Q D"]:
+        gate, up = linear(x, self.gate[...], self.size), linear(x, self.up[...], self.size)
+        return linear(jax.nn.silu(gate) * up, self.down[...], x.shape[-1])
 
 
 class Block(nnx.Module):
     """One layer: attention, then the mlp, each normed before and added to the residual."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
         hidden, eps = config.hidden_size, config.norm_eps
         self.attention_norm = RMSNorm(hidden, "embed", eps=eps, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
@@ -116,12 +120,12 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "R Q D"], rope: Rope, attend: Attend
+        self, x: Float[Array, "R Q D"], rope: Rope, attend: Attend, linear: Linear
     ) -> Float[Array, "R Q D"]:
         with jax.named_scope("attention"):
-            x = x + self.attention(self.attention_norm(x), rope, attend)
+            x = x + self.attention(self.attention_norm(x), rope, attend, linear)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x))
+            return x + self.mlp(self.mlp_norm(x), linear)
 
 
 def rope_angles(config: ModelConfig, positions: Int[Array, "R Q"]) -> Rope:

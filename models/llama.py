@@ -3,7 +3,9 @@
 Dimension letters: R rows, Q queries a row, D hidden size, V vocabulary.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,19 +17,23 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.config import ModelConfig
-from models.kv_cache import Cache, LayerCache, StepInput
+from models.kv_cache import Cache, Layer, StepInput
 from models.layers import Block, RMSNorm, Rope, rope_angles, weight
-from models.ops.attention import Attention
+from models.ops import Kernels
+from models.ops.linear import Linear
 from models.sharding import Rules
 
 Params = Mapping[str, Array]
 """Weights by path: "embed", "layers.0.attention.q", ..., "norm.scale", and "head" if not tied."""
 
+# By how many axes of theirs come in, weights that are multiplied with.
+_INPUTS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
+
 
 class Llama(nnx.Module):
     """The whole model. Build it under `nnx.eval_shape` unless random weights are wanted."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
         vocab, hidden = config.vocab_size, config.hidden_size
         self.config = config
         self.embed = weight(rngs, ("vocab", "embed"), (vocab, hidden), dtype, 0.02)
@@ -38,7 +44,7 @@ class Llama(nnx.Module):
             self.head = weight(rngs, ("embed", "vocab"), (hidden, vocab), dtype, hidden**-0.5)
 
     def __call__(
-        self, cache: Cache, step: StepInput, attention: Attention
+        self, cache: Cache, step: StepInput, kernels: Kernels
     ) -> tuple[Float[Array, "R V"], Cache]:
         """Logits after each row's last real token. Layers are unrolled: with a donated cache a scan
         over them took 105 ms where this takes 88 (SmolLM2-135M, batch 16, CPU).
@@ -48,23 +54,23 @@ class Llama(nnx.Module):
             queries = jnp.arange(step.tokens.shape[1], dtype=jnp.int32)
             positions = jnp.asarray(step.start)[:, None] + queries[None, :]
             rope = rope_angles(self.config, positions)
-        written: list[LayerCache] = []
+        written: list[Layer] = []
         for block, layer in zip(self.layers, cache, strict=True):
             graph, state = nnx.split(block)
-            x, layer = _run_block(graph, attention, state, x, rope, layer, step)
+            x, layer = _run_block(graph, kernels, state, x, rope, layer, step)
             written.append(layer)
         with jax.named_scope("head"):
-            return self._logits(x, step), tuple(written)
+            return self._logits(x, step, kernels.linear), tuple(written)
 
-    def _logits(self, x: Float[Array, "R Q D"], step: StepInput) -> Float[Array, "R V"]:
+    def _logits(
+        self, x: Float[Array, "R Q D"], step: StepInput, linear: Linear
+    ) -> Float[Array, "R V"]:
         last = jnp.maximum(jnp.asarray(step.count) - 1, 0)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         x = self.norm(x)
-        if self.config.tie_embeddings:
-            equation, head = "rd,vd->rv", self.embed[...]
-        else:
-            equation, head = "rd,dv->rv", self.head[...]
-        return jnp.einsum(equation, x, head, preferred_element_type=jnp.float32)
+        if not self.config.tie_embeddings:
+            return linear(x, self.head[...], self.config.vocab_size, dtype=jnp.float32)
+        return jnp.einsum("rd,vd->rv", x, self.embed[...], preferred_element_type=jnp.float32)
 
 
 def abstract_params(
@@ -100,18 +106,45 @@ def init_params(
     return jax.jit(init, out_shardings=shardings)(key)
 
 
+def pack_config(config: ModelConfig, kernels: Kernels) -> ModelConfig:
+    """The config of weights that `pack` gave."""
+    return config if kernels.pack is None else dataclasses.replace(config, tie_embeddings=False)
+
+
+def pack(config: ModelConfig, params: Params, kernels: Kernels) -> dict[str, Array]:
+    """The weights as `forward` takes them with these kernels: the same, unless they pack weights.
+    A head that is tied to the embedding is then a weight of its own.
+    """
+    packed = dict(params)
+    if kernels.pack is None:
+        return packed
+    as_packed = kernels.pack
+
+    @functools.partial(jax.jit, static_argnums=1)  # one program a shape, and not an operation
+    def one(w: Array, inputs: int) -> Array:
+        return as_packed(w.reshape(math.prod(w.shape[:inputs]), -1))
+
+    if config.tie_embeddings:
+        packed["head"] = packed["embed"].T
+    for path, w in packed.items():
+        if inputs := _INPUTS.get(path.rpartition(".")[2]):
+            packed[path] = one(w, inputs)
+    return packed
+
+
 def forward(
-    config: ModelConfig, params: Params, cache: Cache, step: StepInput, attention: Attention
+    config: ModelConfig, params: Params, cache: Cache, step: StepInput, kernels: Kernels
 ) -> tuple[Float[Array, "R V"], Cache]:
     """One step: f32 logits after each row's last real token, and the cache with its tokens in.
 
     Computes in the dtype of the weights. Rows with count 0 give logits that mean nothing. To be
-    jitted by the caller, with `config` and `attention` static and the cache donated.
+    jitted by the caller, with `config` and `kernels` static and the cache donated. config, params:
+    as `pack_config` and `pack` gave them.
     """
     graph, declared = _declare(config, params["embed"].dtype)
     state = [(path, param.replace(params[_name(path)])) for path, param in declared]
     model = nnx.merge(graph, nnx.from_flat_state(state))
-    return model(cache, step, attention)
+    return model(cache, step, kernels)
 
 
 # Jitted, so that JAX traces and lowers one layer and not thirty: half a second a shape. XLA puts it
@@ -119,28 +152,28 @@ def forward(
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=False)
 def _run_block(
     graph: nnx.GraphDef,
-    attention: Attention,
+    kernels: Kernels,
     state: nnx.State,
     x: Float[Array, "R Q D"],
     rope: Rope,
-    layer: LayerCache,
+    layer: Layer,
     step: StepInput,
-) -> tuple[Float[Array, "R Q D"], LayerCache]:
+) -> tuple[Float[Array, "R Q D"], Layer]:
     written = layer
 
     def attend(q, k, v):
         nonlocal written
-        out, written = attention(q, k, v, layer, step)
+        out, written = kernels.attention(q, k, v, layer, step)
         return out
 
-    x = nnx.merge(graph, state)(x, rope, attend)
+    x = nnx.merge(graph, state)(x, rope, attend, kernels.linear)
     return x, written
 
 
 @functools.cache
 def _declare(config: ModelConfig, dtype: jnp.dtype):
     """The model's structure and its abstract weights as (path, Param)."""
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=None))
     graph, state = nnx.split(model)
     return graph, tuple(nnx.to_flat_state(state))
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from schedulers.outputs import Outputs
-from schedulers.pages import PageTable
+from schedulers.pool import Pool
 from schedulers.request import Request, Seq
 from schedulers.rows import Column, Rows
 
@@ -62,6 +62,11 @@ class Limits:
                 f"got {self.parked_tokens}"
             )
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV all pages hold."""
+        return self.num_pages * self.page_size
+
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
@@ -101,7 +106,8 @@ class Instance:
         self.id = id
         self.role = role
         self.limits = limits
-        self.pages = PageTable(limits.num_pages)
+        self.pool = Pool(limits.num_pages, limits.page_size)
+        self.pages = self.pool.table
         self.waiting: Rows[Seq] = Rows()
         self.running: Rows[Seq] = Rows()
         self.parked: Rows[Seq] = Rows()
@@ -124,8 +130,10 @@ class Instance:
         return self.waiting.get(id) or self.running.get(id) or self.parked.get(id)
 
     def pages_needed(self, seq: Seq) -> int:
-        """Pages that `seq` must be given before it may begin: for all its tokens so far."""
-        return self.limits.pages_for(seq.length) - len(seq.pages)
+        """Pages that `seq` must be given before it may begin: for all its tokens so far. Cached
+        ones count, as if they were taken anew: so that is the most that it can take.
+        """
+        return self.pool.needed(seq)
 
     def unbegun(self) -> list[Seq]:
         """The running sequences that have no output token yet."""
@@ -165,6 +173,8 @@ class Instance:
             seq.cells[Column.READY] = 0.0
             self._expect(seq)
         self.waiting.add(request.id, seq)
+        if not num_tokens:
+            self.pool.watch(seq)
         if self.journal:
             self.journal("add", request, num_tokens, first_token_at)
         return seq
@@ -178,20 +188,24 @@ class Instance:
             self.journal("begin", now, batch)
         for id in batch.evict:
             seq = self.running.move(id, self.waiting)
-            assert seq.remaining == 1, f"request {id!r} was evicted in the midst of its prefill"
-            self._give_back(seq)
+            assert seq.num_tokens, f"request {id!r} was evicted in the midst of its prefill"
+            self.pool.take_back(seq)
             seq.cells[Column.READY] = 0.0
+        joining: Sequence[str] = ()
+        if self.waiting.seqs and batch.work:
+            some = self.waiting.ids & batch.work.keys()
+            # In the order of the work, not of a set: rows are the same in every process.
+            joining = [id for id in batch.work if id in some] if len(some) > 1 else list(some)
+        for id in joining:  # before any page is given out, which could evict what is cached of them
+            self.pool.share(self.waiting[id])
         for id in batch.fetch:
-            self._give(self.waiting[id])
+            self.pool.give(self.waiting[id])
         if not batch.work:
             return
-        if self.waiting.seqs:
-            joining = self.waiting.ids & batch.work.keys()
-            # In the order of the work, not of a set: rows are the same in every process.
-            for id in filter(joining.__contains__, batch.work) if len(joining) > 1 else joining:
-                self._admit(id, now)
+        for id in joining:
+            self._admit(id, now)
         if self.role is not Role.PREFILL:
-            self._grow()
+            self.pool.grow(self.running)
         self._begun = now, self.running.num_removed, batch
         self.busy_until = now + self.pace * batch.predicted_s
 
@@ -229,7 +243,10 @@ class Instance:
             ended = self._count(where, now) | ended
         left = []
         for seq in begun_prompts:
-            if not seq.advance(work[seq.request.id], now):
+            count = work[seq.request.id]
+            ended_prompt = seq.advance(count, now)
+            self.pool.cache(seq, count)
+            if not ended_prompt:
                 continue
             rows.num_tokens += 1
             if seq.request.max_tokens == 1 and seq.request.id not in ended:
@@ -247,7 +264,7 @@ class Instance:
         """The KV of `id`, which is parked, has been copied out of the pool: frees its pages."""
         if self.journal:
             self.journal("copied", id)
-        self._give_back(self.parked[id])
+        self.pool.take_back(self.parked[id])
 
     def release(self, id: str) -> None:
         """The decode side has the KV of `id`: forgets it. Unknown ids are passed over, since a
@@ -271,46 +288,22 @@ class Instance:
     def check(self) -> None:
         """Raises AssertionError if a page is leaked or shared, or an id stands twice."""
         places = (self.waiting, self.running, self.parked)
-        seqs = [seq for place in places for seq in place.values()]
-        ids = [seq.request.id for seq in seqs]
+        ids = [id for place in places for id in place]
         assert len(ids) == len(set(ids)), "a request stands in two places"
         for place in places:
             place.check()
-        for seq in seqs:
-            held = len(seq.pages) * self.limits.page_size
-            assert held == seq.cells[Column.CAPACITY], f"pages of {seq.request.id!r}"
         assert self.parked_tokens == sum(seq.computed for seq in self.parked.values())
-        self.pages.check([page for seq in seqs for page in seq.pages])
+        self.pool.check(*(place.seqs for place in places))
 
     # How they do it.
 
     def _admit(self, id: str, now: float) -> None:
         seq = self.waiting[id]
         assert seq.ready, f"request {id!r} was scheduled before its KV arrived"
-        self._give(seq)
+        self.pool.give(seq)
         if seq.begun_at is None:
             seq.begun_at = now
         self.waiting.move(id, self.running)
-
-    def _grow(self) -> None:
-        """A page more for each running sequence whose next token has no room."""
-        running, capacity = self.running, self.running.capacity
-        if rows := (running.length > capacity).nonzero()[0].tolist():
-            for row, page in zip(rows, self.pages.alloc(len(rows)), strict=True):
-                running.seqs[row].pages.append(page)
-                capacity[row] += self.limits.page_size
-
-    def _give(self, seq: Seq) -> None:
-        """The pages that it needs."""
-        count = self.pages_needed(seq)
-        if count > 0:
-            seq.pages += self.pages.alloc(count)
-            seq.cells[Column.CAPACITY] = len(seq.pages) * self.limits.page_size
-
-    def _give_back(self, seq: Seq) -> None:
-        self.pages.free(seq.pages)
-        seq.pages = []
-        seq.cells[Column.CAPACITY] = 0.0
 
     def _anchor(self, predicted_s: float, took_s: float) -> None:
         if predicted_s <= 0:
@@ -371,9 +364,11 @@ class Instance:
 
     def _drop(self, place: Rows[Seq], id: str) -> None:
         seq = place.remove(id)
+        if place is self.waiting:
+            self.pool.unwatch(seq)
         if place is self.parked:
             self.parked_tokens -= seq.computed
-        self._give_back(seq)
+        self.pool.take_back(seq)
 
 
 Policy = Callable[[Instance, float], Batch]

@@ -4,8 +4,8 @@ A record is a plain sequence, a line of JSON: instance id, verb, time in seconds
 was told. No prompt's text or token ids are in it.
 
     "instance"  role, limits by name (null for infinity), learn_outputs: an instance's first record
-    "add"       [id, arrival, num_prompt, max_tokens, ttft, tpot, serial], num_tokens,
-                first_token_at
+    "add"       [id, arrival, num_prompt, max_tokens, ttft, tpot, serial, and page_keys if it has
+                any], num_tokens, first_token_at
     "begin"     whole, work, fetch, evict, predicted_s
     "end"       stopped
     "fetched", "copied", "release", "cancel"    id
@@ -279,12 +279,13 @@ def _unpack(
 def _fields(request: Request) -> tuple[Any, ...]:
     slo = request.slo
     lengths = len(request.prompt), request.max_tokens
-    return request.id, request.arrival, *lengths, slo.ttft, slo.tpot, request.serial
+    keys = (tuple(request.page_keys),) if request.page_keys else ()
+    return request.id, request.arrival, *lengths, slo.ttft, slo.tpot, request.serial, *keys
 
 
-def _request(id, arrival, num_prompt, max_tokens, ttft, tpot, serial) -> Request:
-    slo = Slo(ttft, tpot)
-    return Request(id, arrival, range(num_prompt), max_tokens, slo, serial=serial)
+def _request(id, arrival, num_prompt, max_tokens, ttft, tpot, serial, page_keys=()) -> Request:
+    slo, prompt = Slo(ttft, tpot), range(num_prompt)
+    return Request(id, arrival, prompt, max_tokens, slo, serial=serial, page_keys=page_keys)
 
 
 def _instance(id: str, role: str, limits: Mapping[str, Any], learn_outputs: bool) -> Instance:

@@ -50,8 +50,8 @@ def fcfs(cost: CostModel, pack: float = math.inf) -> Policy:
 
 
 def sjf(cost: CostModel, pack: float = math.inf) -> Policy:
-    """Shortest prompt first; the older of two that are as long."""
-    return Ordered(cost, lambda rows: rows.length + 1e-9 * rows.arrival, pack)
+    """Shortest prompt first, by what is not cached of it; the older of two that are as long."""
+    return Ordered(cost, lambda rows: rows.length - rows.computed + 1e-9 * rows.arrival, pack)
 
 
 def edf(cost: CostModel, pack: float = math.inf) -> Policy:

@@ -33,7 +33,8 @@ class Request:
 
     prompt: token ids (the simulator passes a `range`: only the length is looked at here).
     stop: token ids that end the output. sampling: opaque to schedulers. serial: a number of the
-    caller's own, which stands in the columns.
+    caller's own, which stands in the columns. page_keys: of each whole page of the prompt, a number
+    that stands for its tokens and all before them; none where nothing is to be shared.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Request:
     stop: frozenset[int] = frozenset()
     sampling: Any = None
     serial: int = 0
+    page_keys: Sequence[int] = ()
 
     @property
     def deadline(self) -> float:
@@ -61,10 +63,11 @@ class Seq:
     policies read those of all sequences at once (see `schedulers.rows`).
 
     tokens: ids generated so far; only who computes steps reads and extends it. pages: ids of the
-    pages that hold its KV. begun_at: when its first step here began.
+    pages that hold its KV. begun_at: when its first step here began. cached: tokens of its prompt
+    that were here before.
     """
 
-    __slots__ = ("begun_at", "cells", "finish_reason", "pages", "request", "tokens")
+    __slots__ = ("begun_at", "cached", "cells", "finish_reason", "pages", "request", "tokens")
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class Seq:
         self.tokens = list(tokens)
         self.pages: list[int] = []
         self.begun_at: float | None = None
+        self.cached = 0
         self.finish_reason: str | None = None
         first_at = math.nan if first_token_at is None else first_token_at
         length, tpot = len(request.prompt) + num_tokens, request.slo.tpot
@@ -101,7 +105,9 @@ class Seq:
 
     @property
     def computed(self) -> int:
-        """How many of its tokens have their KV in `pages`."""
+        """How many of its tokens have their KV in `pages`; of a prompt that waits, how many are
+        cached, and would be there if it began now.
+        """
         return int(self.cells[Column.COMPUTED])
 
     @property

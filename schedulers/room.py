@@ -31,19 +31,18 @@ class Room:
         """Evicts running sequences, least in `order` first, until the others have the pages that
         they need now. Returns the rows of the others.
         """
-        running, size = self.instance.running, self.instance.limits.page_size
+        running = self.instance.running
         if self.free >= 0:
             return self.all
         lacking = running.length > running.capacity
         short = int(np.count_nonzero(lacking)) - self.instance.pages.num_free
         if short <= 0:
             return self.all
-        rows = order().argsort(kind="stable").tolist()
-        while short > 0:
-            row = rows.pop(0)
-            short -= int(running.capacity[row]) // size + int(lacking[row])
-            self.evict.append(row)
-        return np.array(sorted(rows), dtype=np.intp)
+        rows = order().argsort(kind="stable")
+        freed = (self._freed(rows) + lacking[rows]).cumsum()
+        count = int(np.searchsorted(freed, short)) + 1  # all, where pages are shared among them
+        self.evict += rows[:count].tolist()
+        return np.sort(rows[count:])
 
     def evict_for(self, lengths: np.ndarray, rows: np.ndarray) -> None:
         """Evicts as few of the running `rows` as make room for so many tokens [S], the longest
@@ -55,13 +54,20 @@ class Room:
             return
         rows = rows[~np.isin(rows, self.evict)]
         rows = rows[(-running.capacity[rows]).argsort(kind="stable")]
-        freed = (running.capacity[rows] // size).cumsum()
+        freed = self._freed(rows).cumsum()
         if not rows.size or freed[-1] + self.free < -(-lengths[0] // size):
             return
         rows = rows[: int(np.searchsorted(freed, short)) + 1]
         if rows.size:
             self.free += int(freed[rows.size - 1])
             self.evict += rows.tolist()
+
+    def _freed(self, rows: np.ndarray) -> np.ndarray:
+        """Pages that each of the running `rows` would free, if it alone gave back its own [S]."""
+        running, table = self.instance.running, self.instance.pages
+        if table.num_shared:
+            return np.array([table.num_freed_by(running.at(row).pages) for row in rows.tolist()])
+        return running.capacity[rows] // self.instance.limits.page_size
 
     def fetch(self, order: np.ndarray, held: float = 0.0, limit: float = math.inf) -> np.ndarray:
         """Which of the waiting `order` to fetch now: those that are neither here nor under way, in

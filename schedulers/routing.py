@@ -105,22 +105,29 @@ def outline(instance: Instance, cost: CostModel, now: float, demotes: bool = Tru
 
 
 def route_prefill(
-    request: Request, summaries: Sequence[Summary], cost: CostModel, now: float
+    request: Request,
+    summaries: Sequence[Summary],
+    cost: CostModel,
+    now: float,
+    cached: Sequence[int] = (),
 ) -> int:
     """The instance on which the first token comes soonest; if it comes too late on each, the one
-    that has the least to do. One that may park no more comes behind all others.
+    that has the least to do then. One that may park no more comes behind all others.
+
+    cached: tokens of the prompt that each has in its prefix cache; left out, none.
     """
     if len(summaries) == 1:
         return 0
-    base = cost.prefill_s(len(request.prompt))
     best, best_key = 0, (math.inf, math.inf, math.inf, math.inf)
     for index, summary in enumerate(summaries):
-        finish_s = _first_token_s(request, summary, base)
+        found = cached[index] if cached else 0
+        own_s = cost.prefill_s(len(request.prompt) - found, found)
+        finish_s = _first_token_s(request, summary, own_s)
         late = now + finish_s > request.deadline
         key = (
             float(summary.parked_room < math.inf),
             float(late),
-            _stretch(summary) * summary.work_s if late else finish_s,
+            _stretch(summary) * (summary.work_s + summary.pace * own_s) if late else finish_s,
             summary.load,
         )
         if key < best_key:
@@ -174,9 +181,9 @@ def relief_s(prefill: Sequence[Summary], decode: Sequence[Summary]) -> float:
     return max(prompts_s, output_s if output_s < math.inf else 0.0)
 
 
-def prompt_s(request: Request, summary: Summary, cost: CostModel) -> float:
-    """Seconds that the prompt takes on an instance."""
-    return summary.pace * cost.prefill_s(len(request.prompt))
+def prompt_s(request: Request, summary: Summary, cost: CostModel, cached: int = 0) -> float:
+    """Seconds that the prompt takes on an instance which has so many tokens of it cached."""
+    return summary.pace * cost.prefill_s(len(request.prompt) - cached, cached)
 
 
 def share(length: Number, tpot: Number, cost: CostModel) -> Number:

@@ -31,6 +31,7 @@ class Scenario:
     of the requests and their shares. colocated: instances that do both jobs, in the place of
     prefill and decode ones. max_batch: sequences a decode step; chunk: prompt tokens a prefill
     step; pack: base costs of a prefill step that other prompts may add (`schedulers.prefill`).
+    prefix_cache: whether prompts that begin alike (`Arrival.blocks`) share pages.
     parked_tokens: KV that waits outside of each prefill instance's pool, in host memory, at most.
     learn_outputs: whether policies may learn from finished requests how long outputs will be.
     noise: standard deviation of the logarithm of each step's time, whose mean stays. bias: the
@@ -49,6 +50,7 @@ class Scenario:
     chunk: int = 4096
     page_size: int = 16
     pack: float = 0.0
+    prefix_cache: bool = False
     parked_tokens: float = math.inf
     learn_outputs: bool = True
     noise: float = 0.0
@@ -105,6 +107,7 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
     longest_output = max((a.num_output for a in arrivals), default=1)
     limits = scenario.limits or dict.fromkeys(Role, _limits(scenario, arrivals, longest_output))
     max_context = min(each.max_context for each in limits.values())
+    page_size = limits[Role.BOTH if scenario.colocated else Role.PREFILL].page_size
     believed = scenario.cost.scaled(1 + scenario.bias)
     classes = _classes_of(scenario, len(arrivals))
     requests = [
@@ -116,6 +119,7 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
             min(longest_output, max_context - arrival.num_prompt),
             scenario.classes[which].slo,
             serial=index,
+            page_keys=arrival.page_keys(page_size) if scenario.prefix_cache else (),
         )
         for index, (arrival, which) in enumerate(zip(arrivals, classes, strict=True))
     ]
@@ -125,7 +129,8 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
         return [routing.outline(instance, believed, now, demotes) for instance in instances]
 
     def route_prefill(request: Request, instances: Sequence[Instance], now: float) -> int:
-        return routing.route_prefill(request, outlines(instances, now), believed, now)
+        cached = [instance.pool.cached(request) for instance in instances]
+        return routing.route_prefill(request, outlines(instances, now), believed, now, cached)
 
     def route_decode(seq: Seq, instances: Sequence[Instance], now: float) -> int:
         slo = seq.request.slo
@@ -147,10 +152,11 @@ def ttft_bound(scenario: Scenario, arrivals: Sequence[Arrival]) -> float | None:
     """The highest TTFT attainment, in percent, that any policy could reach if it knew all arrivals.
 
     None where it is not known exactly: several prefill instances or colocated ones, prompts that
-    share a step, TTFTs that differ, times that are not known beforehand.
+    share a step or pages, TTFTs that differ, times that are not known beforehand.
     """
     ttfts = {each.slo.ttft for each in scenario.classes}
     known = not (scenario.colocated or scenario.pack or scenario.noise or scenario.limits)
+    known = known and not (scenario.prefix_cache and any(arrival.blocks for arrival in arrivals))
     if not arrivals or not known or scenario.num_prefill != 1 or len(ttfts) != 1:
         return None
     release = [arrival.at for arrival in arrivals]

@@ -15,7 +15,7 @@ _MAX_TOKENS = 2**31 - 1
 _EPOCH = datetime(2023, 1, 1, tzinfo=UTC)
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
-_Entry = tuple[float, int, int]
+_Entry = tuple[float, int, int, tuple[int, ...]]
 _Parse = Callable[[str], _Entry]
 _Format = Callable[[str], tuple[_Parse, bool]]
 """First line -> (parser of entries, whether the first line is one already or a header)."""
@@ -46,7 +46,8 @@ def read_azure_csv(path: str | Path) -> list[Arrival]:
 
 def read_mooncake_jsonl(path: str | Path) -> list[Arrival]:
     """Reads a Mooncake trace: a JSON object a line with timestamp (ms), input_length and
-    output_length. Sorting, zero lengths and errors are as with `read_trace`.
+    output_length, and perhaps hash_ids, of blocks of 512 tokens of the prompt. Sorting, zero
+    lengths and errors are as with `read_trace`.
     """
     return _read(path, _mooncake)
 
@@ -81,7 +82,10 @@ def _read(path: str | Path, begin: _Format) -> list[Arrival]:
         raise ValueError(f"{path}: the trace holds no requests")
     entries.sort(key=lambda entry: entry[0])
     first = entries[0][0]
-    return [Arrival(at - first, num_prompt, num_output) for at, num_prompt, num_output in entries]
+    return [
+        Arrival(at - first, num_prompt, num_output, blocks)
+        for at, num_prompt, num_output, blocks in entries
+    ]
 
 
 def _decoded(raw: bytes, number: int) -> str:
@@ -119,6 +123,7 @@ def _azure(header: str) -> tuple[_Parse, bool]:
             _seconds(row[at]),
             _tokens(_COLUMNS[1], row[num_prompt]),
             _tokens(_COLUMNS[2], row[num_output]),
+            (),
         )
 
     return parse, False
@@ -173,7 +178,14 @@ def _parse_mooncake(line: str) -> _Entry:
         at / 1000,
         _tokens("input_length", entry["input_length"]),
         _tokens("output_length", entry["output_length"]),
+        _blocks(entry.get("hash_ids", [])),
     )
+
+
+def _blocks(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(id) is not int for id in value):
+        raise ValueError(f"hash_ids must be a list of whole numbers, got {_short(value)}")
+    return tuple(value)
 
 
 def _tokens(name: str, value: object) -> int:

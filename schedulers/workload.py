@@ -9,14 +9,30 @@ import numpy as np
 
 from schedulers.request import Slo
 
+# Of `Arrival.blocks`, as of Mooncake's traces.
+BLOCK_TOKENS = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request to come: seconds from the start of the workload, and its lengths in tokens."""
+    """A request to come: seconds from the start of the workload, and its lengths in tokens.
+
+    blocks: a number for each `BLOCK_TOKENS` of the prompt, and for what is left: the same in two
+    prompts that are the same up to the end of it. None where that is not known.
+    """
 
     at: float
     num_prompt: int
     num_output: int
+    blocks: tuple[int, ...] = ()
+
+    def page_keys(self, page_size: int) -> tuple[int, ...]:
+        """See `Request.page_keys`."""
+        known = min(self.num_prompt, len(self.blocks) * BLOCK_TOKENS)
+        ends = range(page_size - 1, known, page_size)
+        return tuple(
+            self.blocks[end // BLOCK_TOKENS] * BLOCK_TOKENS + end % BLOCK_TOKENS for end in ends
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """JAX on eight CPU devices, set before its first use; and the tiny models of tests/golden."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -8,8 +9,38 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from kairos_jax.hub import cache_dir
+from models.ops import KERNELS, attention_gpu, attention_tpu, native
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Those for accelerators, by the same names, where there are none.
+INTERPRETED = {"gpu": attention_gpu.attention, "tpu": attention_tpu.attention}
+for name, attention in INTERPRETED.items():
+    here = functools.partial(attention, interpret=True)
+    KERNELS[name] = KERNELS[name]._replace(attention=here)
+# Not that of tpu_ragged, which does not run here: see tests/models/test_accelerators.py.
+RUN_HERE = [name for name in KERNELS if name not in ("tpu", "tpu_ragged")]
+RUN_HERE.append(pytest.param("tpu", marks=pytest.mark.slow))
+
+
+@pytest.fixture(scope="session", params=RUN_HERE)
+def kernels(request) -> str:
+    """Each backend's kernels, by name."""
+    if request.param == "native":
+        request.getfixturevalue("native_kernels")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def native_kernels() -> str:
+    """The name of the kernels in C++, compiled."""
+    try:
+        native.load(cache_dir("native"))
+    except native.NotAvailable as error:
+        pytest.skip(str(error))
+    return "native"
 
 
 @pytest.fixture(scope="session")

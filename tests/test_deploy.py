@@ -269,11 +269,13 @@ def check(module: str, *args: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(("module", "args"), commands().items())
+@pytest.mark.slow
 def test_the_binaries_have_these_flags(module, args):
     done = check(module, *args)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_binaries_would_say_so():
     done = check("kairos_jax.router", "--no_such_flag")
     assert done.returncode == 2

@@ -65,7 +65,7 @@ class Pong(_message.Message):
     def __init__(self) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("instance", "incarnation", "role", "model", "fingerprint", "dtype", "limits", "profile_json", "mesh_size", "device_kind", "kv_address")
+    __slots__ = ("instance", "incarnation", "role", "model", "fingerprint", "dtype", "limits", "profile_json", "mesh_size", "device_kind", "kv_address", "prefix_cache")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class Welcome(_message.Message):
     MESH_SIZE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_KIND_FIELD_NUMBER: _ClassVar[int]
     KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     instance: str
     incarnation: str
     role: str
@@ -88,7 +89,8 @@ class Welcome(_message.Message):
     mesh_size: int
     device_kind: str
     kv_address: str
-    def __init__(self, instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., profile_json: _Optional[str] = ..., mesh_size: _Optional[int] = ..., device_kind: _Optional[str] = ..., kv_address: _Optional[str] = ...) -> None: ...
+    prefix_cache: bool
+    def __init__(self, instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., profile_json: _Optional[str] = ..., mesh_size: _Optional[int] = ..., device_kind: _Optional[str] = ..., kv_address: _Optional[str] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_batch", "max_chunk", "max_context", "page_size", "num_pages", "parked_tokens")
@@ -175,7 +177,7 @@ class Stepped(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("id", "token", "logprob", "top", "begun_age_s", "age_s", "finish_reason", "ticket")
+    __slots__ = ("id", "token", "logprob", "top", "begun_age_s", "age_s", "finish_reason", "ticket", "cached")
     ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
@@ -184,6 +186,7 @@ class Output(_message.Message):
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
     id: str
     token: int
     logprob: float
@@ -192,7 +195,8 @@ class Output(_message.Message):
     age_s: float
     finish_reason: str
     ticket: Ticket
-    def __init__(self, id: _Optional[str] = ..., token: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[Alternative, _Mapping]]] = ..., begun_age_s: _Optional[float] = ..., age_s: _Optional[float] = ..., finish_reason: _Optional[str] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ...) -> None: ...
+    cached: int
+    def __init__(self, id: _Optional[str] = ..., token: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[Alternative, _Mapping]]] = ..., begun_age_s: _Optional[float] = ..., age_s: _Optional[float] = ..., finish_reason: _Optional[str] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., cached: _Optional[int] = ...) -> None: ...
 
 class Alternative(_message.Message):
     __slots__ = ("token", "logprob")
@@ -255,10 +259,12 @@ class Outlined(_message.Message):
     def __init__(self, free_s: _Optional[float] = ..., due_in_s: _Optional[_Iterable[float]] = ..., ahead_s: _Optional[_Iterable[float]] = ..., pace: _Optional[float] = ..., load: _Optional[float] = ..., room: _Optional[float] = ..., num_received: _Optional[int] = ..., end_s: _Optional[float] = ..., parked_room: _Optional[float] = ...) -> None: ...
 
 class Returned(_message.Message):
-    __slots__ = ("id",)
+    __slots__ = ("id", "ticket")
     ID_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     id: str
-    def __init__(self, id: _Optional[str] = ...) -> None: ...
+    ticket: Ticket
+    def __init__(self, id: _Optional[str] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ...) -> None: ...
 
 class Draining(_message.Message):
     __slots__ = ()

@@ -1,4 +1,7 @@
-"""Orbax checkpoints: sharded weights under weights/, and config.json in Hugging Face's form."""
+"""Orbax checkpoints: sharded weights under weights/, and config.json in Hugging Face's form.
+
+Orbax is imported when it is first needed: that takes as long as a sixth of the server's imports.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -32,6 +34,8 @@ class OrbaxCheckpoint:
         """See `Checkpoint.load`. The mesh need not be the one that the weights were saved from."""
         abstract = abstract_params(self.config, dtype, mesh, rules)
         directory = (self.path / WEIGHTS).absolute()
+        import orbax.checkpoint as ocp
+
         with ocp.StandardCheckpointer() as checkpointer:
             stored = self._metadata(checkpointer, directory)
             layout.check_keys(str(self.path), stored, abstract)
@@ -42,7 +46,7 @@ class OrbaxCheckpoint:
             except Exception as error:
                 raise self._unreadable(error) from error
 
-    def _metadata(self, checkpointer: ocp.StandardCheckpointer, directory: Path) -> dict:
+    def _metadata(self, checkpointer: Any, directory: Path) -> dict:
         try:
             metadata: Any = checkpointer.metadata(directory).item_metadata
             return dict(metadata)
@@ -69,6 +73,8 @@ def save_orbax(directory: str | Path, config: ModelConfig, params: Mapping[str, 
     if (directory / WEIGHTS).exists():
         raise ValueError(f"checkpoint {directory}: holds weights already")
     directory.mkdir(parents=True, exist_ok=True)
+    import orbax.checkpoint as ocp
+
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / WEIGHTS, dict(params))
         checkpointer.wait_until_finished()

@@ -1,8 +1,60 @@
 """Operations with one signature and a file per backend."""
 
-from models.ops import attention, attention_cpu
+from collections.abc import Callable
+from typing import NamedTuple
 
-ATTENTION: dict[str, attention.Attention] = {
-    "reference": attention.reference,
-    "cpu": attention_cpu.attention,
+import jax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from models.config import ModelConfig
+from models.kv_cache import Layout
+from models.ops import attention_cpu, attention_gpu, attention_tpu, native
+from models.ops.attention import LAYOUT, Attention, reference
+from models.ops.linear import Linear
+from models.ops.linear import linear as xla_linear
+from models.sharding import Rules
+
+
+class Kernels(NamedTuple):
+    """What a backend does its own way.
+
+    attention: takes a pool in this layout. pack: brings a weight [I, O] into the form that `linear`
+    takes; None: as it is.
+    """
+
+    attention: Attention
+    layout: Layout = LAYOUT
+    linear: Linear = xla_linear
+    pack: Callable[[Float[Array, "I O"]], Float[Array, "..."]] | None = None
+
+
+KERNELS = {
+    "reference": Kernels(reference),
+    "cpu": Kernels(attention_cpu.attention),
+    # `native.load` comes first, and the mesh must be one device.
+    "native": Kernels(native.attention, linear=native.linear, pack=native.pack),
+    "gpu": Kernels(attention_gpu.attention, attention_gpu.LAYOUT),
+    "tpu": Kernels(attention_tpu.attention, attention_tpu.LAYOUT),
+    "tpu_ragged": Kernels(attention_tpu.ragged, attention_tpu.RAGGED_LAYOUT),
 }
+
+
+def on_mesh(kernels: Kernels, config: ModelConfig, mesh: Mesh, rules: Rules) -> Kernels:
+    """The kernels for this mesh: each device attends with the heads that it has. XLA cuts its own
+    operations by itself, but not a kernel.
+    """
+    if mesh.size == 1:
+        return kernels
+    heads = rules.spec((None, None, "heads", None))
+    kv_heads = rules.spec((None, None, "kv_heads", None))
+    shardings = kernels.layout.shardings(config, mesh, rules)
+    layer = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    attention = jax.shard_map(
+        kernels.attention,
+        mesh=mesh,
+        in_specs=(heads, kv_heads, kv_heads, layer, PartitionSpec()),
+        out_specs=(heads, layer),
+        check_vma=False,
+    )
+    return kernels._replace(attention=attention)

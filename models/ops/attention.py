@@ -7,46 +7,43 @@ Dimension letters: R rows, Q queries a row, N q heads, K kv heads, H head dim, M
 table, P pages in the pool, G tokens a page.
 """
 
+import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.kv_cache import LayerCache, StepInput
+from models.kv_cache import LayerCache, Layout, StepInput, pad_heads
 
 Attention = Callable[
     [
         Float[Array, "R Q N H"],
         Float[Array, "R Q K H"],
         Float[Array, "R Q K H"],
-        LayerCache,
+        Any,
         StepInput,
     ],
-    tuple[Float[Array, "R Q N H"], LayerCache],
+    tuple[Float[Array, "R Q N H"], Any],
 ]
-"""(q, k, v, layer, step) -> (output, layer with k and v appended)."""
+"""(q, k, v, layer, step) -> (output, layer with k and v appended). A layer is a
+`models.kv_cache.Layer` in the backend's own layout."""
+
+Attend = Callable[
+    [Float[Array, "R Q N H"], Float[Array, "R T K H"], Float[Array, "R T K H"], int],
+    Float[Array, "R Q N H"],
+]
+"""(q, k, v, earlier) -> output. The last Q of the T tokens are the row's own, seen causally; before
+them is room for `earlier` tokens from the row's pages, of which those before its start are seen."""
 
 # Finite, so that a fully masked block gives exp(0) * 0 rather than NaN.
 MASKED = -1e30
 
 
-def append(
-    k: Float[Array, "R Q K H"], v: Float[Array, "R Q K H"], layer: LayerCache, step: StepInput
-) -> LayerCache:
-    """Writes a step's keys and values into the pages; those of padding tokens are dropped."""
-    num_pages, kv, head, page_size = layer.k.shape
-    queries = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-    position = step.start[:, None] + queries
-    page = jnp.take_along_axis(step.page_table, position // page_size, axis=1, mode="clip")
-    # Past the end of the pool: the scatter drops what points there.
-    page = jnp.where(queries < step.count[:, None], page, num_pages).reshape(-1)
-    slot = (position % page_size).reshape(-1)
-    rows = (-1, kv, head)
-    return LayerCache(
-        k=layer.k.at[page, :, :, slot].set(k.reshape(rows).astype(layer.k.dtype), mode="drop"),
-        v=layer.v.at[page, :, slot, :].set(v.reshape(rows).astype(layer.v.dtype), mode="drop"),
-    )
+# Of the reference, and of all backends for CPU.
+LAYOUT = Layout(LayerCache(k="pkhg", v="pkgh"))
 
 
 def reference(
@@ -57,7 +54,7 @@ def reference(
     step: StepInput,
 ) -> tuple[Float[Array, "R Q N H"], LayerCache]:
     """Gathers each row's whole page table and attends in one softmax. Slow, and easy to check."""
-    layer = append(k, v, layer, step)
+    layer = LAYOUT.append(k, v, layer, step)
     rows, queries, heads, head = q.shape
     kv = k.shape[2]
     keys = layer.k[step.page_table]  # [R, M, K, H, G]
@@ -73,3 +70,39 @@ def reference(
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     out = jnp.einsum("rkgqt,rkth->rqkgh", weights, values, preferred_element_type=jnp.float32)
     return out.reshape(q.shape).astype(q.dtype), layer
+
+
+def over_pages(
+    attend: Attend,
+    layout: Layout,
+    q: Float[Array, "R Q N H"],
+    k: Float[Array, "R Q K H"],
+    v: Float[Array, "R Q K H"],
+    layer: LayerCache,
+    step: StepInput,
+    granule: int = 1,
+) -> Float[Array, "R Q N H"]:
+    """Attention of prefill rows by a kernel that knows nothing of pages: the earlier tokens of each
+    row are gathered before its own.
+
+    As many as the longest row needs, out of six sizes: none, which is a prompt's first row, and a
+    sixteenth, an eighth, ..., all of the page table, in multiples of `granule` tokens.
+    """
+    page_size, head = layer.v.shape[-2:]
+    k, v = pad_heads(k, head), pad_heads(v, head)
+    unit = math.lcm(page_size, granule) // page_size
+    units = -(-step.page_table.shape[1] // unit)
+    sizes = [0, *sorted({unit * -(-units // part) for part in (16, 8, 4, 2, 1)})]
+    table = jnp.pad(step.page_table, ((0, 0), (0, sizes[-1] - step.page_table.shape[1])))
+
+    def part(pages: int) -> Array:
+        if not pages:
+            return attend(q, k, v, 0)
+        earlier = layout.gather(layer, table[:, :pages])
+        both = zip(earlier, (k, v), strict=True)
+        keys, values = (jnp.concatenate([old.astype(k.dtype), new], axis=1) for old, new in both)
+        return attend(q, keys, values, pages * page_size)
+
+    longest = jnp.max(jnp.where(step.count > 0, step.start, 0))
+    index = jnp.searchsorted(jnp.asarray(sizes), -(-longest // page_size))
+    return jax.lax.switch(index, [functools.partial(part, pages) for pages in sizes])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.kv_cache import LayerCache, StepInput
-from models.ops.attention import MASKED, append
+from models.ops.attention import LAYOUT, MASKED
 
 
 def attention(
@@ -22,7 +22,7 @@ def attention(
     step: StepInput,
 ) -> tuple[Float[Array, "R Q N H"], LayerCache]:
     """Appends k and v to the layer's pages and attends. See `models.ops.attention.Attention`."""
-    layer = append(k, v, layer, step)
+    layer = LAYOUT.append(k, v, layer, step)
     if q.shape[1] == 1:
         return _attend(q, layer, step), layer
 

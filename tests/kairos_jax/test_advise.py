@@ -91,6 +91,7 @@ def test_progress_is_told_to_its_end(monkeypatch):
     assert told == sorted(told)
 
 
+@pytest.mark.slow
 def test_processes_change_nothing():
     assert advise(SCENARIO, ARRIVALS, 2, workers=1) == advise(SCENARIO, ARRIVALS, 2, workers=2)
 

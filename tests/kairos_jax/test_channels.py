@@ -5,7 +5,6 @@ import contextlib
 import logging
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from kairos_jax import channels
 from kairos_jax.channels import PLAIN, Wire
 from kairos_jax.command import UsageError
+from kairos_jax.health import ALIVE, Health
 from kairos_jax.service import Server
 
 TLS = Path(__file__).parents[1] / "support" / "tls"
@@ -174,7 +174,7 @@ def test_the_wrong_side_is_refused_at_once(server, client):
 def test_a_call_without_the_token_is_refused(kind, metadata):
     async def go():
         async with serving(TOKEN) as address:
-            # Silent: to a message that is sent after the refusal, grpc.aio says INTERNAL.
+            # Silent: where a stream sends a message as the refusal comes, grpc.aio says INTERNAL.
             error = await refusal(TOKEN, address, kind, metadata, silent=True)
             assert error.code() is UNAUTHENTICATED
             assert "--token_file" in error.details()
@@ -202,50 +202,36 @@ def test_health_needs_no_token():
     asyncio.run(go())
 
 
-def test_threads_have_the_same():
-    def answer(request, context):
-        return request
-
-    handler = grpc.unary_unary_rpc_method_handler(answer)
-    wire = replace(MUTUAL, token="open-sesame")
-    with ThreadPoolExecutor(2) as pool:
-        server = grpc.server(pool, interceptors=wire.sync_interceptors())
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("test.Echo", {"unary_unary": handler}),)
-        )
-        port = wire.add_port(server, "127.0.0.1", 0)
-        server.start()
-        try:
-            with wire.sync_channel(f"127.0.0.1:{port}") as channel:
-                method = channel.unary_unary("/test.Echo/unary_unary")
-                assert method(b"a", metadata=wire.metadata, timeout=20) == b"a"
-                with pytest.raises(grpc.RpcError) as error:
-                    method(b"a", timeout=20)
-                assert error.value.code() is UNAUTHENTICATED
-        finally:
-            server.stop(None).wait()
-
-
 def test_health_has_a_port_without_tls_for_probes():
     serving, not_serving = (
         getattr(health_pb2.HealthCheckResponse, name) for name in ("SERVING", "NOT_SERVING")
     )
 
     async def go():
-        servicer = health.aio.HealthServicer()
-        await servicer.set("", not_serving)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        server = await channels.open_health_port(servicer, "127.0.0.1", port)
+        told = Health(grpc.aio.server(), "test.Echo", "127.0.0.1", port)
+        await told.say(serving=False)
+        await told.listen()
         async with PLAIN.channel(f"127.0.0.1:{port}") as channel:
             check = health_pb2_grpc.HealthStub(channel).Check
-            for service, status in (("", not_serving), (channels.ALIVE, serving)):
+            for service, status in (("", not_serving), (ALIVE, serving)):
                 answer = await check(health_pb2.HealthCheckRequest(service=service))
                 assert answer.status == status
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await channel.unary_unary("/test.Echo/unary_unary")(b"")
             assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        await server.stop(None)
+        await told.close()
+
+    asyncio.run(go())
+
+
+def test_a_health_port_in_use_is_named():
+    async def go():
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(UsageError, match=f"--health_port={port}: cannot listen on 127"):
+                Server("127.0.0.1", 0, time.monotonic, health_port=port)
 
     asyncio.run(go())
 
@@ -292,9 +278,8 @@ def test_the_token_does_not_leave_the_host_in_the_clear():
     async def go():
         for host in ("127.0.0.1", "localhost", "[::1]", "127.8.0.1"):
             await wire.channel(f"{host}:1").close()
-        for make in (wire.channel, wire.sync_channel):
-            with pytest.raises(UsageError, match=r"--tls_ca to call 10\.0\.0\.7:50061"):
-                make("10.0.0.7:50061")
+        with pytest.raises(UsageError, match=r"--tls_ca to call 10\.0\.0\.7:50061"):
+            wire.channel("10.0.0.7:50061")
         server = grpc.aio.server()
         with pytest.raises(UsageError, match=r"--tls_cert to listen on 0\.0\.0\.0:0"):
             wire.add_port(server, "0.0.0.0", 0)

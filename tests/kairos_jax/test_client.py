@@ -109,6 +109,11 @@ def test_text_streams_to_stdout():
     assert fake.requests == [expected]
 
 
+def test_help_lists_the_flags_of_other_modules_too():
+    _, out, _, _ = run_client("--help")
+    assert "--tls_ca: PEM file" in out
+
+
 def test_json_has_everything():
     code, out, err, fake = run_client(
         *("--prompt_token_ids=1,2,3", "--max_tokens=2", "--temperature=0", "--output=json"),
@@ -126,7 +131,7 @@ def test_json_has_everything():
         "text": "é0 é1 ",
         "token_ids": [0, 1],
         "finish_reason": "length",
-        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 0},
         "logprobs": [{"token_id": id, "logprob": -0.5, "top": []} for id in (0, 1)],
     }
     (request,) = fake.requests
@@ -187,6 +192,8 @@ def test_no_server_is_unavailable():
         (["--prompt=a", f"--top_k={2**40}"], "can't be sent"),
         (["--prompt_token_ids=1", "--chat"], "--chat goes with --prompt"),
         (["stray"], "unexpected argument 'stray'"),
+        (["--prompt=a", "--tls_cert=x"], "--tls_ca is missing"),
+        (["--prompt=a", "--tls_ca=no/such.pem"], "--tls_ca no/such.pem: No such file"),
         (["--trace=synthetic", "--prompt=a"], "leave --prompt out"),
         (["--trace=synthetic", "--temperature=1"], "leave --temperature out"),
         (["--prompt=a", "--rate=2"], "--rate goes with --trace"),

@@ -163,6 +163,7 @@ def tiny_config():
     return {**module.get_config().to_dict(), "model": MODEL}
 
 
+@pytest.mark.slow
 def test_wrong_use_is_one_line_and_code_2(environment):
     cases = {
         ("router", "--prefill=a", "--decode=b:1"): "--prefill: 'a' is not of the form host:port",

@@ -20,7 +20,8 @@ def test_every_config_is_good_and_says_how_to_run_it(path):
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    ServerConfig.from_dict(module.get_config().to_dict())
+    for arguments in [(), *((name,) for name in getattr(module, "LAYOUTS", ()))]:
+        ServerConfig.from_dict(module.get_config(*arguments).to_dict())
     assert f"--config=configs/{path.name}" in module.__doc__
 
 

@@ -1,6 +1,8 @@
 """The real engine with a tiny model: the same tokens on every mesh, and no late compilation."""
 
 import asyncio
+import dataclasses
+import functools
 import json
 
 import fakes
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from kairos_jax.engine import BLOCK_PAGES, JaxEngine, Shapes, bucket_sizes
+from kairos_jax.page_keys import page_keys
 from models.checkpoint import open_checkpoint
 from models.sampling import SamplingParams
 from models.sharding import Rules, make_mesh
@@ -19,12 +22,12 @@ SLO = Slo(30.0, 30.0)
 LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pages=64)
 
 
-def build(directory, devices, role, limits=LIMITS, attention="cpu"):
+def build(directory, devices, role, limits=LIMITS, kernels="cpu"):
     checkpoint = open_checkpoint(directory)
     mesh, rules = make_mesh(devices), Rules()
     params = checkpoint.load(mesh, rules, "float32")
     shapes = Shapes.for_role(role, limits, row_tokens=16)
-    return JaxEngine(checkpoint.config, params, mesh, rules, limits, shapes, attention=attention)
+    return JaxEngine(checkpoint.config, params, mesh, rules, limits, shapes, kernels=kernels)
 
 
 def golden_cases(directory):
@@ -44,9 +47,9 @@ def both(instance, now):
     return Batch(work)
 
 
-def colocated(engine, requests):
+def colocated(engine, requests, instance=None):
     """Runs one instance that does both jobs. Returns the sampled tokens by id."""
-    instance = Instance("both", Role.BOTH, engine.limits)
+    instance = instance or Instance("both", Role.BOTH, engine.limits)
     tokens = {request.id: [] for request in requests}
     for each in requests:
         instance.add(each)
@@ -106,9 +109,29 @@ def test_colocated_instances_give_the_golden_tokens(tiny_llama, one_device):
     assert ids(asyncio.run(fakes.serve(engines, requests, colocated=True))) == expected
 
 
-def test_the_attention_backends_agree(tiny_llama):
+def test_prompts_that_begin_alike_get_the_golden_tokens(tiny_llama, one_device):
+    """Of an instance that shares their pages, computed at other boundaries than without."""
     requests, expected = golden_requests(tiny_llama)
-    engine = build(tiny_llama, jax.devices()[:1], Role.BOTH, attention="reference")
+    keys = functools.partial(page_keys, LIMITS.page_size, b"secret")
+    again = [
+        dataclasses.replace(each, id=f"{i}.{each.id}", page_keys=keys(each.prompt))
+        for i in range(2)
+        for each in requests
+    ]
+    instance = Instance("both", Role.BOTH, LIMITS)
+    tokens = {}
+    for each in again:  # one after the other, each beside the one that came before it
+        tokens |= colocated(one_device, [each], instance)
+    assert ids(tokens) == {f"{i}.{id}": out for i in range(2) for id, out in expected.items()}
+    instance.add(dataclasses.replace(again[-1], id="last"))
+    most = (len(again[-1].prompt) - 1) // LIMITS.page_size
+    assert instance.waiting["last"].computed == most * LIMITS.page_size > 0
+
+
+@pytest.mark.parametrize("kernels", ["reference", "native"], indirect=True)
+def test_the_kernels_agree(tiny_llama, kernels):
+    requests, expected = golden_requests(tiny_llama)
+    engine = build(tiny_llama, jax.devices()[:1], Role.BOTH, kernels=kernels)
     assert ids(colocated(engine, requests)) == expected
 
 

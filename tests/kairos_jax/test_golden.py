@@ -19,14 +19,14 @@ PATH = cached_path(PACKAGED_MODELS[DEFAULT_MODEL])
 LIMITS = Limits(max_batch=24, max_chunk=256, max_context=768, page_size=64, num_pages=24 * 12)
 
 
-def engine(role, device, shapes):
+def engine(role, device, shapes, kernels):
     checkpoint, mesh, rules = open_checkpoint(PATH), make_mesh([device]), Rules()
     params = checkpoint.load(mesh, rules, "float32")
-    return JaxEngine(checkpoint.config, params, mesh, rules, LIMITS, shapes)
+    return JaxEngine(checkpoint.config, params, mesh, rules, LIMITS, shapes, kernels=kernels)
 
 
 @pytest.mark.skipif(not PATH.exists(), reason="the default model is not in the cache: make model")
-def test_greedy_tokens_are_those_of_transformers(golden):
+def test_greedy_tokens_are_those_of_transformers(golden, native_kernels):
     cases = json.loads((golden / "smollm2.json").read_text())["cases"]
     assert len(cases) >= 20
     lengths = [len(case["prompt"]) for case in cases]
@@ -36,8 +36,8 @@ def test_greedy_tokens_are_those_of_transformers(golden):
         Request(str(i), 0.0, case["prompt"], len(case["output"]), Slo(900, 900))
         for i, case in enumerate(cases)
     ]
-    prefill = engine(Role.PREFILL, jax.devices()[0], Shapes(64, (4,), ()))
-    decode = engine(Role.DECODE, jax.devices()[1], Shapes(64, (), (24,)))
+    prefill = engine(Role.PREFILL, jax.devices()[0], Shapes(64, (4,), ()), native_kernels)
+    decode = engine(Role.DECODE, jax.devices()[1], Shapes(64, (), (24,)), native_kernels)
     answers = asyncio.run(fakes.serve((prefill, decode), requests))
     for case, each in zip(cases, requests, strict=True):
         got = [token.id for token in answers[each.id]]

@@ -3,11 +3,13 @@
 import asyncio
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import fakes
 import pytest
 
-from kairos_jax.instances import build_policy
+from kairos_jax.instances import build_policy, choose_kernels
+from kairos_jax.launch import UsageError
 from kairos_jax.messages import Submit
 from kairos_jax.peers import Peer
 from schedulers import decode, prefill
@@ -158,3 +160,20 @@ def test_every_live_decision_replays_equal(config):
         for index in range(2)
     }
     assert check(journal.take(), policies) >= 60, "a decision a token, of each output at least"
+
+
+def test_the_platform_chooses_the_kernels_unless_the_config_does():
+    def chosen(kernels, platform, count):
+        devices = [SimpleNamespace(platform=platform)] * count
+        return choose_kernels(fakes.altered(kernels=kernels), devices)
+
+    assert chosen("auto", "gpu", 1) == chosen("auto", "gpu", 8) == "gpu"
+    assert chosen("auto", "tpu", 4) == "tpu"
+    assert chosen("tpu_ragged", "tpu", 4) == "tpu_ragged"
+    assert chosen("auto", "cpu", 2) == "cpu"
+    assert chosen("reference", "gpu", 1) == "reference"
+    for kernels in ("tpu", "tpu_ragged"):
+        with pytest.raises(UsageError, match=f"kernels={kernels} needs devices of tpu, got gpu"):
+            chosen(kernels, "gpu", 1)
+    with pytest.raises(UsageError, match="kernels=gpu needs devices of gpu, got cpu"):
+        chosen("gpu", "cpu", 1)

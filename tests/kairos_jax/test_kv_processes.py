@@ -13,7 +13,7 @@ from pathlib import Path
 import kv_member
 import numpy as np
 import pytest
-from kv_member import facts_of, sharding, some_kv
+from kv_member import facts_of, num_sockets, sharding, some_kv
 
 from kairos_jax.transfer import Ticket
 
@@ -70,7 +70,8 @@ async def pair(kind, shape=SMALL, dtype="float32", **options):
 
 async def under_way(transport, ticket):
     """Returns when the KV is on its way."""
-    while not (way := transport._client._in_flight.get(ticket.address)) or not way.num_bytes:
+    peers = transport._client._peers
+    while not (peer := peers.get(ticket.address)) or not peer.in_flight.num_bytes:
         await asyncio.sleep(0)
 
 
@@ -117,6 +118,23 @@ def test_a_killed_producer_is_seen_at_once(kind, when):
             assert time.monotonic() - begin < 2.0
             assert transport.num_fetches == 0
         await still_works(kind)
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+@KINDS
+def test_a_producer_that_is_killed_and_never_comes_back_leaves_no_socket(kind):
+    async def run():
+        async with pair(kind) as (producer, transport, fetch):
+            before = num_sockets()
+            assert len(await fetch(await producer.offer(), sharding(1, "rows"))) == 2
+            assert num_sockets() > before
+            producer.process.kill()
+            begin = time.monotonic()
+            while transport._client._peers or num_sockets() > before:
+                assert time.monotonic() - begin < 10  # it looks each second
+                await asyncio.sleep(0)
 
     asyncio.run(run())
 

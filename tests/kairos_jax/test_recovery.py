@@ -229,6 +229,56 @@ async def test_a_draining_peer_is_sent_nothing_new():
 
 
 @in_loop
+async def test_kv_that_a_draining_peer_has_not_asked_for_goes_to_another_by_the_same_ticket():
+    played = Played("p0", "d0")
+    stream = played.router.submit(asked())
+    handed = await played.prefilled()
+    for drained, other in (("d0", "d1"), ("d1", "d2")):
+        played.join(other)
+        await played.say(Draining(drained))
+        await played.say(Returned(handed.request.id, handed.ticket))
+        assert played.read(other) == handed
+    assert not any(played.posts.values()), "it is not prefilled again"
+    await played.say(Moved(handed.request.id, 1.0))
+    assert played.read("p0") == Release(handed.request.id)
+    await played.output(handed.request.id, 12, finish_reason="stop")
+    assert [output.token.id async for output in stream] == [11, 12]
+    assert not any(played.posts.values())
+
+
+@in_loop
+async def test_kv_given_back_is_computed_anew_where_who_had_it_is_lost_or_who_takes_it_fails():
+    for lost in (True, False):
+        played = Played("p0", "d0")
+        stream = played.router.submit(asked())
+        handed = await played.prefilled()
+        played.join("d1")
+        await played.say(Draining("d0"))
+        if lost:
+            played.join("p1")
+            await played.say(Died("p0", RuntimeError("gone")))
+        await played.say(Returned(handed.request.id, handed.ticket))
+        if not lost:
+            assert played.read("d1") == handed
+            await played.say(Lost(handed.request.id, PermissionError("claimed already")))
+            assert played.posts["p0"].pop(0) == Cancel(handed.request.id)
+        assert played.read("p1" if lost else "p0").request.prompt == [*PROMPT, 11]
+        assert stream.num_lost == (not lost)
+
+
+@in_loop
+async def test_kv_given_back_is_dropped_where_nobody_decodes():
+    played = Played("p0", "d0")
+    stream = played.router.submit(asked())
+    handed = await played.prefilled()
+    await played.say(Draining("d0"))
+    await played.say(Returned(handed.request.id, handed.ticket))
+    assert played.read("p0") == Cancel(handed.request.id)
+    with pytest.raises(WorkerLost, match="instance d0 is draining"):
+        _ = [output async for output in stream]
+
+
+@in_loop
 async def test_without_another_of_its_role_a_stream_fails_at_once():
     for lost in ("p0", "d0"):
         played = Played("p0", "d0")
@@ -392,6 +442,27 @@ async def test_a_drained_decode_worker_hands_over_what_waits_and_what_runs():
         rest = [output.token.id async for output in stream]
         assert [head.token.id, *rest] == fakes.expected_tokens(prompt, 12)
         assert stream.num_lost == 0
+    await fleet.close()
+
+
+@in_loop
+async def test_a_drained_decode_worker_gives_back_the_kv_that_it_has_no_room_for():
+    fleet = Fleet(SCARCE, num_prefill=1, num_decode=1)
+    (prefill,), (first,) = fleet.of(Role.PREFILL), fleet.of(Role.DECODE)
+    first.engine.gate.clear()
+    prompts = [[i] * 60 for i in range(12)]
+    asking = [fleet.router.submit(asked(prompt, 12)) for prompt in prompts]
+    heads = [await anext(aiter(stream)) for stream in asking]
+    num_reads = prefill.engine.num_reads
+    fleet.add(Role.DECODE)
+    fleet.drain(first)
+    first.engine.gate.set()
+    for prompt, stream, head in zip(prompts, asking, heads, strict=True):
+        rest = [output.token.id async for output in stream]
+        assert [head.token.id, *rest] == fakes.expected_tokens(prompt, 12)
+        assert stream.num_lost == 0
+    most = SCARCE.limits(Role.DECODE).num_pages // (60 // SCARCE.page_size)
+    assert 1 <= prefill.engine.num_reads - num_reads <= most, "those alone that had pages there"
     await fleet.close()
 
 

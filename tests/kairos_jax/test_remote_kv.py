@@ -68,10 +68,10 @@ class Node:
         """A copy: what is offered belongs to the transport, which deletes it."""
         return self.transport.offer(id, num_tokens, jax.tree.map(jnp.copy, kv))
 
-    async def fetch(self, ticket, where=None, urgent=False):
+    async def fetch(self, ticket, where=None):
         loop = asyncio.get_running_loop()
         kv = loop.create_future()
-        self.transport.fetch(ticket, where, kv.set_result, urgent)
+        self.transport.fetch(ticket, where, kv.set_result)
         result = await asyncio.wait_for(kv, 60)
         if isinstance(result, Exception):
             raise result

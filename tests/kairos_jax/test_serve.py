@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kairos_jax.channels import Wire
 from kairos_jax.instances import Model
 from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.serve import Prepared, serve
@@ -25,6 +27,7 @@ from schedulers.cost import CostModel
 from schedulers.journal import from_lines, replay
 
 ROOT = Path(__file__).parents[2]
+TLS = ROOT / "tests/support/tls"
 CONFIG = "--config=tests/support/tiny_config.py"
 MODEL = "--model=tests/golden/llama"
 
@@ -115,6 +118,7 @@ def test_ctrl_c_drains_too(environment, profile):
         assert "Traceback" not in process.stderr.read()
 
 
+@pytest.mark.slow
 def test_an_orbax_checkpoint_serves_on_another_mesh(environment, profile, tmp_path):
     done = run(environment, "convert", "--source=tests/golden/llama", f"--output={tmp_path}/c")
     assert done.returncode == 0, done.stderr
@@ -153,6 +157,7 @@ def test_a_profile_is_measured_and_kept(environment, tmp_path):
         assert json.loads(ask(environment, address, *flags).stdout)["token_ids"] == expected
 
 
+@pytest.mark.slow
 def test_a_colocated_server_measures_its_profile_and_keeps_a_journal(environment, tmp_path):
     journal = tmp_path / "journal.jsonl"
     flags, expected = golden_case(2)
@@ -197,6 +202,58 @@ def test_a_dead_instance_ends_the_server_with_code_1(tiny_llama, capsys):
     asyncio.run(main())
 
 
+def test_clients_come_over_tls_to_where_it_is_served(environment, tiny_llama, capsys):
+    prepared = Prepared(
+        Model(open_checkpoint(tiny_llama), None),
+        fakes.fake_engines(fakes.CONFIG),
+        {},
+        CostModel.from_profile(fakes.PROFILE),
+    )
+    public = Wire((TLS / "peer.pem").read_bytes(), (TLS / "peer.key").read_bytes())
+
+    question = ("--prompt_token_ids=3,1,4", "--max_tokens=5", "--temperature=0", "--ignore_eos")
+
+    async def main():
+        where = "127.0.0.1", 0, 30.0
+        serving = asyncio.ensure_future(
+            serve(fakes.CONFIG, *where, lambda: prepared, public=public)
+        )
+        said = ""
+        while "ready" not in said:
+            await asyncio.sleep(0)
+            said += capsys.readouterr().out
+        address = said.split()[-1]
+        answers = [
+            await asyncio.to_thread(ask, environment, address, f"--tls_ca={TLS}/{ca}", *question)
+            for ca in ("ca.pem", "other_ca.pem")
+        ]
+        signal.raise_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(serving, 30) == 0
+        return answers
+
+    done, refused = asyncio.run(main())
+    assert json.loads(done.stdout)["token_ids"] == fakes.expected_tokens([3, 1, 4], 5)
+    assert refused.returncode == 1
+    last = refused.stderr.splitlines()[-1]  # after what gRPC logs
+    assert last.startswith("error: UNAVAILABLE: ")
+    assert "CERTIFICATE_VERIFY_FAILED" in last
+
+
+@pytest.mark.parametrize("binary", ["router", "decode"])
+@pytest.mark.slow
+def test_a_health_port_in_use_is_one_line_and_code_2(environment, binary):
+    workers = ("--prefill=127.0.0.1:1", "--decode=127.0.0.1:1") if binary == "router" else ()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        options = (CONFIG, MODEL, "--port=0", f"--health_port={port}", *workers)
+        done = run(environment, binary, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"error: --health_port={port}: cannot listen on 127.0.0.1:{port}; is the port in use?"
+    )
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -207,6 +264,7 @@ def test_a_dead_instance_ends_the_server_with_code_1(tiny_llama, capsys):
         ([CONFIG, "--config.decode.colour=red"], "decode.colour"),
         ([CONFIG, "--config.page_size=0"], "config.page_size must be at least 1, got 0"),
         ([CONFIG, "--journal=no/such/folder"], "--journal: [Errno 2] No such file or directory"),
+        ([CONFIG, "--public_tls_key=x"], "--public_tls_cert is missing"),
         ([CONFIG, "extra"], "unexpected argument 'extra'"),
     ],
 )

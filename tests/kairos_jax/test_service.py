@@ -254,7 +254,7 @@ async def test_a_drain_finishes_what_runs_and_takes_nothing_new(harness):
 
 @served
 async def test_shut_it_refuses_until_it_is_opened_again(harness):
-    backend = harness.server._servicer.backend
+    backend = harness.server.gate.backend
     harness.engines[1].gate.clear()
     _, answers, first = await harness.stream([1, 2, 3], 10)
     await harness.server.shut("waiting for a decode worker")
@@ -267,7 +267,7 @@ async def test_shut_it_refuses_until_it_is_opened_again(harness):
     assert ids(await harness.generate([9], 4)) == fakes.expected_tokens([9], 4)
     assert await harness.server.drain(30)
     await harness.server.open(backend)
-    assert harness.server._servicer.closed == "the server is draining"
+    assert harness.server.gate.closed == "the server is draining"
 
 
 @served

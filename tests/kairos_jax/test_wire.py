@@ -77,6 +77,7 @@ outputs = st.builds(
     at=times,
     finish_reason=st.sampled_from([None, "stop", "length"]),
     ticket=st.none() | tickets,
+    cached=tokens,
 )
 messages = st.one_of(
     st.builds(Submit, requests),
@@ -122,6 +123,7 @@ def summary(id, skew):
         (Moved("a", 3.0), Moved("a", 3.0 + SKEW)),
         (Offered("a", Ticket("a", 3, 9, "h:1")), Offered("a", Ticket("a", 3, 9, "h:1"))),
         (Returned("a"), Returned("a")),
+        (Returned("a", Ticket("a", 3, 9, "h:1")), Returned("a", Ticket("a", 3, 9, "h:1"))),
         (Draining("here"), Draining("there")),
         (
             Outlined("here", summary("here", 0.0), 7),
@@ -156,6 +158,7 @@ def test_a_welcome_arrives_as_it_was_sent():
         mesh_size=4,
         device_kind="TPU v5e",
         kv_address="10.0.0.1:50061",
+        prefix_cache=True,
     )
     assert wire.decode_welcome(wire.encode_welcome(welcome)) == welcome
 

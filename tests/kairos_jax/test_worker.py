@@ -20,8 +20,8 @@ from kairos_jax.messages import (
     Stepped,
     Submit,
 )
-from kairos_jax.transfer import LocalTransport
-from schedulers.core import Role
+from kairos_jax.transfer import LocalTransport, Ticket
+from schedulers.core import Batch, Role
 from schedulers.cost import CostModel
 from schedulers.journal import Journal, check, replay
 from schedulers.request import Request, Slo
@@ -72,8 +72,8 @@ class Pair:
         for worker in self.workers:
             worker.start()
 
-    def hand_over(self, id: str, max_tokens: int, ahead: bool = False) -> None:
-        """A prompt is prefilled, and goes to the decode worker."""
+    def hand_over(self, id: str, max_tokens: int, ahead: bool = False) -> Ticket:
+        """A prompt is prefilled, and goes to the decode worker, by the ticket that is returned."""
         self.prefill.post(Submit(Request(id, 0.0, [1, 2, 3], max_tokens, Slo(30.0, 30.0))))
         output = self.next_output(id)
         seq = self.prefill.instance.parked[id]
@@ -81,6 +81,7 @@ class Pair:
         if ahead:
             self.decode.post(Prefetch(output.ticket))
         self.decode.post(handover)
+        return output.ticket
 
     def next_output(self, id: str):
         while True:
@@ -155,6 +156,20 @@ def test_what_ends_with_its_first_token_leaves_no_part_on_offer(pair):
     assert pair.next_output("one").finish_reason == "length"
     pair.prefill.stop()
     assert pair.transport.num_offers == 0
+
+
+def test_what_is_on_offer_of_a_prompt_counts_as_parked_from_its_first_chunk(pair):
+    pair.transport.overlaps = True
+    ledger, extend, seen = pair.prefill.instance, pair.transport.extend, []
+
+    def watched(ticket, kv, last=False):
+        extend(ticket, kv, last)
+        seen.append((len(kv), ledger.limits.parked_tokens - ledger.parked_room))
+
+    pair.transport.extend = watched
+    pair.prefill.post(Submit(Request("long", 0.0, [1] * 100, 4, Slo(30.0, 30.0))))
+    pair.next_output("long")
+    assert seen == [(4, 100), (4, 100), (4, 100), (1, 100)], "pages of 8 tokens"
 
 
 def test_cancelled_in_a_step_it_is_forgotten_after_it(pair):
@@ -233,6 +248,23 @@ def test_what_runs_goes_back_too_if_told_so_and_its_fetch_is_dropped(pair):
     pair.decode.stop()
     assert not pair.decode._tickets
     assert pair.decode.instance.pages.num_free == pair.decode.instance.limits.num_pages
+
+
+def test_kv_that_was_not_asked_for_goes_back_by_its_ticket(pair):
+    pair.decode.policy = lambda instance, now: Batch()
+    waits = pair.hand_over("waits", 20)
+    pair.hand_over("came ahead", 20, ahead=True)
+    pair.decode.post(HandBack(running=False))
+    assert pair.told(Returned, 2) == [Returned("waits", waits), Returned("came ahead")]
+    late = pair.hand_over("late", 20)
+    assert pair.told(Returned) == [Returned("late", late)]
+    held = queue.SimpleQueue()
+    for ticket in (waits, late):
+        pair.transport.fetch(ticket, None, held.put)
+        assert isinstance(held.get(timeout=30), list), "still on offer"
+    pair.decode.stop()
+    assert not pair.decode._tickets
+    assert not pair.decode._ahead
 
 
 def test_a_forgotten_ticket_is_released_whether_or_not_its_fetch_has_begun(pair):

@@ -1,32 +1,94 @@
-import jax
+"""Every layout of the pool: what goes in comes out, through the wire and into any other."""
+
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from models import kv_cache
-from models.kv_cache import LayerCache
+from models.config import ModelConfig
+from models.kv_cache import StepInput
+from models.ops import KERNELS
+
+LAYERS, KV, PAGE, HEAD = 3, 2, 16, 24
+CONFIG = ModelConfig("llama", 8, 8, LAYERS, KV, KV, HEAD, 8)
+LAYOUTS = {kernels.layout: name for name, kernels in KERNELS.items() if name != "native"}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUTS.values())
 
 
-def test_pages_survive_the_wire_into_other_pages():
-    rng = np.random.default_rng(0)
+def filled(layout, num_pages, wire):
+    """A pool with these tokens on its first pages."""
+    cache = kv_cache.allocate(CONFIG, layout, num_pages, PAGE, wire.dtype)
+    return kv_cache.write_pages(layout, cache, jnp.arange(wire.shape[1] // PAGE), wire)
 
-    def pool(num_pages, fill):
-        layers = []
-        for _ in range(3):
-            k, v = fill((num_pages, 2, 16, 8)), fill((num_pages, 2, 8, 16))
-            layers.append(LayerCache(jax.numpy.asarray(k), jax.numpy.asarray(v)))
-        return tuple(layers)
 
-    source = pool(6, lambda shape: rng.normal(size=shape).astype(np.float32))
-    target = pool(9, lambda shape: np.zeros(shape, np.float32))
-    wire = kv_cache.read_pages(source, np.array([4, 1, 0, 0]))
-    assert wire.shape == (3, 4 * 8, 2, 2, 16)
-    # The wire is token-major: token 3 of page 1 is token 8 + 3 of the wire.
-    np.testing.assert_array_equal(wire[2, 11, 1, 0], source[2].k[1, 1, :, 3])
-    np.testing.assert_array_equal(wire[2, 11, 1, 1], source[2].v[1, 1, 3])
-    written = kv_cache.write_pages(target, np.array([7, 2, 9, 9]), wire)
-    for layer, (old, new) in enumerate(zip(source, written, strict=True)):
-        for name in ("k", "v"):
-            got, want = getattr(new, name), getattr(old, name)
-            np.testing.assert_array_equal(got[7], want[4], err_msg=f"layer {layer}")
-            np.testing.assert_array_equal(got[2], want[1])
-            others = np.delete(np.asarray(got), [7, 2], axis=0)
-            assert not others.any(), "page ids past the pool must be dropped"
+def random_wire(pages, dtype=np.float32):
+    shape = (LAYERS, pages * PAGE, KV, 2, HEAD)
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+
+
+def test_the_layouts_differ():
+    assert len(LAYOUTS) >= 4
+
+
+@pytest.mark.parametrize("source", LAYOUTS, ids=LAYOUTS.values())
+@pytest.mark.parametrize("target", LAYOUTS, ids=LAYOUTS.values())
+def test_pages_survive_the_wire_into_other_pages(source, target):
+    sent = random_wire(6, jnp.bfloat16)
+    read = kv_cache.read_pages(CONFIG, source, filled(source, 6, sent), np.array([4, 1, 0, 0]))
+    assert read.shape == (LAYERS, 4 * PAGE, KV, 2, HEAD)
+    # The wire is token-major: token 3 of page 1 is token 16 + 3 of what was read.
+    np.testing.assert_array_equal(read[:, PAGE + 3], sent[:, PAGE + 3])
+    empty = kv_cache.allocate(CONFIG, target, 9, PAGE, jnp.bfloat16)
+    written = kv_cache.write_pages(target, empty, np.array([7, 2, 9, 9]), read)
+    back = kv_cache.read_pages(CONFIG, target, written, np.arange(9))
+    back = np.asarray(back).reshape(LAYERS, 9, PAGE, KV, 2, HEAD)
+    want = np.zeros_like(back)
+    want[:, 7] = sent[:, 4 * PAGE : 5 * PAGE]
+    want[:, 2] = sent[:, PAGE : 2 * PAGE]
+    # Page ids past the pool were dropped.
+    np.testing.assert_array_equal(back, want)
+
+
+@each_layout
+def test_appended_tokens_are_those_of_the_wire(layout):
+    wire = random_wire(4)[0]
+    layer = layout.zeros(CONFIG, 5, PAGE, jnp.float32)
+    # 20 tokens on pages 3 and 1, then one more; a row of padding; the second sequence on page 4.
+    for start, count in (((0, 0, 0), (20, 0, 3)), ((20, 0, 3), (1, 0, 0))):
+        rows = [wire[first : first + 24] for first in (start[0], 0, 24 + start[2])]
+        step = StepInput(
+            np.zeros((3, 24), np.int32),
+            np.array(start, np.int32),
+            np.array(count, np.int32),
+            np.array([[3, 1], [0, 0], [4, 0]], np.int32),
+        )
+        k, v = (jnp.stack([row[:, :, side] for row in rows]) for side in (0, 1))
+        layer = layout.append(k, v, layer, step)
+    back = kv_cache.read_pages(CONFIG, layout, (layer,), np.arange(5))[0]
+    back = np.asarray(back).reshape(5, PAGE, KV, 2, HEAD)
+    want = np.zeros_like(back)
+    want[3], want[1, :5], want[4, :3] = wire[:16], wire[16:21], wire[24:27]
+    np.testing.assert_array_equal(back, want)
+
+
+@each_layout
+def test_pages_are_gathered_in_the_order_of_the_table(layout):
+    wire = random_wire(4)
+    layer = filled(layout, 4, wire)[1]
+    table = jnp.array([[3, 0], [1, 1]])
+    both = layout.gather(layer, table)
+    assert both[0].shape == (2, 2 * PAGE, KV, layout.head_dim(HEAD))
+    paged = wire[1].reshape(4, PAGE, KV, 2, HEAD)
+    for side, got in enumerate(both):
+        want = paged[table, :, :, side].reshape(2, 2 * PAGE, KV, HEAD)
+        np.testing.assert_array_equal(got[..., :HEAD], want)
+        assert not got[..., HEAD:].any()
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu", "tpu_ragged"])
+def test_what_kernels_cannot_take_is_refused(name):
+    layout = KERNELS[name].layout
+    with pytest.raises(ValueError, match=r"page_size must be one of 16, 32, 64, 128.*, got 48"):
+        layout.zeros(CONFIG, 4, 48, jnp.float32)
+    with pytest.raises(ValueError, match=r"head_dim must be at most .*, got 300"):
+        layout.head_dim(300)

@@ -1,5 +1,6 @@
 """The model against Hugging Face transformers, and against itself in other cuts and shardings."""
 
+import itertools
 import json
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from models.checkpoint import open_checkpoint
 from models.kv_cache import StepInput, allocate
 from models.llama import forward
-from models.ops.attention import reference
+from models.ops import KERNELS, on_mesh
 from models.sharding import Rules, make_mesh
 
 PAGE, PAGES = 16, 8  # tokens a page, pages a sequence
@@ -18,21 +19,21 @@ PAGE, PAGES = 16, 8  # tokens a page, pages a sequence
 step_fn = jax.jit(forward, static_argnums=(0, 4), donate_argnums=2)
 
 
-def load(directory, num_devices, dtype=jnp.float32):
+def load(directory, num_devices, dtype=jnp.float32, name="reference"):
     """(one step, empty cache for R sequences): the model on so many devices."""
     checkpoint = open_checkpoint(directory)
     mesh, rules, config = make_mesh(jax.devices()[:num_devices]), Rules(), checkpoint.config
     params = checkpoint.load(mesh, rules, dtype)
-    shape = (1, config.num_kv_heads, 1, 1)
-    sharding = rules.sharding(mesh, ("pages", "kv_heads", None, None), shape)
+    kernels = on_mesh(KERNELS[name], config, mesh, rules)
+    sharding = kernels.layout.shardings(config, mesh, rules)
 
     def run(cache, tokens, start, count):
         rows = len(tokens)
         table = jnp.arange(rows * PAGES, dtype=jnp.int32).reshape(rows, PAGES)
         step = StepInput(*(jnp.asarray(x, jnp.int32) for x in (tokens, start, count)), table)
-        return step_fn(config, params, cache, step, reference)
+        return step_fn(config, params, cache, step, kernels)
 
-    return run, lambda rows: allocate(config, rows * PAGES, PAGE, dtype, sharding)
+    return run, lambda rows: allocate(config, kernels.layout, rows * PAGES, PAGE, dtype, sharding)
 
 
 def padded(prompts):
@@ -44,11 +45,16 @@ def cases(directory):
     return json.loads((directory / "golden.json").read_text())["cases"]
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_greedy_tokens_are_those_of_transformers(golden, family, num_devices):
+@pytest.mark.parametrize(
+    ("family", "num_devices", "kernels"),
+    [
+        *itertools.product(["llama", "mistral", "qwen2", "qwen3"], [1, 2], ["reference"]),
+        ("llama", 2, "gpu"),
+    ],
+)
+def test_greedy_tokens_are_those_of_transformers(golden, family, num_devices, kernels):
     expected = cases(golden / family)
-    run, empty = load(golden / family, num_devices)
+    run, empty = load(golden / family, num_devices, name=kernels)
     prompts = [case["prompt"] for case in expected]
     lengths = np.array([len(prompt) for prompt in prompts])
     logits, cache = run(empty(len(prompts)), padded(prompts), np.zeros_like(lengths), lengths)
@@ -111,14 +117,17 @@ def test_bfloat16_gives_f32_logits_that_are_near(tiny_llama, whole):
     assert error < 0.1
 
 
-def test_two_devices_need_two_all_reduces_a_layer_and_one_to_embed(tiny_llama):
+@pytest.mark.parametrize("name", ["reference", "gpu"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_devices_need_two_all_reduces_a_layer_and_one_to_embed(tiny_llama, count, name):
     checkpoint = open_checkpoint(tiny_llama)
-    mesh, config = make_mesh(jax.devices()[:2]), checkpoint.config
-    params = checkpoint.load(mesh, Rules(), jnp.float32)
+    mesh, rules, config = make_mesh(jax.devices()[:count]), Rules(), checkpoint.config
+    params = checkpoint.load(mesh, rules, jnp.float32)
+    kernels = on_mesh(KERNELS[name], config, mesh, rules)
+    sharding = kernels.layout.shardings(config, mesh, rules)
+    cache = allocate(config, kernels.layout, 8, PAGE, jnp.float32, sharding)
     step = StepInput(*(jnp.zeros(s, jnp.int32) for s in ((4, 1), (4,), (4,), (4, 2))))
-    sharding = Rules().sharding(mesh, ("pages", "kv_heads"), (1, config.num_kv_heads))
-    cache = allocate(config, 8, PAGE, jnp.float32, sharding)
-    text = step_fn.lower(config, params, cache, step, reference).compile().as_text()
+    text = step_fn.lower(config, params, cache, step, kernels).compile().as_text()
     assert text.count(" all-reduce(") == 2 * config.num_layers + 1
     for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert f" {other}(" not in text

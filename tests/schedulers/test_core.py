@@ -104,7 +104,7 @@ class Verbs:
         free = LIMITS.num_pages - sum(known.pages for known in model.values())
         evict = []
         if self.role is not Role.PREFILL:
-            evict = self.few([id for id in running if model[id].remaining == 1])
+            evict = self.few([id for id in running if model[id].count])
         free += sum(model[id].pages for id in evict)
         stay = [id for id in running if id not in evict]
         # Also those that do not step grow to the tokens that they have.

@@ -30,15 +30,26 @@ LIMITS = Limits(
 )
 
 
-def simulate(prefill_policy, decode_policy, count=40, seed=1):
-    """A journaled overload on two prefill and two decode instances: (lines, policies by id)."""
+def page_keys(num_prompt, prefix, serial):
+    """Of a prompt whose first `prefix` tokens others have too."""
+    ends = range(LIMITS.page_size, num_prompt + 1, LIMITS.page_size)
+    return tuple(end if end <= prefix else -(10_000 * serial + end) for end in ends)
+
+
+def simulate(prefill_policy, decode_policy, count=40, seed=1, prefix=0):
+    """A journaled overload on two prefill and two decode instances: (lines, policies by id).
+    prefix: tokens with which all prompts begin.
+    """
     rng = random.Random(seed)
     requests, outputs, at = [], [], 0.0
     for serial in range(count):
         at += rng.expovariate(60.0)
         num_prompt = min(int(rng.lognormvariate(5, 1)) + 1, 1200)
         slo = Slo(rng.choice([0.2, 2.0]), rng.choice([0.01, 0.04]))
-        requests.append(Request(f"r{serial}", at, range(num_prompt), 400, slo, serial=serial))
+        keys = page_keys(num_prompt, prefix, serial) if prefix else ()
+        requests.append(
+            Request(f"r{serial}", at, range(num_prompt), 400, slo, serial=serial, page_keys=keys)
+        )
         outputs.append(min(int(rng.lognormvariate(4, 1)) + 1, 400))
     fleet = Fleet(
         [(Instance(f"p{i}", Role.PREFILL, LIMITS), prefill_policy) for i in range(2)],
@@ -70,6 +81,20 @@ def test_every_decision_replays_equal(front, back):
     begun = [record for line in lines if (record := json.loads(line))[1] == "begin"]
     assert any(record[5] for record in begun), "nothing was fetched"
     assert check(from_lines(lines), policies) == len(begun)
+
+
+@pytest.mark.parametrize("front", prefill.POLICIES)
+def test_decisions_on_what_is_cached_replay_equal(front):
+    policy = prefill.POLICIES[front](COST)
+    lines, policies = simulate(policy, decode.KairosPlus(COST), prefix=160)
+    first, cached = set(), 0
+    for decision in replay(from_lines(lines)):
+        for id in decision.batch.work.keys() & decision.instance.waiting.ids:
+            if id not in first:
+                first.add(id)
+                cached += decision.instance.waiting[id].computed
+    assert cached > 16 * LIMITS.page_size
+    assert check(from_lines(lines), policies) > len(first) == 40
 
 
 def test_another_policy_is_noticed(lines):

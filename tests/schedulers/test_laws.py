@@ -38,6 +38,14 @@ def costs():
     )
 
 
+def sharing(request, prefix, page_size):
+    """The request, whose prompt has its first `prefix` tokens in common with others."""
+    ends = range(page_size, len(request.prompt) + 1, page_size)
+    own = 1000 * (1 + int(request.id))
+    keys = tuple(end if end <= prefix else own + end for end in ends)
+    return dataclasses.replace(request, page_keys=keys)
+
+
 @st.composite
 def workloads(draw):
     """Limits whose pages hold the longest request, often no more, and requests within them."""
@@ -52,8 +60,13 @@ def workloads(draw):
         parked_tokens=draw(st.just(math.inf) | st.integers(LONGEST, 3 * LONGEST)),
     )
     slos = st.builds(Slo, st.floats(0.01, 10), st.floats(0.01, 1))
+    prefixes = st.sampled_from([0, 9, 24])  # tokens with which others begin too
     requests = [
-        Request(str(i), draw(st.floats(0, 5)), range(draw(st.integers(1, 32))), count, slo)
+        sharing(
+            Request(str(i), draw(st.floats(0, 5)), range(draw(st.integers(1, 32))), count, slo),
+            draw(prefixes),
+            page_size,
+        )
         for i, (count, slo) in enumerate(
             draw(st.lists(st.tuples(st.integers(1, 16), slos), min_size=1, max_size=12))
         )
@@ -81,7 +94,7 @@ def decide(policy, instance, now):
         assert len(set(ids)) == len(ids)
     assert not (batch.work.keys() & {*batch.fetch, *batch.evict})
     for id in batch.evict:
-        assert running[id].remaining == 1, "evicted in the midst of its prefill"
+        assert running[id].num_tokens, "evicted in the midst of its prefill"
     for id in batch.fetch:
         assert not waiting[id].ready
         assert not waiting[id].pages, "fetched twice"

@@ -44,6 +44,16 @@ def test_a_prompt_goes_where_its_first_token_comes_soonest():
     assert route(prompt("new", 5), idle, busy) == 0
 
 
+def test_what_one_has_cached_counts_for_it_as_far_as_it_shortens_the_prefill():
+    busy, idle = prefill(prompt("a", 20)), prefill()
+    summaries = [routing.outline(instance, COST, 0.0) for instance in (busy, idle)]
+    asked = prompt("new", 50)
+    route = lambda *cached: routing.route_prefill(asked, summaries, COST, 0.0, cached)  # noqa: E731
+    assert (route(0, 0), route(19, 0), route(21, 0), route(40, 30)) == (1, 1, 0, 1)
+    late = prompt("late", 50, ttft=10)
+    assert routing.route_prefill(late, summaries, COST, 0.0, (21, 0)) == 0
+
+
 def test_only_prompts_due_before_are_in_its_way():
     later, sooner = prefill(prompt("a", 30, ttft=900)), prefill(prompt("b", 10, ttft=50))
     assert route(prompt("new", 5, ttft=60), later, sooner) == 0

@@ -71,6 +71,41 @@ def test_every_request_gets_exactly_its_tokens(first, second, colocated):
         assert instance.pages.num_free == instance.limits.num_pages, "pages are held"
 
 
+@pytest.mark.parametrize(
+    ("policy", "colocated"), [*((name, 0) for name in prefill.POLICIES), ("kairos_plus", 1)]
+)
+def test_prompts_that_begin_alike_have_their_first_tokens_sooner(policy, colocated):
+    """Ten turns each of 12 conversations, every prompt a block of 512 tokens longer than the last,
+    at what is near the limit without a cache.
+    """
+    cost = CostModel(
+        PrefillCost(5e-3, 32e-6, 0.66e-9),
+        DecodeCost(7e-3, 20e-6, 55e-9),
+        TransferCost(2e-3, 5.2e-6),
+        80_000,  # so little that not everything stays cached
+    )
+    arrivals = [
+        Arrival(0.1 * (12 * turn + who), 512 * (turn + 1) + 100, 5, blocks)
+        for turn in range(10)
+        for who in range(12)
+        for blocks in [tuple(100 * who + block for block in range(turn + 2))]
+    ]
+    results = {}
+    for cache in (False, True):
+        scenario = Scenario(
+            cost,
+            (SloClass(1.0, Slo(1.0, 0.1)),),
+            prefill_policy=policy,
+            colocated=colocated,
+            prefix_cache=cache,
+        )
+        results[cache] = simulate(scenario, arrivals)
+    before, after = (results[cache]["ttft_s"] for cache in (False, True))
+    assert after["p50"] < 0.7 * before["p50"]
+    assert results[True]["ttft_attainment"] >= results[False]["ttft_attainment"]
+    assert results[True]["ttft_bound"] is None, "of prompts computed whole"
+
+
 def test_same_seed_same_result_and_noise_keeps_the_mean():
     arrivals = synthetic(300, 5.0, seed=1)
     cost = CostModel(

@@ -153,6 +153,8 @@ MOONCAKE_LINES = [
     (LINE % ("true", 1, 1), "timestamp"),
     (LINE % ('"0"', 1, 1), "timestamp"),
     (LINE % (-1, 1, 1), "timestamp must be .* at least 0 .* got -1"),
+    (LINE % (0, 1, '1, "hash_ids": 7'), "hash_ids must be a list of whole numbers, got 7"),
+    (LINE % (0, 1, '1, "hash_ids": [0.5]'), "hash_ids"),
     ("", "the line is empty"),
 ]
 
@@ -218,9 +220,22 @@ def test_mooncake(tmp_path):
     )
     assert read_mooncake_jsonl(path) == [
         Arrival(0.0, 7, 3),
-        Arrival(pytest.approx(0.0005), 6758, 500),
+        Arrival(pytest.approx(0.0005), 6758, 500, (0,)),
         Arrival(pytest.approx(1.5005), 10, 2),
     ]
+
+
+def test_pages_have_equal_keys_as_far_as_blocks_are_equal():
+    one, other = (Arrival(0.0, 1100, 1, blocks) for blocks in ((5, 6, 7), (5, 6, 8)))
+    assert len(one.page_keys(200)) == 5, "whole pages alone"
+    assert len(set(one.page_keys(200))) == 5
+    # Of the first 1024 tokens, which are the same, and of a page that goes on into the third block.
+    equal = [a == b for a, b in zip(one.page_keys(200), other.page_keys(200), strict=True)]
+    assert equal == [True] * 5
+    equal = [a == b for a, b in zip(one.page_keys(100), other.page_keys(100), strict=True)]
+    assert equal == [True] * 10 + [False]
+    assert Arrival(0.0, 1100, 1).page_keys(100) == ()
+    assert len(Arrival(0.0, 1100, 1, (5,)).page_keys(16)) == 512 // 16
 
 
 def test_read_trace_knows_the_kinds_by_name_and_else_by_content(tmp_path):

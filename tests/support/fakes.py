@@ -14,11 +14,13 @@ import grpc
 from kairos_jax.config import DecodeConfig, PrefillConfig, ServerConfig, SloConfig
 from kairos_jax.edge import Edge
 from kairos_jax.engine import JaxEngine, Token
+from kairos_jax.http_server import HttpOptions
 from kairos_jax.instances import build_workers
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.service import Backend, Server
 from kairos_jax.streams import Router
+from kairos_jax.tokenizer import Tokenizer
 from kairos_jax.transfer import LocalTransport
 from kairos_jax.worker import Worker
 from schedulers.core import Limits
@@ -36,7 +38,7 @@ PROFILE = {
 CONFIG = ServerConfig(
     model="fake",
     dtype="float32",
-    attention="cpu",
+    kernels="cpu",
     max_context=128,
     max_tokens=64,
     max_requests=64,
@@ -52,6 +54,7 @@ CONFIG = ServerConfig(
         max_chunk=32,
         row_tokens=8,
         pack=math.inf,
+        prefix_cache=True,
     ),
     decode=DecodeConfig(instances=1, devices=1, policy="kairos_plus", kv_tokens=1024, max_batch=8),
     slo=SloConfig(ttft=30.0, tpot=30.0),
@@ -201,7 +204,10 @@ def ask(prompt: Sequence[int], max_tokens: int, **fields) -> pb.GenerateRequest:
 
 @contextlib.asynccontextmanager
 async def running(
-    config: ServerConfig = CONFIG, journal: Journal | None = None
+    config: ServerConfig = CONFIG,
+    journal: Journal | None = None,
+    tokenizer: Tokenizer | None = None,
+    http: HttpOptions | None = None,
 ) -> AsyncIterator[Harness]:
     """A server that is up; it ends with the block."""
     cost = CostModel.from_profile(PROFILE)
@@ -210,11 +216,11 @@ async def running(
     engines = fake_engines(config)
     workers = build_workers(config, engines, cost, transport, router.emit, journal)
     router.connect(workers)
-    server = Server("127.0.0.1", 0, time.monotonic)
+    server = Server("127.0.0.1", 0, time.monotonic, http=http)
     await server.start()
     for worker in workers:
         worker.start()
-    edge = Edge("fake", VOCAB, frozenset({0}), config, None)
+    edge = Edge("fake", VOCAB, frozenset({0}), config, tokenizer)
     await server.open(Backend(edge, router, pb.Model(name="fake", vocab_size=VOCAB)))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)

@@ -32,7 +32,15 @@ class Process:
     Its lines are read by threads, so that it never waits for a reader, and each has a time.
     """
 
-    def __init__(self, binary: str, *arguments: str, env: Mapping[str, str], port: int = 0):
+    def __init__(
+        self,
+        binary: str,
+        *arguments: str,
+        env: Mapping[str, str],
+        port: int = 0,
+        config: str = CONFIG,
+        model: str = MODEL,
+    ):
         self.binary, self.address = binary, ""
         self._errors: list[tuple[float, str]] = []
         self._error_came = threading.Condition()
@@ -40,7 +48,7 @@ class Process:
         self._popen = subprocess.Popen(
             [
                 *(sys.executable, "-m", f"kairos_jax.{binary}", f"--port={port}"),
-                *(f"--config={CONFIG}", f"--model={MODEL}", *arguments),
+                *(f"--config={config}", f"--model={model}", *arguments),
             ],
             cwd=ROOT,
             env=dict(env),

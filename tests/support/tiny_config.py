@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
         {
             "model": "",
             "dtype": "float32",
-            "attention": "cpu",
+            "kernels": "cpu",
             "max_context": 128,
             "max_tokens": 64,
             "max_requests": 16,
@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
                 "max_chunk": 32,
                 "row_tokens": 16,
                 "pack": math.inf,
+                "prefix_cache": True,
             },
             "decode": {
                 "instances": 1,

@@ -1,0 +1,296 @@
+"""Decode and prefill steps beside what the device at hand allows, measured in the same run.
+
+  python benchmarks/roofline.py --config=FILE [--model_shape=llama3_8b] [--output=json]
+
+Ceilings: memory bandwidth (the best of a copy, a sum and a product with a vector) and the peak of a
+product of two large matrices, in float32 and bfloat16. Then the engine's own steps, with random
+weights made on the device: decode beside the time to read weights and KV once at that bandwidth,
+prefill beside the time of its arithmetic at that peak. The config says dtype, kernels and sizes of
+pages and rows (--config.KEY=VALUE); how many tokens there is room for follows from what is asked.
+
+Each step is timed twice: as a worker runs it (`engine`: arrays made on the host, the compiled step,
+tokens read back), and as the same compiled calls one after the other without a wait (`device`). The
+difference is what the engine adds. Products in float32 are those that JAX makes by default.
+"""
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from figures import say, short, spread, table, where
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+
+from kairos_jax import launch
+from kairos_jax.config import ServerConfig
+from kairos_jax.engine import JaxEngine
+from kairos_jax.hub import resolve_model
+from kairos_jax.instances import Model, build_engine, choose_kernels, load_weights
+from kairos_jax.progress import bars
+from models.checkpoint import open_checkpoint
+from models.config import ModelConfig
+from models.llama import abstract_params
+from models.sharding import Rules
+from schedulers.core import Role
+from schedulers.request import Request, Seq, Slo
+
+MODEL_SHAPES = {
+    "tiny": ModelConfig("llama", 512, 64, 2, 4, 2, 16, 128, tie_embeddings=True),
+    "smollm2_135m": ModelConfig(
+        *("llama", 49152, 576, 30, 9, 3, 64, 1536), 1e5, tie_embeddings=True, max_context=8192
+    ),
+    "llama3_8b": ModelConfig(
+        *("llama", 128256, 4096, 32, 32, 8, 128, 14336), 5e5, max_context=8192
+    ),
+}
+
+# What each round of a measurement lasts at least.
+_ROUND_S = 0.2
+
+
+@dataclass(frozen=True)
+class RandomCheckpoint:
+    """Weights of no model, in the sizes of one."""
+
+    config: ModelConfig
+    path: Path = Path("random")
+
+    def load(self, mesh: Mesh, rules: Rules, dtype: DTypeLike) -> dict[str, jax.Array]:
+        """See `models.checkpoint.Checkpoint`."""
+        return {
+            path: _uniform(leaf.shape, leaf.dtype, leaf.sharding)
+            for path, leaf in abstract_params(self.config, dtype, mesh, rules).items()
+        }
+
+
+def _uniform(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding) -> jax.Array:
+    """Made on the device, by a program for each shape: one for all takes long to compile."""
+    return _made_by(shape, dtype, sharding)(jax.random.key(0))
+
+
+@functools.cache
+def _made_by(
+    shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding
+) -> Callable[[jax.Array], jax.Array]:
+    def make(key: jax.Array) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
+
+    return jax.jit(make, out_shardings=sharding)
+
+
+def measure(config: ServerConfig) -> dict[str, Any]:
+    """The ceilings, and a row for each step."""
+    values = flags.FLAGS
+    decodes = [(int(b), int(c)) for c in values.contexts for b in values.batches]
+    prefills = [int(tokens) for tokens in values.prompts]
+    config = _sized(config, decodes, prefills)
+    devices = launch.start_jax(config.num_devices, values.cpu_devices)
+    result = where() | {
+        "platform": devices[0].platform,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "model_shape": values.model_shape or config.model,
+        "dtype": config.dtype,
+        "kernels": choose_kernels(config, devices),
+        "page_size": config.page_size,
+        "row_tokens": config.prefill.row_tokens,
+    }
+    say("ceilings")
+    mib, size = (256, 2048) if devices[0].platform == "cpu" else (4096, 8192)
+    result["ceilings"] = ceilings = _ceilings(values.mib or mib, values.matmul or size)
+    say("weights")
+    named = values.model_shape
+    shape = MODEL_SHAPES[named] if named else open_checkpoint(resolve_model(config.model)).config
+    model = Model(RandomCheckpoint(shape), None)
+    with bars() as progress:
+        params = load_weights(config, model, "random", devices, progress)
+    engine = build_engine(config, model, Role.BOTH, devices, params)
+    bandwidth = len(devices) * ceilings["bandwidth"] * 1e9
+    peak = len(devices) * ceilings["matmul"][config.dtype]["median"] * 1e12
+    result["decode"] = [_decode(engine, *point, bandwidth) for point in decodes]
+    result["prefill"] = [_prefill(engine, tokens, peak) for tokens in prefills]
+    return result
+
+
+def _sized(
+    config: ServerConfig, decodes: Sequence[tuple[int, int]], prefills: Sequence[int]
+) -> ServerConfig:
+    """One instance with room for all points, and a pool in which no two sequences share a page."""
+    page, row = config.page_size, config.prefill.row_tokens
+    longest = max([context + 2 for _, context in decodes] + [tokens + 1 for tokens in prefills])
+    pages = max(batch * -(-(context + 1) // page) for batch, context in decodes)
+    chunk = -(-max(prefills) // row) * row
+    max_batch = max(batch for batch, _ in decodes)
+    kv_tokens = page * max(pages, -(-longest // page))
+    return replace(
+        config,
+        colocated=True,
+        max_context=longest,
+        prefill=replace(config.prefill, instances=1, max_chunk=chunk),
+        decode=replace(config.decode, max_batch=max_batch, kv_tokens=kv_tokens),
+    )
+
+
+# What the device allows.
+
+
+def _ceilings(mib: int, size: int) -> dict[str, Any]:
+    """GB/s of each way to read memory, the median of the best, and TFLOP/s of products."""
+    num_bytes = mib << 20
+    x = jnp.ones((num_bytes // 16384, 4096), jnp.float32)
+    vector = jnp.ones(4096, jnp.float32)
+    probes = {
+        "copy": (jax.jit(lambda x: x + 1), (x,), 2 * num_bytes),
+        "sum": (jax.jit(lambda x: x.sum(axis=1)), (x,), num_bytes),
+        "vector": (jax.jit(lambda x, v: x @ v), (x, vector), num_bytes),
+    }
+    rates = {
+        name: spread(moved / seconds / 1e9 for seconds in _times(lambda f=f, a=a: f(*a)))
+        for name, (f, a, moved) in probes.items()
+    }
+    product = jax.jit(lambda a, b: a @ b)
+    products = {}
+    for dtype in ("float32", "bfloat16"):
+        a = jnp.ones((size, size), dtype)
+        seconds = _times(lambda a=a: product(a, a))
+        products[dtype] = spread(2 * size**3 / each / 1e12 for each in seconds)
+    best = max(rate["median"] or 0.0 for rate in rates.values())
+    return {"memory": rates, "bandwidth": best, "matmul": products}
+
+
+def _times(
+    run: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready
+) -> list[float]:
+    """Seconds of a run in each round, when many are made in one go and waited for at the end."""
+    wait(run())
+    begin = time.perf_counter()
+    wait(run())
+    count = max(math.ceil(_ROUND_S / (time.perf_counter() - begin)), 1)
+    times = []
+    for _ in range(flags.FLAGS.rounds):
+        begin = time.perf_counter()
+        for _ in range(count - 1):
+            run()
+        wait(run())
+        times.append((time.perf_counter() - begin) / count)
+    return times
+
+
+# What the engine makes of it.
+
+
+def _decode(engine: JaxEngine, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
+    say(f"decode {batch} x {context}")
+    config, itemsize = engine.config, engine.block.dtype.itemsize
+    # Of an embedding that is not the head too, a few rows are read.
+    weights = config.num_layers * _per_layer(config) + config.hidden_size * config.vocab_size
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    limit_s = itemsize * (weights + batch * (context + 1) * per_token) / bandwidth
+    work = [(_seq(engine, index, context, 1), 1) for index in range(batch)]
+    return {"batch": batch, "context": context} | _against(engine, work, limit_s)
+
+
+def _prefill(engine: JaxEngine, tokens: int, peak: float) -> dict[str, Any]:
+    say(f"prefill {tokens}")
+    config = engine.config
+    products = 2 * tokens * config.num_layers * _per_layer(config)
+    attention = 2 * tokens * tokens * config.num_layers * config.num_heads * config.head_dim
+    head = 2 * config.hidden_size * config.vocab_size
+    limit_s = (products + attention + head) / peak
+    work = [(_seq(engine, 0, 0, tokens), tokens)]
+    row = _against(engine, work, limit_s)
+    tokens_per_s = round(1e3 * tokens / row["engine_ms"]["median"], 1)
+    return {"tokens": tokens, "tokens_per_s": tokens_per_s} | row
+
+
+def _per_layer(config: ModelConfig) -> int:
+    """Weights of a layer's products."""
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    return config.hidden_size * (heads * config.head_dim + 3 * config.mlp_size)
+
+
+def _against(engine: JaxEngine, work: Sequence[tuple[Seq, int]], limit_s: float) -> dict[str, Any]:
+    """Times of a step, its shares of the limit, and what the engine adds to the device's time."""
+    calls, run = [], engine.run
+    engine.dispatch = lambda call: (calls.append(call), run(call))[1]
+    engine.step(work)
+    engine.dispatch = run
+
+    def again() -> None:
+        for call in calls:
+            run(call)
+
+    whole = spread(1e3 * each for each in _times(lambda: engine.step(work)))
+    device = spread(1e3 * each for each in _times(again, lambda _: engine.wait()))
+    assert whole["median"]
+    assert device["median"]
+    return {
+        "limit_ms": round(1e3 * limit_s, 4),
+        "engine_ms": whole,
+        "device_ms": device,
+        "engine_share": round(1e3 * limit_s / whole["median"], 3),
+        "device_share": round(1e3 * limit_s / device["median"], 3),
+        "engine_adds": round(1 - device["median"] / whole["median"], 3),
+    }
+
+
+def _seq(engine: JaxEngine, index: int, computed: int, tokens: int) -> Seq:
+    slo, length = Slo(1.0, 1.0), computed + tokens
+    seq = Seq(Request(str(index), 0.0, [1] * length, 1, slo), computed=computed)
+    pages = engine.limits.pages_for(length)
+    seq.pages = list(range(index * pages, (index + 1) * pages))
+    return seq
+
+
+def main(argv: list[str]) -> None:
+    """Prints the result."""
+    result = measure(launch.read_config())
+    if flags.FLAGS.output == "json":
+        print(json.dumps(result, indent=1))
+        return
+    names = ("device", "devices", "model_shape", "dtype", "kernels", "date", "load_average")
+    print(", ".join(f"{name} {result[name]}" for name in names))
+    ceilings = result["ceilings"]
+    print("GB/s: " + ", ".join(f"{k} {short(v)}" for k, v in ceilings["memory"].items()))
+    print("TFLOP/s: " + ", ".join(f"{k} {short(v)}" for k, v in ceilings["matmul"].items()))
+    for part, sizes, limit in (
+        ("decode", ("batch", "context"), "bandwidth"),
+        ("prefill", ("tokens",), "peak"),
+    ):
+        cells = [
+            [
+                *(str(row[size]) for size in sizes),
+                *(short(row[key]) for key in ("engine_ms", "device_ms")),
+                f"{row['limit_ms']:.4g}",
+                *(f"{row[key]:.1%}" for key in ("engine_share", "device_share", "engine_adds")),
+            ]
+            for row in result[part]
+        ]
+        head = ("engine ms", "device ms", "limit ms", f"share of {limit}", "device's", "added")
+        print(f"\n{part}\n" + table([*sizes, *head], cells))
+
+
+def define_flags() -> None:
+    """All flags, the config's among them."""
+    launch.define_config_flag()
+    flags.DEFINE_enum("model_shape", None, list(MODEL_SHAPES), "Sizes, instead of the model's.")
+    flags.DEFINE_list("batches", ["1", "16", "64"], "decode: sequences.")
+    flags.DEFINE_list("contexts", ["200", "1024"], "decode: tokens of each.")
+    flags.DEFINE_list("prompts", ["128", "512", "2048"], "prefill: tokens.")
+    flags.DEFINE_integer("mib", 0, "Of each memory probe; 0: 256 on a CPU, else 4096.", 0)
+    flags.DEFINE_integer("matmul", 0, "Size of the products; 0: 2048 on a CPU, else 8192.", 0)
+    flags.DEFINE_integer("rounds", 5, "Measurements of each.", 1)
+    flags.DEFINE_enum("output", "text", ["text", "json"], "How to print the result.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch.run(main)

@@ -1,0 +1,114 @@
+"""Our side of benchmarks/vs_vllm.py: one colocated worker, asked by JSON lines.
+
+The worker is the one that serves, with its threads, ledger, policies and events; what asks it here
+takes the place of the router. The lines are those of benchmarks/steps_vllm.py.
+"""
+
+import itertools
+import json
+import os
+import queue
+import sys
+import time
+from typing import Any
+
+import jax
+from absl import flags
+
+from kairos_jax import launch, profile
+from kairos_jax.instances import build_engines, build_workers, open_model
+from kairos_jax.messages import Cancel, Died, Event, Stepped, Submit
+from kairos_jax.progress import bars
+from kairos_jax.transfer import LocalTransport
+from kairos_jax.worker import Worker
+from models.sampling import SamplingParams
+from schedulers.core import Role
+from schedulers.cost import CostModel
+from schedulers.request import Request, Slo
+
+# So late that no policy takes a sequence for hopeless, or holds one back for another.
+_LOOSE = Slo(3600.0, 60.0)
+_STOP_TIMEOUT_S = 5.0
+
+
+def main(argv: list[str]) -> int:
+    """Starts the worker, says so, and answers until stdin ends. Returns the exit code."""
+    # What else is printed must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    config = launch.read_config()
+    if config.roles != (Role.BOTH,):
+        raise launch.UsageError(f"one colocated instance is needed, the config has {config.layout}")
+    devices = launch.start_jax(config.num_devices, flags.FLAGS.cpu_devices)
+    with bars() as progress:
+        model = open_model(config)
+        engines = build_engines(config, model, devices, progress)
+        measured = profile.load_or_measure(None, config, model, engines, progress)
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    cost = CostModel.from_profile(measured)
+    (worker,) = build_workers(config, engines, cost, LocalTransport(), events.put)
+    worker.start()
+    facts = {"jax": jax.__version__, "vocab_size": model.checkpoint.config.vocab_size}
+    facts |= {"compiled": sum(engine.num_compiled for engine in engines)}
+    print(json.dumps(facts), file=answers)
+    ids = itertools.count()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        print(json.dumps(_run(worker, events, ids, config.max_context, **asked)), file=answers)
+    worker.stop(_STOP_TIMEOUT_S)
+    return 0
+
+
+def _run(
+    worker: Worker,
+    events: queue.SimpleQueue[Event],
+    ids: itertools.count,
+    max_context: int,
+    prompts: list[list[int]],
+    full_steps: int,
+) -> dict[str, Any]:
+    begin = time.monotonic()
+    requests = [
+        Request(
+            str(next(ids)),
+            begin,
+            prompt,
+            max_context - len(prompt),
+            _LOOSE,
+            sampling=SamplingParams(),
+        )
+        for prompt in prompts
+    ]
+    first: dict[str, int] = {}
+    at, counts, full = [], [], 0
+    for request in requests:
+        worker.post(Submit(request))
+    while full < full_steps:
+        match events.get():
+            case Stepped(outputs):
+                at.append(time.monotonic() - begin)
+                counts.append(len(outputs))
+                full += counts[-1] == len(prompts)
+                for output in outputs:
+                    first.setdefault(output.id, output.token.id)
+            case Died(_, error):
+                raise error
+    for request in requests:
+        worker.post(Cancel(request.id))
+    _until_idle(worker, events)
+    return {"at": at, "counts": counts, "first": [first[request.id] for request in requests]}
+
+
+def _until_idle(worker: Worker, events: queue.SimpleQueue[Event]) -> None:
+    """Returns when the step under way is over, and nothing is left of what was cancelled."""
+    # A worker says what it holds after each decision.
+    while worker.instance.running or worker.instance.waiting:
+        if isinstance(event := events.get(), Died):
+            raise event.error
+    while not events.empty():
+        events.get()
+
+
+if __name__ == "__main__":
+    launch.define_config_flag()
+    launch.run(main)

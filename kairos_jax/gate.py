@@ -1,0 +1,36 @@
+"""What answers requests, and whether any are taken: shared by all APIs of one server."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kairos_jax.edge import Edge
+from kairos_jax.rpc import kairos_pb2 as pb
+from kairos_jax.streams import Router
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What answers requests, once it is ready."""
+
+    edge: Edge
+    router: Router
+    model: pb.Model
+
+
+class Closed(Exception):
+    """No new requests are taken; the message says why."""
+
+
+@dataclass(slots=True)
+class Gate:
+    """clock: of arrivals, in seconds. closed: why no new requests are taken, where none are."""
+
+    clock: Callable[[], float]
+    backend: Backend | None = None
+    closed: str | None = "the server is starting"
+
+    def enter(self) -> Backend:
+        """What answers a request that has come. Raises Closed."""
+        if self.closed is not None or self.backend is None:
+            raise Closed(self.closed)
+        return self.backend

@@ -1,0 +1,28 @@
+"""Products with weights: one signature, and XLA's own.
+
+Dimension letters: I inputs, O outputs.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Linear = Callable[..., Float[Array, "..."]]
+"""(x [..., I], w, *out, dtype=None) -> x @ w as [..., *out], in that dtype or in x's. w holds I x
+prod(out) numbers, in the form that the backend's `pack` gives them."""
+
+
+def linear(
+    x: Float[Array, "... I"], w: Float[Array, "..."], *out: int, dtype: DTypeLike | None = None
+) -> Float[Array, "..."]:
+    """See `Linear`. w is [*I, *out], where I may be several axes.
+
+    As one plain product of matrices: given einsums over [D, N, H], XLA for CPU transposed weights
+    at every step, and prefill took twice the time.
+    """
+    matrix = w.reshape(x.shape[-1], math.prod(out))
+    product = jnp.matmul(x, matrix, preferred_element_type=dtype)
+    return product.reshape(*x.shape[:-1], *out)

@@ -1,0 +1,136 @@
+"""What the benchmarks are made of: the exported model, the client of vLLM's API, the ladder."""
+
+import asyncio
+import json
+
+import export
+import figures
+import jax
+import numpy as np
+import openai_replay
+import pytest
+import rates
+
+from kairos_jax import hub
+from kairos_jax.tokenizer import load_tokenizer
+from models.checkpoint import open_checkpoint
+from models.sharding import Rules, make_mesh
+from schedulers.attainment import Outcome
+from schedulers.request import Slo
+from schedulers.workload import Arrival
+
+SLO = Slo(10.0, 10.0)
+
+
+def chunk(data: str) -> bytes:
+    return f"{len(data):x}\r\n{data}\r\n".encode()
+
+
+def event(*ids: int) -> str:
+    return f"data: {json.dumps({'choices': [{'token_ids': list(ids)}]})}\n\n"
+
+
+def replay(answer: list[bytes], arrivals: list[Arrival]) -> tuple[list[Outcome], list[dict]]:
+    """What the client makes of a server that answers so, and what it has asked."""
+    asked = []
+
+    async def serve(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+        asked.append(json.loads(await reader.readexactly(length)))
+        writer.writelines(answer)
+        await writer.drain()
+        writer.close()
+
+    async def run():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            host, port = server.sockets[0].getsockname()
+            return await openai_replay.replay(f"{host}:{port}", arrivals, SLO, vocab_size=50)
+
+    return asyncio.run(run()), asked
+
+
+OK = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+END = b"0\r\n\r\n"
+
+
+def test_tokens_are_counted_however_the_events_are_cut():
+    whole = event(1) + event(2, 3) + event()
+    parts = [chunk(whole[:25]), chunk(whole[25:]), chunk("data: [DONE]\n\n")]
+    arrivals = [Arrival(0.0, 5, 3), Arrival(0.01, 2, 3)]
+    outcomes, asked = replay([OK, *parts, END], arrivals)
+    assert [(o.done, o.num_output, o.num_asked) for o in outcomes] == [(True, 3, 3)] * 2
+    assert all(o.ttft_s > 0 for o in outcomes)
+    asked = sorted(asked, key=lambda body: -len(body["prompt"]))
+    rng = np.random.default_rng(0)  # the prompts of kairos_jax.replay
+    assert [body["prompt"] for body in asked] == [rng.integers(50, size=n).tolist() for n in (5, 2)]
+    assert all(body["ignore_eos"] and body["max_tokens"] == 3 for body in asked)
+
+
+@pytest.mark.parametrize(
+    ("answer", "tokens"),
+    [
+        ([b"HTTP/1.1 400 Bad Request\r\n\r\n"], 0),
+        ([OK, chunk('data: {"error": {"message": "no"}}\n\n'), END], 0),
+        ([OK, chunk(event(1)), END], 1),  # no [DONE]
+        ([OK, chunk(event(1))], 1),  # cut off
+        ([], 0),
+    ],
+)
+def test_what_is_not_answered_to_its_end_has_failed(answer, tokens):
+    (outcome,), _ = replay(answer, [Arrival(0.0, 2, 3)])
+    assert (outcome.done, outcome.num_output) == (False, tokens)
+
+
+def attaining(share: float):
+    """Outcomes of ten requests, of which so many keep their SLO."""
+
+    def outcome(met: bool) -> Outcome:
+        return Outcome(SLO, 0.0, 1.0 if met else 60.0, 61.0, 61)
+
+    return [outcome(index < 10 * share) for index in range(10)]
+
+
+def test_rates_go_on_to_one_and_a_half_times_the_knee():
+    sent = []
+
+    def vllm(arrivals):
+        sent.append(len(arrivals))
+        return attaining(0.9 if len(arrivals) < 4 else 0.4)
+
+    servers = {"ours": lambda arrivals: attaining(1.0), "vllm": vllm}
+    arrivals = [Arrival(0.0, 1, 1)] * 10
+    found = rates.serve(servers, lambda rate: arrivals[: round(2 * rate)], [], 0.5, 1)
+    assert sent == [1, 2, 3, 4, 5, 6]
+    assert found["knee_rps"] == 2.0
+    assert [row["rate"] for row in found["rates"]] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    assert found["goodput_at_knee_of_vllm"] == {"ours": 2.5, "vllm": 1.0}
+
+
+def test_who_begins_alternates():
+    assert list(figures.turns(["a", "b"], 3)) == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_a_spread_of_what_is_there():
+    assert figures.spread([3, None, 1, 2]) == {"median": 2, "low": 1, "high": 3}
+    assert figures.short(figures.spread([None])) == "-"
+
+
+def test_an_exported_gguf_has_the_weights_of_its_source(tmp_path):
+    model = hub.resolve_model(hub.DEFAULT_MODEL)
+    directory = export.hugging_face(model, tmp_path / "exported")
+    source, exported = open_checkpoint(model), open_checkpoint(directory)
+    assert exported.config == source.config
+    mesh = make_mesh(jax.devices()[:1])
+    expected = source.load(mesh, Rules(), "float32")
+    found = exported.load(mesh, Rules(), "float32")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    text = "Hello, world: 42"
+    assert load_tokenizer(directory).encode(text) == load_tokenizer(model).encode(text)
+
+
+def test_a_hugging_face_directory_is_given_as_it_is(tiny_llama, tmp_path):
+    assert export.hugging_face(tiny_llama, tmp_path / "unused") == tiny_llama
+    assert not (tmp_path / "unused").exists()

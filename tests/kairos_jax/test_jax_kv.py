@@ -1,0 +1,68 @@
+"""Connections of a transfer server to those of its peers: opened once, closed with the peer."""
+
+import asyncio
+
+import kv_member
+from kv_member import num_sockets, sharding, some_kv
+
+from kairos_jax.jax_kv import TransferPort
+from kairos_jax.kv_client import arrived
+from kairos_jax.manifest import describe
+from kairos_jax.transfer import Ticket
+
+SHAPE = [2, 8, 4, 2, 8]
+FACTS = kv_member.facts_of(SHAPE)
+PEER = "10.0.0.1:50052"
+
+
+def new_port():
+    return TransferPort("127.0.0.1", 4 << 20, 8, asyncio.to_thread)
+
+
+async def pull(ours, theirs, incarnation, urgent=False, address=PEER):
+    """One block, from a peer at `address` whose transfer server is `theirs`."""
+    where = sharding(1, "rows")
+    blocks = some_kv(SHAPE, "float32", 1, 0, where)
+    uuid, _ = theirs.register(blocks)
+    told = describe(FACTS, Ticket("a", SHAPE[1]), blocks[0], theirs.address, incarnation)
+    return await ours.pull(address, told, uuid, 1, where, urgent, arrived)
+
+
+async def sockets_are(count):
+    """Returns when so many are open: the servers' threads close them."""
+    async with asyncio.timeout(30):
+        while num_sockets() != count:
+            await asyncio.sleep(0)
+
+
+def test_a_peer_has_two_connections_until_it_is_another():
+    async def run():
+        ours, first, second = new_port(), new_port(), new_port()
+        before = num_sockets()
+        for urgent in (True, False, True, False):
+            await pull(ours, first, 1, urgent)
+        assert ours.num_connections == 2
+        opened = num_sockets() - before
+        assert opened > 0
+        await pull(ours, second, 2, urgent=True)
+        assert ours.num_connections == 1
+        await sockets_are(before + opened // 2)
+        ours.drop(PEER)
+        assert ours.num_connections == 0
+        await sockets_are(before)
+
+    asyncio.run(run())
+
+
+def test_no_peer_costs_another_its_connection():
+    async def run():
+        ours, first, second = new_port(), new_port(), new_port()
+        await pull(ours, first, 1)
+        await pull(ours, second, 2, address="10.0.0.2:50052")
+        assert ours.num_connections == 2
+        ours.drop("10.0.0.2:50052")
+        assert ours.num_connections == 1
+        ours.drop("10.0.0.3:50052")
+        assert ours.num_connections == 1
+
+    asyncio.run(run())

@@ -1,0 +1,152 @@
+"""A fake server with an HTTP API, whose vocabulary is the printable characters of ASCII."""
+
+import asyncio
+import contextlib
+import json
+import queue
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fakes
+import httpx2
+import tokenizers
+from tokenizers import decoders, models
+
+from kairos_jax.config import ServerConfig
+from kairos_jax.http_guard import Options
+from kairos_jax.http_server import HttpOptions
+from kairos_jax.tokenizer import Tokenizer
+
+# Id 0 ends an output, id 1 begins a text, and the others are a character each.
+_SPECIAL = ("</s>", "<s>")
+_CHARACTERS = [chr(code) for code in range(32, 127)]
+_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }}|{% endfor %}a:"
+)
+
+
+def tokenizer() -> Tokenizer:
+    vocab = {token: id for id, token in enumerate([*_SPECIAL, *_CHARACTERS])}
+    assert len(vocab) == fakes.VOCAB
+    backend = tokenizers.Tokenizer(models.BPE(vocab, []))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(list(_SPECIAL))
+    return Tokenizer(backend, frozenset({0}), chat_template=_TEMPLATE)
+
+
+def ids_of(text: str) -> list[int]:
+    return [_CHARACTERS.index(character) + 2 for character in text]
+
+
+def text_of(ids: Sequence[int]) -> str:
+    return "".join(_CHARACTERS[id - 2] for id in ids if id >= 2)
+
+
+@dataclass
+class Api:
+    """A client of a fake server."""
+
+    harness: fakes.Harness
+    client: httpx2.AsyncClient
+
+    async def post(self, path: str, body: Any = None, **more) -> httpx2.Response:
+        return await self.client.post(path, **({"json": body} if body is not None else {}), **more)
+
+    async def complete(self, **body) -> dict[str, Any]:
+        answer = await self.post("/v1/completions", ASK | body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def chat(self, content: Any, **body) -> dict[str, Any]:
+        body["messages"] = [{"role": "user", "content": content}]
+        answer = await self.post("/v1/chat/completions", ASK | body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events of a stream, which must be well formed and end as one does."""
+        async with self.client.stream("POST", path, json=ASK | body | {"stream": True}) as answer:
+            assert answer.headers["content-type"] == "text/event-stream"
+            text = (await answer.aread()).decode()
+        *events, done, rest = text.split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+# Greedy, and to the end: what fakes.expected_tokens tells.
+ASK = {"model": "fake", "temperature": 0, "ignore_eos": True}
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    config: ServerConfig = fakes.CONFIG, app: Options | None = None, **headers: str
+) -> AsyncIterator[Api]:
+    """A server that is up, and a client of it; both end with the block."""
+    options = HttpOptions(0, app or Options())
+    async with fakes.running(config, tokenizer=tokenizer(), http=options) as harness:
+        assert harness.server.http
+        url = f"http://{harness.server.http.address}"
+        async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=30) as client:
+            yield Api(harness, client)
+
+
+@contextlib.contextmanager
+def serving_in_thread(
+    config: ServerConfig = fakes.CONFIG, app: Options | None = None
+) -> Iterator[Callable[[Callable[[Api], Awaitable[None]]], None]]:
+    """A function that runs an async test against a server that lives as long as the block, on a
+    thread of its own. At its end nothing may be held.
+    """
+    up: queue.SimpleQueue[tuple[Api, asyncio.AbstractEventLoop] | BaseException]
+    up, ending = queue.SimpleQueue(), threading.Event()
+
+    async def serve() -> None:
+        try:
+            async with serving(config, app) as api:
+                up.put((api, asyncio.get_running_loop()))
+                await asyncio.to_thread(ending.wait)
+                await api.harness.assert_nothing_held()
+        except BaseException as error:
+            up.put(error)
+            raise
+
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    threading.Thread(target=run).start()
+    found = up.get(timeout=30)
+    if isinstance(found, BaseException):
+        raise found
+    api, loop = found
+    try:
+        yield lambda test: asyncio.run_coroutine_threadsafe(test(api), loop).result(60)
+    finally:
+        ending.set()
+        error = ended.get(timeout=60)
+    if error:
+        raise error
+
+
+@contextlib.contextmanager
+def client_of_thread(
+    config: ServerConfig = fakes.CONFIG, app: Options | None = None
+) -> Iterator[httpx2.Client]:
+    """A client of such a server, for tests without an event loop."""
+    urls: list[str] = []
+
+    async def note(api: Api) -> None:
+        urls.append(str(api.client.base_url))
+
+    with serving_in_thread(config, app) as run:
+        run(note)
+        with httpx2.Client(base_url=urls[0], timeout=30) as client:
+            yield client
