@@ -34,3 +34,9 @@ class Gate:
         if self.closed is not None or self.backend is None:
             raise Closed(self.closed)
         return self.backend
+
+    def admit(self) -> Backend:
+        """As `enter`, for a request to generate: one that is turned away is counted."""
+        if self.closed is not None and self.backend is not None:
+            self.backend.router.metrics.rejected("closed")
+        return self.enter()

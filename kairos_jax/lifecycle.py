@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from absl import flags
@@ -34,15 +34,24 @@ def asked_to_stop() -> asyncio.Future[Any]:
     return asyncio.ensure_future(stop.wait())
 
 
-async def prepared(prepare: Callable[[], T], stopping: asyncio.Future[Any]) -> T | None:
-    """What `prepare` returns, or None if the process is asked to stop before. Raises what it does.
+async def prepared(
+    prepare: Callable[[], T],
+    stopping: asyncio.Future[Any],
+    close: Callable[[], Awaitable[object]],
+) -> T | None:
+    """What `prepare` returns, or None if the process is asked to stop before. Raises what it does,
+    after `close`, which ends the server that listens already.
 
     It runs on a thread that does not keep the process alive: a compilation cannot be interrupted.
     """
     result = _in_daemon(prepare)
-    await asyncio.wait({result, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if result.done():
-        return result.result()
+    try:
+        await asyncio.wait({result, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if result.done():
+            return result.result()
+    except BaseException:
+        await close()
+        raise
     Console(stderr=True).show_cursor()  # which a progress bar has hidden
     print("stopped while starting", flush=True)
     return None

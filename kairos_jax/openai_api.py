@@ -121,7 +121,7 @@ class Api:
         return await self._generate(request, chat=True)
 
     async def _generate(self, request: Request, chat: bool) -> Answering:
-        arrival, backend = self._gate.clock(), self._enter()
+        arrival, backend = self._gate.clock(), self._gate.admit()
         backend.router.check_room()
         raw = await read_body(request, self._max_body_bytes)
         headers = request.headers
@@ -140,16 +140,8 @@ class Api:
         except BadField:
             backend.router.metrics.rejected("bad_request")
             raise
-        self._enter()  # it may have closed meanwhile
+        self._gate.admit()  # it may have closed meanwhile
         return Answering(asked, backend)
-
-    def _enter(self) -> Backend:
-        try:
-            return self._gate.enter()
-        except Closed:
-            if self._gate.backend:
-                self._gate.backend.router.metrics.rejected("closed")
-            raise
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a text, or of a conversation."""

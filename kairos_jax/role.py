@@ -116,11 +116,7 @@ async def serve(
         raise launch.UsageError(str(error)) from error
     await server.start()
     print(f"starting {role.value} of {config.model}: gRPC on {server.address}", flush=True)
-    try:
-        prepared = await lifecycle.prepared(prepare, stopping)
-    except BaseException:
-        await server.close()
-        raise
+    prepared = await lifecycle.prepared(prepare, stopping, server.close)
     if prepared is None:
         return 1
     engine, emit = prepared.engine, server.attachments.emit

@@ -121,11 +121,9 @@ async def serve(
         raise launch.UsageError(str(error)) from error
     await server.start()
     print(f"starting router for {config.model}: {server.addresses}", flush=True)
-    try:
-        model = await lifecycle.prepared(lambda: open_model(config), stopping)
-    except BaseException:
-        await server.drain(0.0)
-        raise
+    model = await lifecycle.prepared(
+        lambda: open_model(config), stopping, lambda: server.drain(0.0)
+    )
     if model is None:
         return 1
     changed = asyncio.Event()

@@ -97,11 +97,7 @@ async def serve(
         raise launch.UsageError(str(error)) from error
     await server.start()
     print(f"starting {config.model}: {server.addresses}", flush=True)
-    try:
-        prepared = await lifecycle.prepared(prepare, stopping)
-    except BaseException:
-        await server.drain(0.0)
-        raise
+    prepared = await lifecycle.prepared(prepare, stopping, lambda: server.drain(0.0))
     if prepared is None:
         return 1
     cost, loop = prepared.cost, asyncio.get_running_loop()

@@ -35,19 +35,17 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context) -> pb.Model:
         """See kairos.proto."""
-        return (await self._ready(context)).model
+        return (await self._entered(context, self.gate.enter)).model
 
     async def Generate(self, request: pb.GenerateRequest, context) -> None:
         """See kairos.proto."""
         arrival = self.gate.clock()
-        if self.gate.closed is not None and self.gate.backend:
-            self.gate.backend.router.metrics.rejected("closed")
-        backend = await self._ready(context)
+        backend = await self._entered(context, self.gate.admit)
         try:
             backend.router.check_room()
             # In a thread: a long text takes the tokenizer longer than others should wait.
             checked = await asyncio.to_thread(backend.edge.request, request, arrival)
-            await self._ready(context)  # it may have closed meanwhile
+            await self._entered(context, self.gate.admit)  # it may have closed meanwhile
             trace = trace_of(context.invocation_metadata() or ())
             stream = backend.router.submit(checked, trace)
         except UnknownModel as error:
@@ -67,9 +65,9 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
         else:
             await _answer(backend, stream, context)
 
-    async def _ready(self, context) -> Backend:
+    async def _entered(self, context, enter: Callable[[], Backend]) -> Backend:
         try:
-            return self.gate.enter()
+            return enter()
         except Closed as error:
             return await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 

@@ -1,11 +1,13 @@
 """JAX on eight CPU devices, set before its first use; and the tiny models of tests/golden."""
 
 import functools
+import json
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import fakes
 import jax
 import pytest
 
@@ -41,6 +43,21 @@ def native_kernels() -> str:
     except native.NotAvailable as error:
         pytest.skip(str(error))
     return "native"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Of processes: a cache of the tests' own, which also makes their later starts quick."""
+    cache = tmp_path_factory.mktemp("cache")
+    return os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory) -> str:
+    """The flag for made-up step times, so that none need be measured."""
+    path = tmp_path_factory.mktemp("profile") / "profile.json"
+    path.write_text(json.dumps(fakes.PROFILE))
+    return f"--profile={path}"
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,6 @@ TINY = (CONFIG, MODEL, "--overrides=", "--max_context=128", "--rounds=1")
 VLLM = os.environ.get("KAIROS_VLLM_PYTHON")
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    return os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
-
-
 def run(environment, name, *arguments, timeout=220):
     command = [sys.executable, f"benchmarks/{name}.py", *arguments, "--output=json"]
     done = subprocess.run(

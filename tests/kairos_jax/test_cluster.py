@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import cluster
-import fakes
 import processes
 import pytest
 from processes import CONFIG, MODEL, ROOT
@@ -22,20 +21,6 @@ from kairos_jax.config import ServerConfig
 from kairos_jax.links import Links
 from kairos_jax.messages import Died
 from schedulers.core import Role
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """A cache of the tests' own, which also makes their later starts quick."""
-    cache = tmp_path_factory.mktemp("cache")
-    return os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    path = tmp_path_factory.mktemp("profile") / "profile.json"
-    path.write_text(json.dumps(fakes.PROFILE))
-    return f"--profile={path}"
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 import fakes
 import grpc
 import pytest
+from http_fakes import fetch
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as openmetrics_families,
 )
@@ -308,31 +309,6 @@ async def test_scrapers_get_it_over_http_also_while_the_server_is_shut(harness):
     gate.backend = None
     status, _, _ = await fetch(app, "GET", "/metrics")
     assert status == 503
-
-
-async def fetch(app, method: str, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of what an ASGI app answers."""
-    sent = []
-
-    async def receive():
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {
-        "type": "http",
-        "method": method,
-        "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
-        "query_string": b"",
-        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-    }
-    await app(scope, receive, send)
-    head, *parts = sent
-    told = {name.decode(): value.decode() for name, value in head["headers"]}
-    return head["status"], told, b"".join(part["body"] for part in parts)
 
 
 def test_a_tally_counts_up_to_each_bound():

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -30,20 +29,6 @@ ROOT = Path(__file__).parents[2]
 TLS = ROOT / "tests/support/tls"
 CONFIG = "--config=tests/support/tiny_config.py"
 MODEL = "--model=tests/golden/llama"
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """A cache of the tests' own, which also makes their later starts quick."""
-    cache = tmp_path_factory.mktemp("cache")
-    return os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    path = tmp_path_factory.mktemp("profile") / "profile.json"
-    path.write_text(json.dumps(fakes.PROFILE))
-    return f"--profile={path}"
 
 
 def run(environment, binary, *arguments):

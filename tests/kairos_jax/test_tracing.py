@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fakes
 import pytest
+from http_fakes import fetch
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -91,7 +92,8 @@ async def test_a_trace_goes_on_from_its_clients_over_grpc(traced):
 async def test_a_trace_goes_on_from_its_clients_over_http(traced):
     app = make_app(traced.harness.server.gate, Options())
     body = b'{"model": "fake", "prompt": [1, 2], "max_tokens": 1}'
-    assert await post(app, "/v1/completions", body, traceparent=TRACEPARENT) == 200
+    status, _, _ = await fetch(app, "POST", "/v1/completions", body, traceparent=TRACEPARENT)
+    assert status == 200
     spans = await traced.spans("generate queue prefill")
     assert {f"{span.context.trace_id:032x}" for span in spans} == {TRACE}
 
@@ -121,32 +123,6 @@ async def test_how_a_request_ended_is_told(traced):
     assert failed.attributes["kairos.outcome"] == "failed"
     assert failed.status.status_code is StatusCode.ERROR
     assert "kairos.ttft_s" not in failed.attributes
-
-
-async def post(app, path: str, body: bytes, **headers: str) -> int:
-    """Status of what an ASGI app answers."""
-    sent, left = [], asyncio.Event()
-    parts = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive():
-        if not parts:
-            await left.wait()
-        return parts.pop()
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
-        "query_string": b"",
-        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-    }
-    await app(scope, receive, send)
-    return sent[0]["status"]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,36 @@ def text_of(ids: Sequence[int]) -> str:
     return "".join(_CHARACTERS[id - 2] for id in ids if id >= 2)
 
 
+async def fetch(
+    app, method: str, path: str, body: bytes = b"", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of what an ASGI app answers to a client that stays."""
+    sent, left = [], asyncio.Event()
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive():
+        if not parts:
+            await left.wait()
+        return parts.pop()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    await app(scope, receive, send)
+    head, *rest = sent
+    told = {name.decode(): value.decode() for name, value in head["headers"]}
+    return head["status"], told, b"".join(part["body"] for part in rest)
+
+
 @dataclass
 class Api:
     """A client of a fake server."""
