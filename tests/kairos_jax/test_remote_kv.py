@@ -252,6 +252,7 @@ def test_a_ticket_is_good_for_one_peer(kind):
                 await thief.fetch(wrong, sharding())
             prefill.transport.extend(ticket, some_kv(2), last=True)
             assert len(await decode.fetch(ticket, sharding())) == 3
+            await prefill.empty()  # it is told of the delivery after that
             with pytest.raises(LookupError, match="NOT_FOUND"):
                 await decode.fetch(ticket, sharding())
 
