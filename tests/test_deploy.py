@@ -59,14 +59,16 @@ def patch(target: dict, operations: list[dict]) -> None:
             at = at[int(key) if isinstance(at, list) else key]
         if operation["op"] == "remove":
             del at[last]
+            continue
+        assert operation["op"] == "add"
+        if last == "-":
+            at.append(operation["value"])
         else:
-            assert operation["op"] == "add"
             at[last] = operation["value"]
 
 
 VARIANTS = {
-    "base": built("base"),
-    "tpu": built("tpu"),
+    **{name: built(name) for name in ("base", "keys", "tpu")},
     **{path.stem: read(path) for path in MULTIHOST},
 }
 OBJECTS = [
@@ -134,7 +136,9 @@ def test_every_file_is_part_of_something():
     (base,) = read(DEPLOY / "base/kustomization.yaml")
     files = {path.name for path in (DEPLOY / "base").glob("*.yaml")}
     assert files == {*base["resources"], "kustomization.yaml"}
-    assert {path.parent.name for path in DEPLOY.glob("*/*.yaml")} == {"base", "tpu", "multihost"}
+    assert {path.parent.name for path in DEPLOY.glob("*/*.yaml")} == {
+        *("base", "keys", "tpu", "multihost")
+    }
 
 
 def test_names_are_unique_and_without_a_namespace():
@@ -176,7 +180,7 @@ def test_selectors_select_the_pods_that_serve(multihost):
         assert "readinessProbe" in container
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         for port in one["spec"].get("ports", ()):
-            assert port["port"] == ports["grpc"]
+            assert port["port"] == ports[port["name"]]
         found += 1
     assert found >= 4
 
@@ -207,16 +211,45 @@ def test_flags_agree_with_the_rest_of_the_pod(template):
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert set(mounts.values()) == {volume["name"] for volume in spec["volumes"]}
     secrets = [value for value in given.values() if value.startswith("/")]
-    assert len(secrets) == 4
+    assert len(secrets) == 4 + ("--api_keys_file" in given)
     assert all(str(Path(path).parent) in mounts for path in secrets)
     if "follower" in template["metadata"]["labels"][COMPONENT]:
         assert not ports
         assert not any(key.endswith("Probe") for key in container)
         return
-    assert {int(given["--port"]), int(given["--health_port"])} <= ports
+    own = ("--port", "--health_port", "--http_port", "--metrics_port")
+    assert {int(given[flag]) for flag in own if flag in given} <= ports
     probes = {key: container[key]["grpc"] for key in container if key.endswith("Probe")}
     assert set(probes) == {"startupProbe", "readinessProbe", "livenessProbe"}
     assert {probe["port"] for probe in probes.values()} == {int(given["--health_port"])}
+
+
+@pytest.mark.parametrize("template", ALL)
+def test_prometheus_finds_who_serves_and_may_ask(template):
+    (workers, router) = (one for one in VARIANTS["base"] if one["kind"] == "NetworkPolicy")
+    given, metadata = flags_of(template), template["metadata"]
+    component = metadata["labels"][COMPONENT]
+    if "follower" in component:
+        assert "annotations" not in metadata
+        return
+    policy, flag = (router, "--http_port") if component == "router" else (workers, "--metrics_port")
+    annotated = {"prometheus.io/scrape": "true", "prometheus.io/port": given[flag]}
+    assert metadata["annotations"] == annotated
+    to_all = [
+        port["port"]
+        for rule in policy["spec"]["ingress"]
+        if rule.get("from") in (None, [{"namespaceSelector": {}}])
+        for port in rule["ports"]
+    ]
+    assert int(given[flag]) in to_all
+    assert (int(given["--port"]) in to_all) is (component == "router")
+
+
+@pytest.mark.parametrize("variant", ["base", "keys", "tpu"])
+def test_http_clients_need_a_key_where_it_says_so(variant):
+    (router,) = (one for one in VARIANTS[variant] if is_workload(one, "router"))
+    (template,) = templates(router)
+    assert ("--api_keys_file" in flags_of(template)) is (variant == "keys")
 
 
 @pytest.mark.parametrize("template", ALL)
