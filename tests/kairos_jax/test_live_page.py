@@ -1,0 +1,177 @@
+"""The live page in a real browser, over a server with fake engines."""
+
+import contextlib
+import random
+import re
+import threading
+from collections.abc import Iterator
+
+import chromium
+import fakes
+import http_fakes
+import pytest
+
+from kairos_jax.http_guard import Options, digest
+from schedulers.request import Request, Slo
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(chromium.PATH is None, reason="there is no chromium here"),
+]
+
+CONFIG = fakes.altered(max_requests=1200, decode__max_batch=32, decode__kv_tokens=4096)
+# Texts that are wider than their boxes.
+WIDE = """
+[...document.querySelectorAll("p, h1, h2, h3, label, button, span")]
+  .filter(node => node.scrollWidth > node.clientWidth + 1 && node.clientWidth > 0
+    && getComputedStyle(node).display !== "inline")
+  .map(node => node.id || node.textContent)
+"""
+# What it took to draw each of a few snapshots, in milliseconds.
+DRAWN = """
+new Promise(done => {
+  const took = [];
+  document.addEventListener("snapshot", () => {
+    took.push(Number(document.documentElement.dataset.drawnMs));
+    if (took.length === 4) done(took);
+  });
+})
+"""
+
+
+@pytest.fixture
+def tab(tmp_path):
+    with chromium.browsing(tmp_path / "profile") as tab:
+        yield tab
+        assert not tab.wrong
+
+
+def paced(engine, step_s: float) -> None:
+    """Lets its steps last so long."""
+    step, never = engine.step, threading.Event()
+
+    def slow(work):
+        never.wait(step_s)
+        return step(work)
+
+    engine.step = slow
+
+
+@contextlib.contextmanager
+def served(step_s: float = 0.02, app: Options | None = None) -> Iterator[tuple]:
+    """A server whose decode steps last so long: its address, and what runs a test on it."""
+    urls = []
+
+    async def begin(api):
+        urls.append(str(api.client.base_url))
+        paced(api.harness.engines[1], step_s)
+
+    with http_fakes.serving_in_thread(CONFIG, app) as run:
+        run(begin)
+        yield urls[0], run
+
+
+async def crowd(api) -> None:
+    """Some that run, and a thousand whose prefill does not begin."""
+    rng, router = random.Random(1), api.harness.router
+
+    def submit(name, ttft, max_tokens):
+        prompt = [rng.randrange(2, fakes.VOCAB) for _ in range(rng.choice([5, 30, 60]))]
+        slo = Slo(ttft, rng.choice([0.1, 0.5]))
+        return router.submit(Request(name, router.clock(), prompt, max_tokens, slo))
+
+    running = [submit(f"runs-{index}", 30.0, 64) for index in range(24)]
+    for stream in running:
+        await anext(aiter(stream))
+    api.harness.engines[0].gate.clear()
+    for index in range(1000):
+        submit(f"<b>waits</b>-{index}", rng.uniform(0.5, 40.0), 8)
+
+
+async def dismiss(api) -> None:
+    """All go away."""
+    router = api.harness.router
+    for stream in router.streams:
+        router.cancel(stream)
+    api.harness.engines[0].gate.set()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_thousand_queued_requests_are_shown_without_lag(tab, tmp_path, width, dark):
+    with served(step_s=0.25) as (url, run):
+        run(crowd)
+        tab.open(url, width, 900, dark)
+        tab.until("document.getElementById('queued').textContent === '1,000'")
+        tab.until("document.querySelectorAll('.instance').length === 2")
+        tab.until("document.querySelector('path.measured[d^=M]')")
+        told = tab.value("document.getElementById('queue-rest').textContent")
+        assert told == "and 988 more"
+        # What clients call themselves is text.
+        assert tab.value("document.querySelectorAll('td b').length") == 0
+        assert tab.value("document.querySelector('#queue-rows td').textContent").startswith("<b>")
+        room = "document.documentElement.clientWidth"  # without the bar that scrolls down
+        assert tab.value("document.documentElement.scrollWidth") == tab.value(room) <= width
+        assert tab.value(WIDE) == []
+        assert min(tab.value(DRAWN)) < 50
+        shade = tab.value("getComputedStyle(document.body).backgroundColor")
+        assert shade == ("rgb(13, 19, 28)" if dark else "rgb(246, 248, 250)")
+        tab.picture(tmp_path / "page.png")
+        assert (tmp_path / "page.png").stat().st_size > 10_000
+        tab.open("about:blank")
+        run(dismiss)
+
+
+def answer_ids(prompt: str, count: int) -> list[int]:
+    """What follows in a chat, if it is not ended before."""
+    return fakes.expected_tokens(http_fakes.ids_of(f"u:{prompt}|a:"), count)
+
+
+def test_a_prompt_is_sent_and_its_tokens_are_shown_against_their_deadlines(tab):
+    with served() as (url, _):
+        tab.open(url)
+        tab.until("document.getElementById('state').textContent === 'live'")
+        prompt = next(text for text in map(str, range(99)) if 0 not in answer_ids(text, 12))
+        tab.type("#prompt", prompt)
+        tab.type("#max-tokens", "12")
+        tab.type("#tpot", "1")
+        tab.value("document.getElementById('send').click()")
+        tab.until("document.getElementById('outcome').textContent")
+        outcome = tab.value("document.getElementById('outcome').textContent")
+        outcome = outcome.replace("\N{NO-BREAK SPACE}", " ")
+        assert outcome.startswith("queue ")
+        assert ", transfer " in outcome
+        # A step takes 20 ms, and tokens after the first were due a millisecond each; though some
+        # may be told of together.
+        assert re.search(
+            r"TPOT [0-9.]+ ms of 1 ms; 12 tokens, ([1-9]|1[01]) late; ended by length.", outcome
+        )
+        answer = tab.value("document.getElementById('answer').textContent")
+        assert answer == http_fakes.text_of(answer_ids(prompt, 12))
+        assert tab.value("document.querySelector('#timeline .dots.missed').getAttribute('d')")
+        assert not tab.value("document.getElementById('send').disabled")
+        tab.type("#max-tokens", "60")
+        tab.type("#tpot", "0")
+        tab.value("document.getElementById('send').click()")
+        tab.until("!document.getElementById('refusal').hidden")
+        refusal = tab.value("document.getElementById('refusal').textContent")
+        assert refusal == "slo.tpot_ms must be a positive number of milliseconds, got 0"
+        tab.wrong.remove(
+            "Failed to load resource: the server responded with a status of 400 (Bad Request)"
+        )
+
+
+def test_a_key_is_asked_for_where_one_is_needed(tab):
+    with served(app=Options((digest(b"secret"),))) as (url, _):
+        tab.open(url)
+        for key, shown in (("wrong", "a key is needed"), ("secret", "live")):
+            tab.until("!document.getElementById('key-form').hidden")
+            tab.type("#key", key)
+            tab.value("document.querySelector('#key-form button').click()")
+            tab.until(f"document.getElementById('state').textContent === '{shown}'")
+        tab.until("document.getElementById('key-form').hidden")
+        tab.open(url)  # as long as the tab is open, it is known
+        tab.until("document.getElementById('state').textContent === 'live'")
+        refused = [each for each in tab.wrong if "401" in each]
+        assert len(refused) == 2
+        tab.wrong = [each for each in tab.wrong if each not in refused]
