@@ -16,8 +16,8 @@ BIN := $(VENV)/bin
 # Named by version, so that another PYTHON makes another environment.
 INSTALLED = $(VENV)/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: help setup model demo agreement bench-accelerator serve cluster sweep paper test slow lint \
-  lock proto clean
+.PHONY: help setup model demo agreement bench-accelerator serve cluster sweep paper test slow clients \
+  lint lock proto clean
 
 help:
 	@echo "make demo   serve one workload under three schedulers; report in out/demo/report.html"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-accelerator  steps beside the limits of the GPU or TPU here: out/roofline.json"
 	@echo "make test   lint and the whole default test suite"
 	@echo "make slow   the tests of several processes, which take minutes"
+	@echo "make clients  programs of others against the server: openai, vllm bench, lm-eval, ..."
 	@echo "make setup  the environment alone, in $(VENV)"
 	@echo "make lint   ruff, pyright, import-linter"
 	@echo "make model  fetch the default model into the user's cache"
@@ -43,7 +44,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 	  sys.exit(0 if ok else "Python 3.11 to 3.13 is needed, $(PYTHON) is " + sys.version)'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	@# Compiled now: where PYTHONDONTWRITEBYTECODE is set, each process else compiles JAX anew, for 3 s.
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
@@ -81,7 +83,11 @@ test: lint model
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore=tests/clients
+
+# Each program is installed once, in out/clients, from PyPI.
+clients: setup model
+	$(BIN)/python -m pytest -m slow tests/clients
 
 lint: setup
 	$(BIN)/ruff check .

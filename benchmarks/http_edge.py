@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import fakes
 
+from kairos_jax.calls import Token
 from kairos_jax.edge import Edge
-from kairos_jax.engine import Token
 from kairos_jax.gate import Backend
 from kairos_jax.http_server import HttpOptions
 from kairos_jax.hub import DEFAULT_MODEL, resolve_model

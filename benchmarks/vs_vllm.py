@@ -23,6 +23,8 @@ import json
 import operator
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +34,6 @@ import numpy as np
 import openai_replay
 import rates
 from absl import app, flags
-from export import hugging_face
 from figures import say, short, spread, table, turns, where
 from peers import Kairos, Steps, Vllm
 from rates import Replay
@@ -40,6 +41,7 @@ from rates import Replay
 from kairos_jax import hub
 from kairos_jax import replay as kairos_replay
 from models.checkpoint import open_checkpoint
+from models.checkpoint.huggingface import HuggingFaceCheckpoint
 from schedulers.attainment import Outcome
 from schedulers.request import Slo
 from schedulers.workload import Arrival, fit_lengths, rescale, synthetic
@@ -87,7 +89,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         vllm = None
         if _PYTHON.value:
-            directory = hugging_face(path, Path(folder) / "model")
+            directory = _hugging_face(path, Path(folder) / "model")
             vllm = Vllm(_PYTHON.value, directory, _CONTEXT.value)
         if {"decode", "prefill"} & set(_PARTS.value):
             result |= _steps(vllm, Path(folder), config.vocab_size)
@@ -97,9 +99,20 @@ def main(argv: list[str]) -> None:
     print(json.dumps(result, indent=1) if _OUTPUT.value == "json" else _text(result))
 
 
+def _hugging_face(path: Path, directory: Path) -> Path:
+    """The model as vLLM reads it: itself if it is a Hugging Face directory, else converted."""
+    if isinstance(open_checkpoint(path), HuggingFaceCheckpoint):
+        return path
+    given = (f"--source={path}", f"--output={directory}", "--format=hugging_face")
+    command = [sys.executable, "-m", "kairos_jax.convert", *given]
+    subprocess.run(command, stdout=sys.stderr, check=True)
+    return directory
+
+
 def _kairos(layout: str) -> Kairos:
     overrides = [*_OVERRIDES.value, f"max_context={_CONTEXT.value}"]
-    overrides += [f"colocated={layout == 'colocated'}", "prefill.prefix_cache=False"]
+    overrides += [f"colocated={layout == 'colocated'}"]
+    overrides += [f"{part}.prefix_cache=False" for part in ("prefill", "decode")]
     given = (f"--config.{each}" for each in overrides)
     return Kairos((f"--config={_CONFIG.value}", f"--model={_MODEL.value}", *given))
 

@@ -2,9 +2,9 @@
 
   python -m kairos_jax.serve --config=configs/llama3_8b.py:gpu1 --port=50051
 
-gpu1: one GPU of 80 GB, one instance that prefills and decodes. gpu8: eight of them, four prefill
-and four decode instances. v5e8, v6e8: a slice of eight chips of 16 or 32 GB, half of it for decode
-as one mesh. `make bench-accelerator` measures the steps of one device.
+gpu1: one GPU of 80 GB, one instance that prefills and decodes. gpu4, gpu8: so many of them, half
+prefill and half decode instances of one GPU each. v5e8, v6e8: a slice of eight chips of 16 or
+32 GB, half of it for decode as one mesh. `make bench-accelerator` measures the steps of one device.
 
 Not yet run. Expect by arithmetic, of one H100: 4.8 ms to read the weights, 128 KiB of KV a token,
 and pools, weights and parked KV within the three quarters of memory that JAX takes by default
@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 # (instances, devices of each, tokens in the pool of each) of prefill and decode.
 LAYOUTS = {
     "gpu1": ((1, 1, 131072), (1, 1, 262144)),
+    "gpu4": ((2, 1, 131072), (2, 1, 262144)),
     "gpu8": ((4, 1, 131072), (4, 1, 262144)),
     "v5e8": ((1, 4, 65536), (1, 4, 196608)),
     "v6e8": ((4, 1, 32768), (1, 4, 524288)),
@@ -36,6 +37,7 @@ def get_config(layout: str = "gpu1") -> ConfigDict:
             "model": "meta-llama/Llama-3.1-8B-Instruct",
             "dtype": "bfloat16",
             "kernels": "auto",
+            "rules": {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"},
             "max_context": 8192,
             "max_tokens": 2048,
             "max_requests": 1024,
@@ -51,7 +53,7 @@ def get_config(layout: str = "gpu1") -> ConfigDict:
                 "pack": math.inf,
                 "prefix_cache": True,
             },
-            "decode": decode | {"policy": "kairos_plus", "max_batch": 64},
+            "decode": decode | {"policy": "kairos_plus", "max_batch": 64, "prefix_cache": True},
             "slo": {"ttft": 1.0, "tpot": 0.05},
         }
     )

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
             "model": "smollm2-135m-instruct",
             "dtype": "float32",
             "kernels": "auto",
+            "rules": {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"},
             "max_context": 2048,
             "max_tokens": 1024,
             "max_requests": 1024,
@@ -43,6 +44,7 @@ def get_config() -> ConfigDict:
                 "policy": "kairos_plus",
                 "kv_tokens": 32768,
                 "max_batch": 32,
+                "prefix_cache": True,
             },
             "slo": {"ttft": 2.0, "tpot": 0.15},
         }

@@ -36,7 +36,9 @@ from kairos_jax.messages import (
 from kairos_jax.pulse import Pulse, first_of
 from kairos_jax.rpc import internal_pb2 as pb
 from kairos_jax.rpc import internal_pb2_grpc
+from kairos_jax.status import status_of
 from kairos_jax.worker import Worker
+from kairos_jax.worker_spans import WorkerSpans
 from schedulers.request import Request
 
 log = logging.getLogger(__name__)
@@ -98,7 +100,8 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
     """Answers UNAVAILABLE until `open`, and again from `drain` on.
 
     stuck_s: a step that takes so much longer than predicted has hung: pings are not answered then.
-    hang_s: a router from whom nothing comes for so long is dropped.
+    hang_s: a router from whom nothing comes for so long is dropped. spans: what is added to the
+    traces of requests; None: nothing.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
         self.stuck_s, self.hang_s, self.max_behind, self.clock = stuck_s, hang_s, max_behind, clock
         self.died: asyncio.Future[Died] = loop.create_future()
         self.draining = False
+        self.spans: WorkerSpans | None = None
         self._loop = loop
         self._lines: set[_Line] = set()
         self._line_of: dict[str, _Line] = {}
@@ -225,7 +229,9 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
     async def _write(self, line: _Line, context: Any) -> None:
         while not isinstance(event := await line.events.get(), _End):
             if isinstance(event, _Pong):
-                await context.write(pb.FromWorker(pong=pb.Pong()))
+                assert self._worker is not None
+                status = status_of(self._worker.instance, self._worker.ran)
+                await context.write(wire.encode_pong(status))
             else:
                 await context.write(wire.encode_event(event, self.clock()))
 
@@ -263,6 +269,8 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
                     line.ahead.discard(request.id)
                 else:
                     self._know(request.id, line)
+                if self.spans:
+                    self.spans.took(message)
                 self._num_posted += 1
                 line.posts.append(self._num_posted)
             case Prefetch(ticket):
@@ -306,6 +314,8 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
         del self._line_of[id]
         line.requests.discard(id)
         line.ahead.discard(id)
+        if self.spans:
+            self.spans.dropped(id)
         if not self._line_of:
             self._empty.set()
         return True
@@ -313,6 +323,8 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
     # From the worker to the routers.
 
     def _on_event(self, event: Event) -> None:
+        if self.spans:
+            self.spans.said(event)
         match event:
             case Stepped(outputs):
                 self._on_outputs(outputs)

@@ -11,6 +11,8 @@ import functools
 import hmac
 import ipaddress
 import logging
+import os
+import socket
 import ssl
 import stat
 from collections.abc import Sequence
@@ -128,12 +130,13 @@ class Wire:
             raise UsageError("--tls_cert is missing: with --tls_ca, peers call over TLS")
         if credentials is None and self.token and not _is_loopback(host):
             raise UsageError(f"--token_file needs --tls_cert to listen on {address}: {_IN_CLEAR}")
+        listen(host, port).close()  # says why not, which gRPC tells its log alone
         try:
             if credentials is None:
                 return server.add_insecure_port(address)
             return server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}; is the port in use?") from error
+            raise OSError(f"cannot listen on {address}: {error}") from error
 
     def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         """For grpc.aio.server: refuses calls without the token, save health."""
@@ -152,6 +155,25 @@ class Wire:
 _IN_CLEAR = "anyone on the way could read the token and use it"
 
 PLAIN = Wire()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A TCP socket that listens on an address; port 0: on any free one of that host.
+
+    Raises:
+        OSError: it cannot; the message says where, and why.
+    """
+    reason = "no name of a host"
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        found, reason = [], getattr(error, "strerror", reason)
+    for family, *_, address in found:  # a name may stand for addresses of which one is switched off
+        try:
+            return socket.create_server(address[:2], family=family, backlog=2048)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)  # its own text names the address again
+    raise OSError(f"cannot listen on {join_address(host, port) if port else host}: {reason}")
 
 
 class _TokenCheck(grpc.aio.ServerInterceptor):

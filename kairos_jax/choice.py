@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kairos_jax.engine import Token
+from kairos_jax.calls import PromptLogprobs, Token
 from kairos_jax.messages import Output
 from kairos_jax.stream import Stream
 from kairos_jax.tokenizer import Detokenizer, Tokenizer
@@ -58,7 +58,8 @@ class Choice:
     """One stream as one of an answer's choices.
 
     late_stops: token ids that end it from `min_tokens` on; texts do so from there on too. silent:
-    its one token is not shown. num_tokens: shown so far.
+    its one token is not shown. num_tokens: shown so far. prompt: log-probabilities of its prompt,
+    if they were asked for, from the first token on.
     """
 
     index: int
@@ -71,10 +72,12 @@ class Choice:
     num_tokens: int = 0
     finish_reason: str | None = None
     text_length: int = field(default=0)  # of its tokens, for their offsets
+    prompt: PromptLogprobs | None = None
 
     async def next(self) -> Piece:
         """What is there now, and at least one token. Raises WorkerLost."""
         outputs = await self.stream.take()
+        self.prompt = self.prompt or outputs[0].token.prompt
         if self.silent:
             self.finish_reason = "length"
             return Piece("", (), "length")

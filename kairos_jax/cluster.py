@@ -6,7 +6,8 @@ Prints one line, "ready: HTTP on HOST:PORT, gRPC on HOST:PORT", and ends all of 
 SIGTERM, or when one ends by itself. When it is killed, they notice that their stdin has ended, and
 end too. What it is told of the config, the wire and the transport goes on to them.
 
-Exit codes: 0 when it was asked to end; 1 if a process ended before; 2 for a wrong flag.
+Exit codes: 0 when it was asked to end; 1 if a process ended before; 2 for a wrong flag, which a
+process may have found.
 """
 
 import asyncio
@@ -20,15 +21,21 @@ from dataclasses import dataclass
 
 from absl import flags
 
-from kairos_jax import channels, http_server, launch, lifecycle, remote_kv
+from kairos_jax import channels, http_server, launch, lifecycle, otlp, profile_file, remote_kv
 
 # Beyond their own --grace_s: to end in when asked to, before they are killed.
 _END_S = 10.0
 _ROUTER = "router"
+# Whose flags go on to all processes.
+_COMMON = (launch.__name__, channels.__name__, otlp.__name__)
 
 
 class Ended(Exception):
-    """A process ended that was to go on."""
+    """A process ended that was to go on. code: by which."""
+
+    def __init__(self, name: str, code: int):
+        super().__init__(f"{name} ended with code {code}")
+        self.code = code
 
 
 class Member:
@@ -71,7 +78,7 @@ class Member:
     async def ended(self) -> None:
         """Raises Ended when it has."""
         code = await self.process.wait()
-        raise Ended(f"{self.name} ended with code {code}")
+        raise Ended(self.name, code)
 
     async def end(self, grace_s: float) -> None:
         """Asks it to end; where it does not, kills it."""
@@ -152,7 +159,7 @@ async def run(layout: Layout) -> int:
         return 0
     except Ended as error:
         print(f"error: {error}; ending all", file=sys.stderr, flush=True)
-        return 1
+        return 2 if error.code == 2 else 1
     finally:
         # The router first: it drains, and then nothing is left for the workers to wait for.
         for member in [each for each in members if each.name == _ROUTER]:
@@ -189,7 +196,8 @@ def define_flags() -> None:
     channels.define_flags()
     remote_kv.define_flags()
     http_server.define_flags()
-    flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
+    profile_file.define_flags()
+    otlp.define_flags()
     flags.DEFINE_integer("num_prefill", 2, "Prefill workers.", 1)
     flags.DEFINE_integer("num_decode", 2, "Decode workers.", 1)
 
@@ -207,7 +215,7 @@ def main(argv: list[str]) -> int:
     common, of_workers, of_router = [], _said("profile"), []
     for name in sorted(values):  # overrides after the config's file
         module = values.find_module_defining_flag(name)
-        if name.startswith("config") or module in (launch.__name__, channels.__name__):
+        if name.startswith("config") or module in _COMMON:
             common += _said(name)
         elif module == remote_kv.__name__:
             of_workers += _said(name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.ops import KERNELS
+from models.sharding import MESH_AXES, Rules
 from schedulers import decode, prefill
 from schedulers.core import Limits, Role
 from schedulers.request import Slo
@@ -51,9 +52,12 @@ class PrefillConfig(InstanceConfig):
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig(InstanceConfig):
-    """max_batch: sequences a step."""
+    """max_batch: sequences a step. prefix_cache: whether prompts that begin alike share pages here
+    too, so that what they have in common is sent once.
+    """
 
     max_batch: int
+    prefix_cache: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,10 @@ class ServerConfig:
     """A server: a model on one or more prefill and decode meshes.
 
     model: path, hub id or the default model's name. kernels: see `models.ops.KERNELS`; "auto": the
-    fastest that run here. max_context: prompt and output together, at
-    most; max_tokens: output, at most. max_requests: in progress at once; more are rejected.
+    fastest that run here. rules: which logical axes of weights and KV are split over which axis of
+    a mesh; those that are not named are whole on each device. max_context: prompt and output
+    together, at most; max_tokens: output, at most. max_requests: in progress at once; more are
+    rejected.
     colocated: the prefill instances decode too, with decode's max_batch, kv_tokens and policy;
     there are no decode instances then.
     """
@@ -78,6 +84,7 @@ class ServerConfig:
     model: str
     dtype: str
     kernels: str
+    rules: Rules
     max_context: int
     max_tokens: int
     max_requests: int
@@ -156,12 +163,35 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
 def _value(kind: Any, value: Any, path: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, InstanceConfig | SloConfig):
         return _build(kind, dict(value), path + ".")
+    if kind is Rules:
+        return _rules(dict(value), path)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     assert isinstance(kind, type)
     if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
         raise ConfigError(f"config.{path} must be of type {kind.__name__}, got {value!r}")
     return value
+
+
+def _rules(values: Mapping[str, str | None], path: str) -> Rules:
+    known = [field.name for field in dataclasses.fields(Rules)]
+    for axis, part in values.items():
+        if axis not in known:
+            raise ConfigError(
+                f"config.{path}.{axis} is not a logical axis; known: {', '.join(known)}"
+            )
+        if part and part not in MESH_AXES:
+            raise ConfigError(
+                f"config.{path}.{axis} must be an axis of the mesh ({', '.join(MESH_AXES)}) "
+                f"or empty, got {part!r}"
+            )
+    rules = Rules(**{axis: values.get(axis) or None for axis in known})
+    if rules.heads != rules.kv_heads:  # each q head is to meet its kv head
+        raise ConfigError(
+            f"config.{path}.kv_heads must be as {path}.heads, {rules.heads!r}, "
+            f"got {rules.kv_heads!r}"
+        )
+    return rules
 
 
 def _check(config: ServerConfig) -> None:

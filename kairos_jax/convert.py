@@ -2,7 +2,9 @@
 
   python -m kairos_jax.convert --source=smollm2-135m-instruct --output=checkpoints/smollm2
 
-Every binary takes the result as --model, on a mesh of any shape.
+Every binary takes the result as --model, on a mesh of any shape. --format=hugging_face writes what
+other programs read, such as benchmarks that count tokens themselves: config.json,
+model.safetensors and the tokenizer, as `transformers` has them.
 """
 
 from pathlib import Path
@@ -14,11 +16,13 @@ from kairos_jax import launch
 from kairos_jax.config import DTYPES
 from kairos_jax.hub import resolve_model
 from kairos_jax.tokenizer import load_tokenizer
-from models.checkpoint import open_checkpoint, save_orbax
+from models.checkpoint import open_checkpoint, save_hugging_face, save_orbax
 from models.sharding import Rules, make_mesh
 
+_FORMATS = {"orbax": save_orbax, "hugging_face": save_hugging_face}
 
-def convert(source: str, output: Path, dtype: str) -> str:
+
+def convert(source: str, output: Path, dtype: str, form: str) -> str:
     """Converts and says what was written. Raises UsageError or ModelNotAvailable."""
     if output.exists() and any(output.iterdir()):
         raise launch.UsageError(f"--output={output} is not empty")
@@ -28,7 +32,7 @@ def convert(source: str, output: Path, dtype: str) -> str:
         params = checkpoint.load(make_mesh(jax.devices()), Rules(), dtype)
     except ValueError as error:
         raise launch.UsageError(str(error)) from error
-    save_orbax(output, checkpoint.config, params)
+    _FORMATS[form](output, checkpoint.config, params)
     try:
         load_tokenizer(checkpoint.path).save(output)
     except FileNotFoundError:
@@ -41,7 +45,8 @@ def main(argv: list[str]) -> int:
     if not flags.FLAGS.source or not flags.FLAGS.output:
         raise launch.UsageError("--source and --output are both needed")
     launch.start_jax(1)
-    print(convert(flags.FLAGS.source, Path(flags.FLAGS.output), flags.FLAGS.dtype))
+    values = flags.FLAGS
+    print(convert(values.source, Path(values.output), values.dtype, values.format))
     return 0
 
 
@@ -49,4 +54,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("source", None, "Path, hub id or name of a model.")
     flags.DEFINE_string("output", None, "Directory to write; must be empty or new.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the written weights.")
+    flags.DEFINE_enum("format", "orbax", list(_FORMATS), "Of what is written.")
     launch.run(main)

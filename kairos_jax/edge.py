@@ -15,6 +15,8 @@ from models.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from schedulers.request import Request, Slo
 
 MAX_REQUEST_ID = 256
+# Log-probabilities of one prompt: they go over the wire, and to the client, all at once.
+MAX_PROMPT_LOGPROBS = 1 << 18
 _SEED_BITS = 32
 
 
@@ -56,7 +58,8 @@ class Edge:
                 "request_id",
                 f"must have at most {MAX_REQUEST_ID} characters, got {len(message.request_id)}",
             )
-        prompt = self._prompt(message)
+        prompt, sampling = self._prompt(message), _sampling(message.sampling)
+        _check_prompt_logprobs(len(prompt), sampling.prompt_logprobs)
         return Request(
             id=message.request_id,
             arrival=arrival,
@@ -64,7 +67,7 @@ class Edge:
             max_tokens=self._max_tokens(message, len(prompt)),
             slo=self._slo(message.slo),
             stop=self._stop(message.sampling),
-            sampling=_sampling(message.sampling),
+            sampling=sampling,
         )
 
     def _prompt(self, message: pb.GenerateRequest) -> Sequence[int]:
@@ -141,6 +144,15 @@ class Edge:
         return eos | frozenset(sampling.stop_token_ids)
 
 
+def _check_prompt_logprobs(num_prompt: int, count: int | None) -> None:
+    if count is not None and (total := num_prompt * (1 + count)) > MAX_PROMPT_LOGPROBS:
+        raise BadField(
+            "sampling.prompt_logprobs",
+            f"of {num_prompt} tokens and {count} alternatives each make {total} numbers; at most "
+            f"{MAX_PROMPT_LOGPROBS} are served",
+        )
+
+
 def _sampling(message: pb.Sampling) -> SamplingParams:
     def given(name, default):
         return getattr(message, name) if message.HasField(name) else default
@@ -154,13 +166,16 @@ def _sampling(message: pb.Sampling) -> SamplingParams:
         # Any 64-bit seed will do; those that differ in the upper half alone must differ too.
         seed=(seed ^ (seed >> _SEED_BITS)) & (2**_SEED_BITS - 1),
         logprobs=given("logprobs", None),
+        prompt_logprobs=given("prompt_logprobs", None),
     )
+    top = f"0 to {MAX_TOP_LOGPROBS}"
     limits = {
         "temperature": (math.isfinite(params.temperature) and params.temperature >= 0, "0 or more"),
         "top_k": (params.top_k >= 0, "0 (off) or more"),
         "top_p": (0 < params.top_p <= 1, "above 0 and at most 1"),
         "min_p": (0 <= params.min_p <= 1, "from 0 to 1"),
-        "logprobs": (0 <= (params.logprobs or 0) <= MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
+        "logprobs": (0 <= (params.logprobs or 0) <= MAX_TOP_LOGPROBS, top),
+        "prompt_logprobs": (0 <= (params.prompt_logprobs or 0) <= MAX_TOP_LOGPROBS, top),
     }
     for name, (holds, limit) in limits.items():
         if not holds:

@@ -5,9 +5,9 @@ processes, each has an engine, and all of them run the same calls (kairos_jax.fo
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
+from kairos_jax import calls
+from kairos_jax.calls import Call, Read, Row, Score, Step, Token, Write
 from kairos_jax.programs import Programs
 from models import kv_cache, sampling
 from models.config import ModelConfig
-from models.kv_cache import StepInput
-from models.llama import Params, forward, pack, pack_config
+from models.llama import Params, hidden_states, last_states, logits, pack, pack_config
 from models.ops import KERNELS, on_mesh
-from models.sampling import SamplingInput, SamplingParams
 from models.sharding import Rules
 from schedulers.core import Limits, Role
 from schedulers.request import Seq
@@ -33,14 +33,6 @@ Blocks of one size, so that one compiled gather and one scatter serve prompts of
 """
 
 BLOCK_PAGES = 4
-
-
-class Token(NamedTuple):
-    """One sampled token. logprob and top (id, logprob) are None and () unless asked for."""
-
-    id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
 
 
 class Engine(Protocol):
@@ -55,9 +47,11 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, work: Sequence[tuple[Seq, int]]) -> dict[str, Token]:
-        """Computes the next n tokens of each (sequence, n). Returns the token sampled for each
-        sequence that has none left to compute, by request id.
+    def start(self, work: Sequence[tuple[Seq, int]]) -> Callable[[], dict[str, Token]]:
+        """Begins to compute the next n tokens of each (sequence, n).
+
+        Returns what waits for it, on any thread, and returns the token sampled for each sequence
+        that has none left to compute, by request id.
         """
         ...
 
@@ -66,7 +60,9 @@ class Engine(Protocol):
         ...
 
     def write_pages(self, pages: Sequence[int], kv: KV) -> None:
-        """Writes what another engine's `read_pages` gave, now on `wire_sharding`, into `pages`."""
+        """Writes what another engine's `read_pages` gave, now on `wire_sharding`, into `pages`;
+        what is for a page past the pool is dropped.
+        """
         ...
 
 
@@ -109,44 +105,6 @@ class Shapes:
         yield from ((rows, 1) for rows in self.decode_rows)
 
 
-class Step(NamedTuple):
-    """A call of the compiled forward step."""
-
-    inputs: StepInput
-    how: SamplingInput
-
-
-class Read(NamedTuple):
-    """A call that copies one block of pages out. pages: int32 ids [BLOCK_PAGES]."""
-
-    pages: np.ndarray
-
-
-class Write(NamedTuple):
-    """A call that writes one block into the pool. Ids past the pool are dropped."""
-
-    pages: np.ndarray
-    block: jax.Array
-
-
-Call = Step | Read | Write
-"""All that ever runs on a mesh, as arrays."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """Up to Q consecutive tokens of one sequence."""
-
-    seq: Seq
-    start: int
-    count: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether it is its sequence's last: the next token is sampled from it."""
-        return self.start + self.count == self.seq.length
-
-
 class JaxEngine:
     """The engine of one instance: its weights, its page pool and its compiled steps.
 
@@ -171,13 +129,14 @@ class JaxEngine:
     ):
         self.config, self.mesh, self.limits, self.shapes = config, mesh, limits, shapes
         self.kernels = kernels
-        packed_config = pack_config(config, KERNELS[kernels])
-        self.params = params if packed else pack(config, params, KERNELS[kernels])
+        packed_config = pack_config(config, KERNELS[kernels], mesh, rules)
+        self.params = params if packed else pack(config, params, KERNELS[kernels], mesh, rules)
         on_this_mesh = on_mesh(KERNELS[kernels], packed_config, mesh, rules)
         layout = on_this_mesh.layout
         layer_sharding = layout.shardings(packed_config, mesh, rules)
         cache_sharding = (layer_sharding,) * config.num_layers
-        wire_sharding = NamedSharding(mesh, rules.spec((None, None, "kv_heads", None, None)))
+        wire_rules = rules.without_copies(mesh, config.num_kv_heads)
+        wire_sharding = NamedSharding(mesh, wire_rules.spec((None, None, "kv_heads", None, None)))
         tokens = BLOCK_PAGES * limits.page_size
         shape = (config.num_layers, tokens, config.num_kv_heads, 2, config.head_dim)
         # One block in wire form, as it lies on this mesh.
@@ -187,14 +146,21 @@ class JaxEngine:
         )
         self._table_pages = limits.pages_for(limits.max_context)
         replicated = NamedSharding(mesh, PartitionSpec())
-        forward_step = functools.partial(forward, packed_config, kernels=on_this_mesh)
 
-        def step(params, cache, inputs: StepInput, how: SamplingInput):
-            logits, cache = forward_step(params, cache, inputs)
+        def head(params, hidden):
+            # Whole on every device: the filters look at the vocabulary 32 times over.
+            whole = logits(packed_config, params, hidden, on_this_mesh)
+            return jax.lax.with_sharding_constraint(whole, replicated)
+
+        def step(params, cache, rows):
+            inputs, how = calls.unpack(rows, self._table_pages)
+            hidden, cache = hidden_states(packed_config, params, cache, inputs, on_this_mesh)
             with jax.named_scope("sample"):
-                # Whole on every device: the filters look at the vocabulary 32 times over.
-                logits = jax.lax.with_sharding_constraint(logits, replicated)
-                return cache, sampling.sample(logits, how)
+                last = head(params, last_states(hidden, inputs))
+                return cache, hidden, sampling.sample(last, how)
+
+        def score(params, hidden, targets):
+            return sampling.score(functools.partial(head, params), hidden, targets)
 
         def read(cache, pages):
             return kv_cache.read_pages(config, layout, cache, pages)
@@ -205,7 +171,11 @@ class JaxEngine:
         # Functions of this engine's own: JAX keeps one cache of programs for each function, which
         # `num_compiled` looks at. The pool is donated, so that a step writes the pages where they
         # are: 88 against 540 ms at batch 16.
-        self._step = jax.jit(step, donate_argnums=1, out_shardings=(cache_sharding, replicated))
+        shardings = cache_sharding, replicated, replicated
+        self._step = jax.jit(step, donate_argnums=1, out_shardings=shardings)
+        # Compiled when it is first asked for: few ever ask, and without the layers it is soon done.
+        self._score = jax.jit(score, out_shardings=replicated)
+        self._hidden: jax.Array | None = None  # of the last step, for `_score`
         # What leaves a mesh that spans processes must be whole on the devices of one of them.
         read_sharding = replicated if mesh.is_multi_process else wire_sharding
         self._read = jax.jit(read, out_shardings=read_sharding)
@@ -223,7 +193,7 @@ class JaxEngine:
     @property
     def num_compiled(self) -> int:
         """Programs compiled so far; it stays where it is after `warm_up`."""
-        programs: tuple[Any, ...] = (self._step, self._read, self._write)
+        programs: tuple[Any, ...] = (self._step, self._score, self._read, self._write)
         return len(self._kept) + sum(program._cache_size() for program in programs)
 
     def warm_up(self, progress: Callable[[str], None] = lambda what: None) -> None:
@@ -232,7 +202,7 @@ class JaxEngine:
         """
         for rows, queries in self.shapes:
             progress(f"{rows} x {queries} tokens")
-            call = self.padding(rows, queries)
+            call = calls.padding(rows, queries, self._table_pages)
             if self._programs is None:
                 self.dispatch(call)
             else:
@@ -246,18 +216,16 @@ class JaxEngine:
         jax.block_until_ready(self._cache)
 
     def step(self, work: Sequence[tuple[Seq, int]]) -> dict[str, Token]:
-        """See `Engine.step`. Rows beyond the largest compiled shape take further runs."""
-        chunks, singles = [], []
-        for seq, count in work:
-            (singles if count == 1 and self.shapes.decode_rows else chunks).append((seq, count))
+        """Starts a step, and waits for it."""
+        return self.start(work)()
+
+    def start(self, work: Sequence[tuple[Seq, int]]) -> Callable[[], dict[str, Token]]:
+        """See `Engine.start`. Rows beyond the largest compiled shape take further runs."""
         queries = self.shapes.row_tokens
-        prefill_rows = [
-            _Row(seq, seq.computed + offset, min(queries, count - offset))
-            for seq, count in chunks
-            for offset in range(0, count, queries)
-        ]
-        decode_rows = [_Row(seq, seq.computed, 1) for seq, _ in singles]
-        runs = []
+        prefill_rows, decode_rows, runs = [], [], []
+        for seq, count in work:
+            rows = decode_rows if count == 1 and self.shapes.decode_rows else prefill_rows
+            rows += calls.rows_of(seq, count, queries)
         for rows, sizes, width in (
             (prefill_rows, self.shapes.prefill_rows, queries),
             (decode_rows, self.shapes.decode_rows, 1),
@@ -266,43 +234,29 @@ class JaxEngine:
                 part = rows[first : first + sizes[-1]]
                 size = next(size for size in sizes if size >= len(part))
                 runs.append((part, self.run_rows(part, size, width)))
-        tokens: dict[str, Token] = {}
-        for rows, packed in runs:
-            tokens |= _tokens(rows, np.asarray(packed))
-        return tokens
+        for _, packed in runs:
+            packed.copy_to_host_async()
 
-    def run_rows(self, rows: Sequence[_Row], size: int, queries: int) -> jax.Array:
+        def wait() -> dict[str, Token]:
+            tokens: dict[str, Token] = {}
+            for rows, packed in runs:
+                tokens |= calls.tokens(rows, np.asarray(packed))
+            return tokens
+
+        return wait
+
+    def run_rows(self, rows: Sequence[Row], size: int, queries: int) -> jax.Array:
         """Dispatches one compiled step of `size` rows. Returns the packed samples (see
-        models.sampling.unpack), still on the device.
+        models.sampling.unpack), still on the device. Log-probabilities of prompts are kept with
+        their sequences until their last row.
         """
-        call = self.padding(size, queries)
-        inputs = call.inputs
-        for index, row in enumerate(rows):
-            ids = row.seq.token_ids(row.start, row.start + row.count)
-            inputs.tokens[index, : row.count] = ids
-            inputs.start[index], inputs.count[index] = row.start, row.count
-            inputs.page_table[index, : len(row.seq.pages)] = row.seq.pages
-        _fill(call.how, rows)
-        return self.dispatch(call)
-
-    def padding(self, size: int, queries: int) -> Step:
-        """A step of `size` rows, all of them padding."""
-        inputs = StepInput(
-            tokens=np.zeros((size, queries), np.int32),
-            start=np.zeros(size, np.int32),
-            count=np.zeros(size, np.int32),
-            page_table=np.zeros((size, self._table_pages), np.int32),
-        )
-        how = SamplingInput(
-            temperature=np.zeros(size, np.float32),
-            top_k=np.zeros(size, np.int32),
-            top_p=np.ones(size, np.float32),
-            min_p=np.zeros(size, np.float32),
-            seed=np.zeros(size, np.uint32),
-            position=np.zeros(size, np.int32),
-            logprobs=np.zeros(size, np.bool_),
-        )
-        return Step(inputs, how)
+        packed = self.dispatch(calls.step(rows, size, queries, self._table_pages))
+        if any(row.num_scored for row in rows):
+            scored = self.dispatch(Score(calls.targets(rows, size, queries)))
+            for index, row in enumerate(rows):
+                if row.num_scored:
+                    row.seq.scored.append((scored, index, row.num_scored))
+        return packed
 
     def run(self, call: Call) -> jax.Array | None:
         """Dispatches one call, and returns its samples or its block, still on the device."""
@@ -310,9 +264,9 @@ class JaxEngine:
         result = program(*args)
         match call:
             case Step():
-                self._cache, packed = result
+                self._cache, self._hidden, packed = result
                 return packed
-            case Read():
+            case Score() | Read():
                 return result
             case Write():
                 self._cache = result
@@ -322,9 +276,12 @@ class JaxEngine:
         what it is compiled to for these.
         """
         match call:
-            case Step(inputs, how):
-                name, function, shape = "step", self._step, inputs.tokens.shape
-                args = self.params, self._cache, inputs, how
+            case Step(rows):
+                name, function, shape = "step", self._step, rows.shape
+                args = self.params, self._cache, rows
+            case Score(targets):
+                name, function, shape = "score", self._score, targets.shape
+                args = self.params, self._hidden, targets
             case Read(pages):
                 name, function, shape = "read", self._read, pages.shape
                 args = self._cache, pages
@@ -357,32 +314,3 @@ def _block_ids(pages: Sequence[int], padding: int) -> np.ndarray:
 
 def _blocks(pages: Sequence[int]) -> list[Sequence[int]]:
     return [pages[first : first + BLOCK_PAGES] for first in range(0, len(pages), BLOCK_PAGES)]
-
-
-def _fill(how: SamplingInput, rows: Sequence[_Row]) -> None:
-    for index, row in enumerate(rows):
-        if not row.samples:
-            continue  # not the sequence's last row: nothing is sampled from it
-        params: SamplingParams = row.seq.request.sampling or SamplingParams()
-        how.temperature[index], how.seed[index] = params.temperature, params.seed
-        how.top_k[index], how.top_p[index] = params.top_k, params.top_p
-        how.min_p[index], how.position[index] = params.min_p, row.seq.length
-        how.logprobs[index] = params.logprobs is not None
-
-
-def _tokens(rows: Sequence[_Row], packed: np.ndarray) -> Mapping[str, Token]:
-    sampled = sampling.unpack(packed)
-    tokens = {}
-    for index, row in enumerate(rows):
-        if not row.samples:
-            continue
-        params: SamplingParams = row.seq.request.sampling or SamplingParams()
-        id = int(sampled.token[index])
-        if params.logprobs is None:
-            tokens[row.seq.request.id] = Token(id)
-            continue
-        ids = sampled.top_tokens[index, : params.logprobs].tolist()
-        values = sampled.top_logprobs[index, : params.logprobs].tolist()
-        top = tuple(zip(ids, values, strict=True))
-        tokens[row.seq.request.id] = Token(id, float(sampled.logprob[index]), top)
-    return tokens

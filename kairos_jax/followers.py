@@ -33,15 +33,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from kairos_jax.calls import Call, Read, Score, Step, Write
 from kairos_jax.discovery import split_address
-from kairos_jax.engine import BLOCK_PAGES, Call, JaxEngine, Read, Step, Write
+from kairos_jax.engine import BLOCK_PAGES, JaxEngine
 from kairos_jax.launch import Processes, agree
 from kairos_jax.lines import Kind, Line, Message
 
 log = logging.getLogger(__name__)
 
-# Silence after which a process counts as lost; it shows a sign of life four times as often.
-DEADLINE_S = 10.0
+# Silence after which a process counts as lost; it shows a sign of life four times as often, from a
+# thread of its own, which no step keeps waiting. A compilation does: what it does within Python's
+# lock kept such a thread away for 2.0 s, on a machine that others used too.
+DEADLINE_S = 2.0
+_COMPILING_S = 30.0
 # For all followers to come, once each has its weights.
 _MEET_S = 60.0
 # For a call, from its dispatch to its result; the first of each shape compiles.
@@ -97,7 +101,8 @@ class Leader:
         if result is not None:
             result = result.addressable_data(0)
         # A block belongs to whoever reads it, and may be deleted; a step after it hangs as well.
-        self._last = (by, result) if isinstance(call, Step) else (float("inf"), None)
+        samples = isinstance(call, Step | Score)
+        self._last = (by, result) if samples else (float("inf"), None)
         return result
 
     def close(self) -> None:
@@ -175,7 +180,7 @@ def follow(engine: JaxEngine, processes: Processes, deadline_s: float = DEADLINE
     port, secret = _meet(0, bytes(_SECRET_BYTES))
     connection = socket.create_connection((_host(processes), port), _MEET_S)
     connection.sendall(_HELLO.pack(secret, processes.id))
-    line = Line(connection, 0, deadline_s)
+    line = Line(connection, 0, deadline_s, max(deadline_s, _COMPILING_S))
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
     _thread(_receive, line, messages)
     _thread(_beat, line)
@@ -239,7 +244,7 @@ def _accept(
             raise FollowerLost(f"processes {sorted(missing)} of the mesh did not come") from None
         process = _greet(connection, secret)
         if process in missing:
-            lines[process] = Line(connection, process, deadline_s)
+            lines[process] = Line(connection, process, deadline_s, max(deadline_s, _COMPILING_S))
         else:
             connection.close()
     return list(lines.values())
@@ -263,8 +268,9 @@ def _greet(connection: socket.socket, secret: bytes) -> int | None:
 
 def _shape(call: Call) -> tuple[Kind, int, int]:
     if isinstance(call, Step):
-        rows, queries = call.inputs.tokens.shape
-        return Kind.STEP, rows, queries
+        return Kind.STEP, *call.rows.shape
+    if isinstance(call, Score):
+        return Kind.SCORE, *call.targets.shape
     return Kind.READ if isinstance(call, Read) else Kind.WRITE, 0, 0
 
 
@@ -278,9 +284,10 @@ def _arrays(engine: JaxEngine, call: Call, process: int) -> list[np.ndarray]:
 
 def _call(engine: JaxEngine, message: Message) -> Call:
     """The call that a message tells this process of."""
-    if message.kind is Kind.STEP:
-        leaves, tree = jax.tree.flatten(engine.padding(message.rows, message.queries))
-        return jax.tree.unflatten(tree, _unpack(message.payload, leaves))
+    if message.kind in (Kind.STEP, Kind.SCORE):
+        like = np.empty((message.rows, message.columns), np.int32)
+        of = Step if message.kind is Kind.STEP else Score
+        return of(*_unpack(message.payload, [like]))
     ids = np.empty(BLOCK_PAGES, np.int32)
     if message.kind is Kind.READ:
         return Read(*_unpack(message.payload, [ids]))

@@ -39,6 +39,12 @@ class WorkerGauges(Collector):
         workers = list(self._workers)
         yield from self._ledgers(workers)
         yield from self._steps(workers)
+        received = CounterMetricFamily(
+            "kairos_kv_received_bytes", "KV that was brought to the workers of this process."
+        )
+        transports = {id(worker.transport): worker.transport for worker in workers}
+        received.add_metric([], sum(each.received_bytes for each in transports.values()))
+        yield received
 
     def _ledgers(self, workers: Sequence[Worker]) -> Iterator[Metric]:
         requests = GaugeMetricFamily(
@@ -212,8 +218,8 @@ def serve_workers(host: str, port: int, workers: Sequence[Worker]) -> WSGIServer
     try:
         server, _ = start_http_server(port, host, registry)
     except OSError as error:
-        where = join_address(host, port)
-        raise UsageError(f"--metrics_port={port}: cannot listen on {where}: {error}") from error
+        where, reason = join_address(host, port), error.strerror
+        raise UsageError(f"--metrics_port={port}: cannot listen on {where}: {reason}") from error
     return server
 
 

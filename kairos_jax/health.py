@@ -1,6 +1,7 @@
 """What a server says of itself to grpc.health.v1."""
 
 import grpc
+from absl import flags
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kairos_jax.channels import PLAIN
@@ -9,6 +10,11 @@ from kairos_jax.command import UsageError
 # The service that health tells of for as long as the event loop turns: a server that starts, or
 # drains, is not to be restarted.
 ALIVE = "alive"
+
+
+def define_flags() -> None:
+    """Not at import: other binaries have flags of the same names."""
+    flags.DEFINE_integer("health_port", 0, "Port for health alone, without TLS; 0: none.", 0, 65535)
 
 
 class Health:

@@ -20,7 +20,7 @@ _LINGER_S = 1.0
 # What a client may take to send its body.
 _BODY_TIMEOUT_S = 60.0
 # What spends the server's time is for who has a key; probes and scrapers have none.
-_KEPT = ("/v1/", "/tokenize", "/detokenize")
+_KEPT = ("/v1/", "/tokenize", "/detokenize", "/live", "/debug/")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 import ssl
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import uvicorn
 from absl import flags
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from kairos_jax.channels import Wire
+from kairos_jax.channels import Wire, listen
 from kairos_jax.command import UsageError
 from kairos_jax.discovery import join_address
 from kairos_jax.http_guard import Options, digest
@@ -73,7 +72,10 @@ class HttpServer:
 
     def __init__(self, app: Any, host: str, port: int, net: Wire):
         """Raises UsageError if the address cannot be listened on."""
-        self._socket = _listen(host, port)
+        try:
+            self._socket = listen(host, port)
+        except OSError as error:
+            raise UsageError(f"--http_port={port}: {error}") from error
         self.port = self._socket.getsockname()[1]
         self.address = join_address(host, self.port)
         context = _tls(net)
@@ -135,17 +137,6 @@ class _Protocol(HttpToolsProtocol):
         self._num_header_bytes += len(data)
         if self._num_header_bytes > _MAX_HEADER_BYTES:
             raise ValueError(f"the headers have more than {_MAX_HEADER_BYTES} bytes")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    bare = host.strip("[]")
-    try:
-        family = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((bare, port), family=family, backlog=2048)
-    except OSError as error:
-        raise UsageError(
-            f"--http_port={port}: cannot listen on {join_address(host, port)}: {error.strerror}"
-        ) from error
 
 
 def _tls(net: Wire) -> ssl.SSLContext | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine import Engine, JaxEngine, Shapes
@@ -24,9 +24,9 @@ from kairos_jax.transfer import KVTransport
 from kairos_jax.worker import Worker
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.checkpoint.gguf import GgufCheckpoint
-from models.llama import Params, abstract_params
+from models.llama import Params
 from models.ops import native
-from models.sharding import Rules, make_mesh
+from models.sharding import make_mesh
 from schedulers import prefill
 from schedulers.colocated import policy_for
 from schedulers.core import Instance, Policy, Role
@@ -90,9 +90,11 @@ def build_engines(
     for role, name in zip(config.roles, names, strict=True):
         mine = devices[first : first + config.devices(role)]
         first += len(mine)
-        loaded = engines[0].params if engines else None
-        params = load_weights(config, model, name, mine, progress, loaded)
-        engines.append(build_engine(config, model, role, mine, params, bool(engines), programs))
+        # What an engine has made of its weights suits meshes of that size.
+        alike = next((each.params for each in engines if each.mesh.size == len(mine)), None)
+        params = load_weights(config, model, name, mine, progress, alike)
+        packed = alike is not None
+        engines.append(build_engine(config, model, role, mine, params, packed, programs))
     # XLA compiles mostly on one thread: two at once take little longer than one.
     named = zip(engines, names, strict=True)
     parallel([functools.partial(warm_up, engine, name, progress) for engine, name in named])
@@ -107,27 +109,29 @@ def load_weights(
     progress: Progress,
     loaded: Params | None = None,
 ) -> Params:
-    """The weights on one engine's mesh. loaded: those of an engine on another mesh, which are
-    copied as they are, packed perhaps, rather than read again.
+    """The weights on one engine's mesh. loaded: those of an engine on another mesh of that size,
+    which are copied as they are, packed perhaps, rather than read again.
 
     Raises:
         UsageError: the model cannot be split over so many devices, or its files are broken.
     """
     progress(f"load {name} weights", 0, 1)
-    mesh, rules, description = make_mesh(devices), Rules(), model.checkpoint.config
-    try:
-        if loaded is None:
-            params = model.checkpoint.load(mesh, rules, config.dtype)
-        else:
-            wanted = abstract_params(description, config.dtype, mesh, rules)
-            # Those that only packed weights have: then the mesh is one device.
-            shardings = dict.fromkeys(loaded, NamedSharding(mesh, PartitionSpec()))
-            shardings |= {path: w.sharding for path, w in wanted.items()}
-            params = jax.device_put(dict(loaded), shardings)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    mesh = make_mesh(devices)
+    if loaded is None:
+        try:
+            params = model.checkpoint.load(mesh, config.rules, config.dtype)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    else:
+        params = {path: jax.device_put(w, _on(mesh, w)) for path, w in loaded.items()}
     progress(f"load {name} weights", 1, 1)
     return params
+
+
+def _on(mesh: Mesh, like: jax.Array) -> NamedSharding:
+    """As that array lies on its own mesh; what packed it for one device may not say how."""
+    lies = like.sharding
+    return NamedSharding(mesh, lies.spec if isinstance(lies, NamedSharding) else PartitionSpec())
 
 
 def build_engine(
@@ -155,7 +159,7 @@ def build_engine(
             described,
             params,
             mesh,
-            Rules(),
+            config.rules,
             limits,
             shapes,
             config.dtype,
@@ -182,7 +186,8 @@ def open_programs(
     # First of all: what is loaded may call the kernels in C++.
     kernels = [choose_kernels(config, of_one) for of_one in each]
     limits, row_tokens = [config.limits(role) for role in roles], config.prefill.row_tokens
-    about = (model.checkpoint.config, Rules(), config.dtype, roles, kernels, limits, row_tokens)
+    described, rules = model.checkpoint.config, config.rules
+    about = (described, rules, config.dtype, roles, kernels, limits, row_tokens)
     try:
         return Programs(cache_dir("programs"), repr(about), devices)
     except NotKept as error:
@@ -256,7 +261,8 @@ def build_worker(
     demotes = config.prefill.policy in prefill.DEMOTING
     summed_up = functools.partial(_outline, cost, demotes)
     keys = None
-    if config.prefill.prefix_cache and role is not Role.DECODE:
+    part = config.decode if role is Role.DECODE else config.prefill
+    if part.prefix_cache:
         keys = functools.partial(page_keys, engine.limits.page_size, secrets.token_bytes(32))
     return Worker(instance, policy, engine, transport, emit, summed_up, page_keys=keys)
 

@@ -42,9 +42,12 @@ _ERRORS = {
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One fetch. priority: asked for each part anew, since a prefetch may become urgent."""
+    """One fetch, of the blocks from `first` on. priority: asked for each part anew, since a
+    prefetch may become urgent.
+    """
 
     ticket: Ticket
+    first: int
     sharding: Sharding | None
     claimant: Claimant
     priority: Callable[[], Priority]
@@ -66,7 +69,7 @@ class KVClient:
     """What one process takes from others. Used on one event loop.
 
     facts: what KV must be. port: None to have it as bytes. silence_s: fails a fetch of which
-    nothing comes for so long.
+    nothing comes for so long. received_bytes: of KV so far.
     """
 
     def __init__(
@@ -82,11 +85,13 @@ class KVClient:
         self._facts, self._channel, self._metadata, self._port = facts, channel, metadata, port
         self._in_flight_bytes, self._silence_s = in_flight_bytes, silence_s
         self._in_thread = in_thread
+        self.received_bytes = 0
         self._peers: dict[str, _Peer] = {}  # by address
         self._telling: set[asyncio.Task] = set()
 
     async def take(self, wanted: Wanted) -> KV:
-        """All of an offer, also of one that still grows.
+        """What is wanted of an offer, also of one that still grows. Who offers is to be told, once
+        it may go.
 
         Raises:
             LookupError: the offer has ended.
@@ -120,6 +125,10 @@ class KVClient:
             if not peer.num_takes and peer.channel.get_state() is not _UP:
                 self._forget(address)
 
+    def delivered(self, ticket: Ticket, claimant: Claimant) -> None:
+        """Tells who offers that all which will ever be wanted of it has come."""
+        self._start(self._tell(ticket, claimant))
+
     def close(self) -> None:
         """Ends what is under way."""
         for address in list(self._peers):
@@ -131,29 +140,27 @@ class KVClient:
         return self._peers[address]
 
     async def _take(self, wanted: Wanted, as_bytes: bool) -> KV:
-        ticket, claimant = wanted.ticket, wanted.claimant
+        ticket = wanted.ticket
         stub = kv_pb2_grpc.KVStub(self._peer(ticket.address).channel)
-        claims = pb.Claimant(identity=claimant.identity, nonce=claimant.nonce)
         request = pb.ClaimRequest(
             uuid=ticket.uuid,
             request_id=ticket.request_id,
-            claimant=claims,
+            claimant=_claimant(wanted.claimant),
             as_bytes=as_bytes,
+            first=wanted.first,
         )
         call = stub.Claim(request, metadata=self._metadata)
         try:
             told = manifest.from_proto((await self._announced(call, "manifest", wanted)).manifest)
             told.check(self._facts, ticket)
-            kv = await self._parts(call, told, wanted)
+            return await self._parts(call, told, wanted)
         finally:
             call.cancel()
-        self._start(self._tell(stub, pb.DeliveredRequest(uuid=ticket.uuid, claimant=claims)))
-        return kv
 
     async def _parts(self, call: Any, told: Manifest, wanted: Wanted) -> KV:
         """Takes all parts, each when there is room for it on the way."""
         parts: list[asyncio.Future[KV]] = []
-        missing = told.num_blocks
+        missing = told.num_blocks - wanted.first
         try:
             while missing:
                 part = (await self._announced(call, "part", wanted)).part
@@ -185,10 +192,12 @@ class KVClient:
         async with in_flight.admit(num_bytes, wanted.priority):
             try:
                 async with asyncio.timeout(self._silence_s):
-                    return await take()
+                    taken = await take()
             except TimeoutError as error:
                 late = f"a part of the KV did not come within {self._silence_s:g} s"
                 raise TimeoutError(late) from error
+        self.received_bytes += num_bytes
+        return taken
 
     async def _announced(self, call: Any, what: str, wanted: Wanted) -> pb.ClaimResponse:
         """What comes next. While nobody waits for the KV, its prefill may take its time."""
@@ -213,7 +222,9 @@ class KVClient:
             address, told, part.uuid, part.num_blocks, sharding, urgent, here
         )
 
-    async def _tell(self, stub: Any, message: pb.DeliveredRequest) -> None:
+    async def _tell(self, ticket: Ticket, claimant: Claimant) -> None:
+        stub = kv_pb2_grpc.KVStub(self._peer(ticket.address).channel)
+        message = pb.DeliveredRequest(uuid=ticket.uuid, claimant=_claimant(claimant))
         with contextlib.suppress(grpc.aio.AioRpcError):  # the offer runs out by itself
             await stub.Delivered(message, metadata=self._metadata, timeout=_DELIVERED_S)
 
@@ -226,6 +237,10 @@ class KVClient:
         task = asyncio.ensure_future(coroutine)
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
+
+
+def _claimant(claimant: Claimant) -> pb.Claimant:
+    return pb.Claimant(identity=claimant.identity, nonce=claimant.nonce)
 
 
 async def _next(call: Any, what: str) -> pb.ClaimResponse:

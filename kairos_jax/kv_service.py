@@ -38,7 +38,7 @@ class KVServicer(kv_pb2_grpc.KVServicer):
 
     async def Claim(self, request: pb.ClaimRequest, context) -> AsyncIterator[pb.ClaimResponse]:
         """See kv.proto."""
-        claimant = Claimant(request.claimant.identity, request.claimant.nonce)
+        claimant, first = Claimant(request.claimant.identity, request.claimant.nonce), request.first
         try:
             lease = self._leases.claim(request.uuid, request.request_id, claimant, self._clock())
         except LookupError as error:
@@ -47,9 +47,14 @@ class KVServicer(kv_pb2_grpc.KVServicer):
         except PermissionError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             return
+        count = self._facts.num_blocks(lease.ticket.num_tokens)
+        if not 0 <= first < count:
+            what = f"first must be from 0 to {count - 1}, as there are {count} blocks, got {first}"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, what)
+            return
         port = None if request.as_bytes else self._port
         still_ours = _watch(lease)
-        async for response in self._tell(lease, port, still_ours):
+        async for response in self._tell(lease, port, first, still_ours):
             yield response
         while port and still_ours():
             await _change(lease)
@@ -61,20 +66,21 @@ class KVServicer(kv_pb2_grpc.KVServicer):
         return pb.DeliveredResponse()
 
     async def _tell(
-        self, lease: Lease, port: TransferPort | None, still_ours: Callable[[], bool]
+        self, lease: Lease, port: TransferPort | None, first: int, still_ours: Callable[[], bool]
     ) -> AsyncIterator[pb.ClaimResponse]:
-        """The manifest, and the parts as they come, until there are no more."""
-        sent = 0
-        async for blocks in _parts(lease, self._facts.block_bytes, still_ours):
+        """The manifest, and the parts as they come from block `first` on, until there are no
+        more.
+        """
+        told = None
+        async for blocks in _parts(lease, first, self._facts.block_bytes, still_ours):
             if port:
                 blocks = [_on_device(block) for block in blocks]
-            if not sent:
+            if told is None:
                 address = port.address if port else ""
                 told = manifest.describe(
                     self._facts, lease.ticket, blocks[0], address, self._incarnation
                 )
                 yield pb.ClaimResponse(manifest=manifest.to_proto(told))
-            sent += len(blocks)
             if port:
                 uuid, registered = port.register(blocks)
                 lease.registered += registered
@@ -86,14 +92,14 @@ class KVServicer(kv_pb2_grpc.KVServicer):
 
 
 async def _parts(
-    lease: Lease, block_bytes: int, still_ours: Callable[[], bool]
+    lease: Lease, first: int, block_bytes: int, still_ours: Callable[[], bool]
 ) -> AsyncIterator[Sequence[Any]]:
-    """The blocks of an offer, some at a time, as they come."""
-    sent, count = 0, min(max(PART_BYTES // max(block_bytes, 1), 1), _MAX_BLOCKS)
+    """The blocks of an offer from `first` on, some at a time, as they come."""
+    count = min(max(PART_BYTES // max(block_bytes, 1), 1), _MAX_BLOCKS)
     while still_ours():
-        if sent < len(lease.kv):
-            blocks = lease.kv[sent : sent + count]
-            sent += len(blocks)
+        if first < len(lease.kv):
+            blocks = lease.kv[first : first + count]
+            first += len(blocks)
             yield blocks
         elif lease.complete:
             return

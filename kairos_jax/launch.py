@@ -13,7 +13,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from kairos_jax import command
+from kairos_jax import channels, command
 from kairos_jax.command import UsageError, fail
 from kairos_jax.config import ConfigError, ServerConfig
 from kairos_jax.discovery import split_address
@@ -77,8 +77,10 @@ def start_distributed() -> Processes:
         )
     if processes.several:
         try:
-            split_address(processes.address)
-        except ValueError as error:
+            where = split_address(processes.address)
+            if processes.leads:  # JAX would end the process, and not say why
+                channels.listen(*where).close()
+        except (OSError, ValueError) as error:
             raise UsageError(f"--coordinator_address: {error}") from error
         connect(processes)
     return processes

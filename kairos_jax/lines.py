@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
-HEADER = struct.Struct("!BIIQ")  # kind, rows, tokens a row, bytes that follow
+HEADER = struct.Struct("!BIIQ")  # kind, rows, columns, bytes that follow
 
 
 class Kind(enum.IntEnum):
@@ -21,52 +21,72 @@ class Kind(enum.IntEnum):
     READ = 2
     WRITE = 3
     END = 4
+    SCORE = 5
 
 
 class Message(NamedTuple):
-    """rows, queries: the shape of a STEP. payload: arrays, one after the other."""
+    """rows, columns: of the array of a STEP or SCORE. payload: arrays, one after the other."""
 
     kind: Kind
     rows: int = 0
-    queries: int = 0
+    columns: int = 0
     payload: bytes = b""
 
 
 class Line:
-    """A connection between the leader and a follower. process: which one is at the other end."""
+    """A connection between the leader and a follower.
 
-    def __init__(self, connection: socket.socket, process: int, deadline_s: float):
-        connection.settimeout(deadline_s)
+    process: which one is at the other end. deadline_s: silence after which it counts as lost.
+    compiling_s: the same at first, and from a message of a new shape, for which both ends compile,
+    until one of a shape that they know.
+    """
+
+    def __init__(
+        self, connection: socket.socket, process: int, deadline_s: float, compiling_s: float
+    ):
+        connection.settimeout(compiling_s)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.process, self.beat_s, self._deadline_s = process, deadline_s / 4, deadline_s
+        self.process, self.beat_s = process, deadline_s / 4
+        self._deadline_s, self._compiling_s = deadline_s, compiling_s
         self._connection, self._reader = connection, connection.makefile("rb")
+        self._shapes: set[tuple[int, ...]] = set()
         self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:
         """From any thread. Raises OSError if the other end is gone or does not read."""
-        kind, rows, queries, payload = message
-        header = HEADER.pack(kind, rows, queries, len(payload))
+        kind, rows, columns, payload = message
+        self._passes(kind, rows, columns)
+        header = HEADER.pack(kind, rows, columns, len(payload))
         with self._lock:
             self._connection.sendall(header + payload)
 
     def __iter__(self) -> Iterator[Message]:
         """All messages but beats. Ends with an OSError when the other end is gone or silent."""
         while True:
-            kind, rows, queries, size = HEADER.unpack(self._read(HEADER.size))
+            kind, rows, columns, size = HEADER.unpack(self._read(HEADER.size))
             payload = self._read(size)
+            self._passes(kind, rows, columns)
             if kind != Kind.BEAT:
-                yield Message(Kind(kind), rows, queries, payload)
+                yield Message(Kind(kind), rows, columns, payload)
 
     def close(self) -> None:
         """Closes the connection."""
         self._reader.close()
         self._connection.close()
 
+    def _passes(self, *shape: int) -> None:
+        """Sets how long the other end may be silent, beginning with the next message from there."""
+        if shape[0] != Kind.BEAT:
+            known = shape in self._shapes
+            self._shapes.add(shape)
+            self._connection.settimeout(self._deadline_s if known else self._compiling_s)
+
     def _read(self, size: int) -> bytes:
+        allowed_s = self._connection.gettimeout()
         try:
             data = self._reader.read(size)
         except TimeoutError:
-            raise TimeoutError(f"no sign of life for {self._deadline_s:g} s") from None
+            raise TimeoutError(f"no sign of life for {allowed_s:g} s") from None
         if len(data) < size:
             raise ConnectionResetError("its connection was closed")
         return data

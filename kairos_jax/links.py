@@ -25,6 +25,7 @@ from kairos_jax.peers import Peer
 from kairos_jax.pulse import Pulse, first_of
 from kairos_jax.rpc import internal_pb2 as pb
 from kairos_jax.rpc import internal_pb2_grpc
+from kairos_jax.status import Status
 from kairos_jax.streams import Router
 from schedulers.core import Role
 from schedulers.cost import CostModel
@@ -176,6 +177,7 @@ class _Link:
 
     def __init__(self, links: Links, role: Role, address: str):
         self.linked: Linked | None = None
+        self.status: Status | None = None
         self._links, self._role, self._address = links, role, address
         self._outbox: asyncio.Queue[Message | _Ping] = asyncio.Queue()
 
@@ -218,6 +220,7 @@ class _Link:
             now,
             limits.kv_tokens,
             limits.page_size if linked.welcome.prefix_cache else 0,
+            lambda: self.status,
         )
         self.linked = linked
         links.join(peer, linked)
@@ -237,6 +240,7 @@ class _Link:
         while (said := await call.read()) is not wire.EOF:
             pulse.heard()
             if said.WhichOneof("kind") == "pong":
+                self.status = wire.decode_pong(said.pong)
                 continue
             event = wire.decode_event(said, linked.id, self._role, links.clock())
             if isinstance(event, Died):

@@ -1,8 +1,9 @@
 """What is said to a worker, and what it says."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from kairos_jax.engine import Token
+from kairos_jax.calls import Token
 from kairos_jax.transfer import Ticket
 from schedulers.request import Request
 from schedulers.routing import Summary
@@ -10,28 +11,31 @@ from schedulers.routing import Summary
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A request to prefill here."""
+    """A request to prefill here. trace: W3C headers of the trace that it is a part of, if any."""
 
     request: Request
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """A request whose prefill was done elsewhere; `ticket` is for its KV."""
+    """A request whose prefill was done elsewhere; `ticket` is for its KV. trace: as of Submit."""
 
     request: Request
     tokens: tuple[int, ...]
     first_token_at: float
     ticket: Ticket
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Prefetch:
     """A request whose KV is being offered elsewhere, and which will come here by a Handover: what
-    there is of it may be brought over meanwhile.
+    there is of it may be brought over meanwhile. prompt: its token ids, as of the Handover.
     """
 
     ticket: Ticket
+    prompt: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +98,13 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The KV of this request has come over, at `at`; where it came from may drop it."""
+    """The KV of this request has come over, at `at`; where it came from may drop it. asked_at: when
+    it was asked for, which other processes are not told.
+    """
 
     id: str
     at: float
+    asked_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from kairos_jax.gauges import RouterGauges, TallyHistogram, VllmHistograms, WorkerGauges
 from kairos_jax.peers import Peer
 from kairos_jax.stream import Stream, Timing
-from kairos_jax.tally import Tally
+from kairos_jax.tally import Recent, Tally
 from kairos_jax.worker import Worker
 from schedulers.core import Role
 from schedulers.request import Slo
@@ -44,11 +45,18 @@ class Metrics:
     """The metrics of one router. Told on its event loop, rendered on any thread.
 
     model: as the aliases name it. slo: of requests that state none, whose class always has a name.
-    registry: what is told; more may be registered.
+    registry: what is told; more may be registered. judged: requests of the last minutes that an SLO
+    was held against; and of them, those that met that of the TTFT, of the TPOT, and both.
     """
 
-    def __init__(self, model: str = "", slo: Slo | None = None):
+    def __init__(
+        self,
+        model: str = "",
+        slo: Slo | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.registry = CollectorRegistry()
+        self.judged, self._clock = Recent(4), clock
         self._model, self._classes = model, {_name(slo)} if slo else set()
         self._by_outcome()
         self._by_time()
@@ -83,6 +91,9 @@ class Metrics:
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics, and the content type, which is what an Accept header asks for."""
         encode, content_type = choose_encoder(accept)
+        if content_type.startswith("application/openmetrics-text"):
+            # Else it writes vllm_ for vllm: in every sample. No name of ours needs an escape.
+            return openmetrics.generate_latest(self.registry, openmetrics.ALLOWUTF8), content_type
         return encode(self.registry), content_type
 
     # What happens to requests.
@@ -100,6 +111,7 @@ class Metrics:
         """The first token of a request has come."""
         timing, name = stream.timing(), self._class(stream.request.slo)
         self._prompt_tokens.labels(name).inc(len(stream.request.prompt))
+        self._cached_tokens.labels(name).inc(stream.cached_tokens)
         self._ttft.labels(name).observe(timing.ttft_s)
         self._queue.labels(name).observe(timing.queue_s)
         self._prefill.labels(name).observe(timing.prefill_s)
@@ -138,6 +150,7 @@ class Metrics:
             self._goodput_tokens.labels(name).inc(len(stream.tokens))
 
     def _judge(self, name: str, ttft_met: bool, tpot_met: bool) -> None:
+        self.judged.add(self._clock(), (1, ttft_met, tpot_met, ttft_met and tpot_met))
         for objective, met in (
             ("ttft", ttft_met),
             ("tpot", tpot_met),
@@ -167,6 +180,9 @@ class Metrics:
             "slo_requests", "Requests that met or missed an objective.", "objective", "result"
         )
         self._prompt_tokens = count("prompt_tokens", "Prompt tokens of requests with output.")
+        self._cached_tokens = count(
+            "cached_prompt_tokens", "Those of them that were in the prefix cache."
+        )
         self._output_tokens = count("output_tokens", "Output tokens of requests that are over.")
         self._goodput_tokens = count(
             "goodput_tokens", "Those of requests that met both objectives."

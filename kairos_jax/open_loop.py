@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kairos_jax.calls import Token
 from kairos_jax.config import ServerConfig
-from kairos_jax.engine import KV, Engine, Token
+from kairos_jax.engine import KV, Engine
 from kairos_jax.instances import build_workers
 from kairos_jax.progress import Progress
 from kairos_jax.streams import Full, Router, WorkerLost
@@ -72,14 +73,19 @@ class EndingEngine:
         self.engine, self.limits = engine, engine.limits
         self.wire_sharding = engine.wire_sharding
 
-    def step(self, work: Sequence[tuple[Seq, int]]) -> dict[str, Token]:
-        """See `Engine.step`."""
-        tokens = self.engine.step(work)
-        for seq, _ in work:
-            nth = -(seq.num_tokens + 1)
-            if nth in seq.request.stop and seq.request.id in tokens:
-                tokens[seq.request.id] = Token(nth)
-        return tokens
+    def start(self, work: Sequence[tuple[Seq, int]]) -> Callable[[], dict[str, Token]]:
+        """See `Engine.start`."""
+        wait = self.engine.start(work)
+
+        def ended() -> dict[str, Token]:
+            tokens = wait()
+            for seq, _ in work:
+                nth = -(seq.num_tokens + 1)
+                if nth in seq.request.stop and seq.request.id in tokens:
+                    tokens[seq.request.id] = Token(nth)
+            return tokens
+
+        return ended
 
     def read_pages(self, pages: Sequence[int]) -> KV:
         """See `Engine.read_pages`."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from kairos_jax.calls import Token
 from kairos_jax.choice import Choice, Piece, token_text
-from kairos_jax.engine import Token
 from kairos_jax.openai_request import Ask
 from kairos_jax.tokenizer import Tokenizer
 
@@ -24,12 +24,15 @@ quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Answer:
-    """The choices of one request, and how they are written."""
+    """The choices of one request, and how they are written. of_prompt: it has log-probabilities of
+    the prompts.
+    """
 
     def __init__(
         self, ask: Ask, model: str, choices: Sequence[Choice], tokenizer: Tokenizer | None
     ):
         self.ask, self.choices, self._tokenizer = ask, choices, tokenizer
+        self.of_prompt = ask.echo and ask.logprobs is not None
         self.id = ("chatcmpl-" if ask.chat else "cmpl-") + secrets.token_hex(12)
         self._created, self._model = int(time.time()), model
         kind = ("chat.completion" if ask.chat else "text_completion") + (
@@ -56,7 +59,8 @@ class Answer:
             delta = {"role": "assistant", "content": ""}
             return self._event({"index": choice.index, "delta": delta})
         if self.ask.echo:
-            return self._event({"index": choice.index, "text": self._prompt(choice)})
+            shown = {"index": choice.index, "text": self._prompt(choice)}
+            return self._event(shown | {"logprobs": self._logprobs(choice, self._echoed(choice))})
         return b""
 
     def event(self, choice: Choice, piece: Piece) -> bytes:
@@ -101,7 +105,7 @@ class Answer:
             shown["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             shown["text"] = self._prompt(choice) + text if self.ask.echo else text
-        shown["logprobs"] = self._logprobs(choice, tokens)
+        shown["logprobs"] = self._logprobs(choice, [*self._echoed(choice), *tokens])
         shown["finish_reason"] = choice.finish_reason
         if self.ask.return_token_ids:
             shown["token_ids"] = [token.id for token in tokens]
@@ -118,13 +122,26 @@ class Answer:
         prompt = self.ask.requests[number].prompt
         return self._tokenizer.decode(prompt) if self._tokenizer else ""
 
-    def _usage(self) -> dict[str, int]:
+    def _echoed(self, choice: Choice) -> list[Token]:
+        """The tokens of a prompt whose log-probabilities are shown, of which the first has none."""
+        if choice.prompt is None:
+            return []
+        prompt = self.ask.requests[choice.index // self.ask.n].prompt
+        return [Token(prompt[0]), *choice.prompt.tokens(prompt)]
+
+    def _usage(self) -> dict[str, Any]:
         prompt = sum(len(request.prompt) for request in self.ask.requests)
         completion = sum(choice.num_tokens for choice in self.choices)
+        # A prompt counts once: for the choice that found the least of it, as the others found what
+        # that one had computed.
+        cached = [choice.stream.cached_tokens for choice in self.choices]
+        firsts = range(0, len(cached), self.ask.n)
+        found = sum(min(cached[first : first + self.ask.n]) for first in firsts)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": found},
         }
 
     def _logprobs(self, choice: Choice, tokens: Sequence[Token]) -> dict[str, Any] | None:
@@ -141,10 +158,16 @@ class Answer:
             "text_offset": offsets,
             "token_logprobs": [_finite(token.logprob) for token in tokens],
             "tokens": texts,
-            "top_logprobs": [
-                {self._text(id): _finite(value) for id, value in token.top} for token in tokens
-            ],
+            "top_logprobs": [self._top(token) for token in tokens],
         }
+
+    def _top(self, token: Token) -> dict[str, float | None] | None:
+        if token.logprob is None:
+            return None
+        top: dict[str, float | None] = {}
+        for id, value in token.top:  # of several that look alike, the likeliest
+            top.setdefault(self._text(id), _finite(value))
+        return top
 
     def _chat_logprob(self, token: Token) -> dict[str, Any]:
         def shown(id: int, value: float | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ _CODES = {
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
+    409: "conflict",
     413: "request_too_large",
     429: "rate_limit_exceeded",
     503: "service_unavailable",

@@ -48,10 +48,10 @@ _SLO_FIELDS = {"ttft_ms": "ttft_s", "tpot_ms": "tpot_s"}
 class Ask:
     """What one HTTP request asks for: `n` choices for each of `requests`.
 
-    prompts: as texts, where they came so. logprobs: how many alternatives to report; None: no
-    log-probabilities at all. silent: no output is wanted, only what is said of the prompt; one
-    token is generated and not shown. stops: texts that end an output. late_stops: token ids that do
-    so from `min_tokens` on.
+    prompts: as texts, where they came so. echo: answers begin with the prompt. logprobs: how many
+    alternatives to report; None: no log-probabilities at all. silent: no output is wanted, only
+    what is said of the prompt; one token is generated and not shown. stops: texts that end an
+    output. late_stops: token ids that do so from `min_tokens` on.
     """
 
     chat: bool
@@ -90,14 +90,12 @@ def read(
     if echo and chat:
         raise BadField("echo", "is for completions, and not for chat")
     logprobs = _logprobs(fields, chat)
-    if echo and logprobs is not None:
-        raise BadField("logprobs", "are not served for prompts: leave out echo or logprobs")
     max_name, max_tokens = _max_tokens(fields)
     silent = echo and max_tokens == 0
     message = pb.GenerateRequest(
         request_id=request_id,
         max_tokens=1 if silent else max_tokens,
-        sampling=_sampling(fields, logprobs),
+        sampling=_sampling(fields, logprobs, logprobs if echo else None),
         slo=_slo(fields, slo),
     )
     places = [("messages", messages_of(fields))] if chat else _prompts(fields)
@@ -179,6 +177,8 @@ def renamed(field: str, place: str, max_name: str = "max_tokens") -> str:
             return place + field.removeprefix(prefix)
     if field == "max_tokens":
         return max_name
+    if field == "sampling.prompt_logprobs":  # which are asked for by `echo` with `logprobs`
+        return "logprobs"
     return field.removeprefix("sampling.")
 
 
@@ -264,7 +264,7 @@ def _logprobs(fields: Fields, chat: bool) -> int | None:
     return None
 
 
-def _sampling(fields: Fields, logprobs: int | None) -> pb.Sampling:
+def _sampling(fields: Fields, logprobs: int | None, prompt_logprobs: int | None) -> pb.Sampling:
     top_k = fields.integer("top_k")
     return pb.Sampling(
         temperature=fields.number("temperature"),
@@ -273,6 +273,7 @@ def _sampling(fields: Fields, logprobs: int | None) -> pb.Sampling:
         min_p=fields.number("min_p"),
         seed=fields.seed("seed"),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         stop_token_ids=fields.ids("stop_token_ids"),
         ignore_eos=fields.boolean("ignore_eos"),
     )

@@ -3,8 +3,9 @@ there.
 """
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
@@ -130,10 +131,17 @@ async def _whole(answer: Answer, send: Send, router: Router) -> None:
         _ended(choice, router)
 
     await _each_done([read(choice) for choice in answer.choices])
-    body = answer.body(pieces)
+    body = await _made(answer, answer.body, pieces)
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _made(answer: Answer, make: Callable[..., bytes], *args: Any) -> bytes:
+    """In a thread where it is much: others' tokens must not wait for the texts of a whole prompt's
+    tokens.
+    """
+    return await asyncio.to_thread(make, *args) if answer.of_prompt else make(*args)
 
 
 class _Events:
@@ -162,10 +170,10 @@ class _Events:
     async def _run(self, choice: Choice) -> None:
         before = self._answer.first
         while choice.finish_reason is None:
-            piece = await choice.next()
-            event = self._answer.event(choice, piece)
-            if before:
-                event, before = before(choice) + event, None
+            piece, head = await choice.next(), b""
+            if before:  # what it shows of the prompt comes first, for the offsets too
+                head, before = await _made(self._answer, before, choice), None
+            event = head + self._answer.event(choice, piece)
             if piece.finish_reason:
                 _ended(choice, self._router)
             await self._write(event)

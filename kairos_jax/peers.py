@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from kairos_jax.messages import Handover, Message, Submit
+from kairos_jax.status import Status
 from schedulers.core import Role
 from schedulers.cost import CostModel
 from schedulers.request import Request, Slo
@@ -44,7 +45,8 @@ class Peer:
     post: sends it a message. cost: of its own steps. summary: of its ledger as it was at `now`;
     from then on `update` tells. None: of a worker that is not summed up, and passes for idle.
     kv_tokens: whose KV its pool holds, 0 if that is not known. page_size: tokens of a page of its
-    prefix cache, 0 if it has none. draining: it takes no new requests.
+    prefix cache, 0 if it has none. look: what it holds and has run, as far as it has told.
+    draining: it takes no new requests.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class Peer:
         now: float,
         kv_tokens: int = 0,
         page_size: int = 0,
+        look: Callable[[], Status | None] = lambda: None,
     ):
         self.id, self.role, self.post, self.cost = id, role, post, cost
-        self.kv_tokens, self.page_size = kv_tokens, page_size
+        self.kv_tokens, self.page_size, self.look = kv_tokens, page_size, look
         self.draining = False
         self._summary, self._at = summary, now
         self._num_sent = 0

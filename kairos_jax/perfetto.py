@@ -5,8 +5,11 @@ the phases that it went through. An arrow leads from the step that made a reques
 the first that it was in on the decode side. Time starts at the first record.
 """
 
+import copy
 import math
-from collections.abc import Iterable
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from schedulers.core import Batch, Instance, Role
@@ -23,16 +26,70 @@ def trace_events(records: Iterable[Record]) -> dict[str, Any]:
     """
     ledgers, trace = Ledgers(), _Trace()
     for record in records:
-        event = ledgers.read(record)
-        trace.before(event)
-        trace.after(event, ledgers.apply(event))
+        trace.add(ledgers, record)
     trace.finish()
-    return {"traceEvents": trace.events, "displayTimeUnit": "ms"}
+    return _whole([*trace.names, *trace.events])
+
+
+class Recent:
+    """The last of a run that goes on: about so many events of its trace, however long it runs.
+
+    Records are added on one thread; the trace may be asked for on others.
+    """
+
+    def __init__(self, num_events: int = 50_000):
+        self._ledgers, self._trace = Ledgers(), _Trace(num_events)
+        self._lock = threading.Lock()
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Takes what happened since the last call, from the run's beginning on. Raises ValueError
+        if it is malformed.
+        """
+        for record in records:
+            with self._lock:
+                self._trace.add(self._ledgers, record)
+
+    def trace(self) -> dict[str, Any]:
+        """As of `trace_events`; what had begun before the first event begins with it."""
+        with self._lock:
+            trace = self._trace.copy()
+        trace.finish()
+        return _whole([*trace.names, *_clipped(list(trace.events))])
+
+
+def _whole(events: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _clipped(events: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Events, of which the first are not there any more, without ends that have no beginning."""
+    first_us = min((event["ts"] for event in events), default=0.0)
+    begun, arrows, whole, before = set(), set(), [], []
+    for event in events:
+        key = event.get("id"), event["name"]
+        match event["ph"]:
+            case "b":
+                begun.add(key)
+            case "e" if key in begun:
+                begun.discard(key)
+            case "e":
+                before.append(event | {"ph": "b", "ts": first_us})
+            case "s":
+                arrows.add(key)
+            case "f" if key not in arrows:
+                continue
+        whole.append(event)
+    # What ends last began first.
+    yield from reversed(before)
+    yield from whole
 
 
 class _Trace:
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
+    """names: of the processes. events: the last of them, if there are to be so many at most."""
+
+    def __init__(self, num_events: int | None = None) -> None:
+        self.names: list[dict[str, Any]] = []
+        self.events: deque[dict[str, Any]] = deque(maxlen=num_events)
         self._origin = math.nan
         self._last_at = -math.inf
         self._pids: dict[str, int] = {}
@@ -41,9 +98,24 @@ class _Trace:
         self._rows: dict[str, tuple[int, str]] = {}
         self._num_rows = 0
         self._arrows: dict[str, int] = {}
+        self._decodes = False  # whether an instance is told of that does
         self._name(_REQUESTS, "requests")
 
-    def before(self, event: Event) -> None:
+    def copy(self) -> "_Trace":
+        """One that may be finished while this goes on."""
+        other = copy.copy(self)
+        # With room for what is still open.
+        other.names, other.events = list(self.names), deque(self.events)
+        other._rows, other._arrows = dict(self._rows), dict(self._arrows)
+        return other
+
+    def add(self, ledgers: Ledgers, record: Record) -> None:
+        """Takes the next record, and does to the ledgers what it says."""
+        event = ledgers.read(record)
+        self._before(event)
+        self._after(event, ledgers.apply(event))
+
+    def _before(self, event: Event) -> None:
         """Notes what an event begins, on the ledger as it was."""
         if math.isnan(self._origin):
             self._origin = event.at
@@ -51,13 +123,16 @@ class _Trace:
         instance = event.instance
         if event.verb == "instance":
             pid = self._pids[instance.id] = len(self._pids) + 1
+            self._decodes |= instance.role is not Role.PREFILL
             self._name(pid, f"{instance.id} ({instance.role.value})")
         elif event.verb == "begin":
             self._begun(instance, event.batch, event.at)
         elif event.verb == "cancel" and event.id and instance.get(event.id):
             self._leave(event.id, event.at, "cancelled")
+        elif event.verb == "release" and event.id and not self._decodes:
+            self._leave(event.id, event.at, "handed over")  # to another process
 
-    def after(self, event: Event, left: list[Seq]) -> None:
+    def _after(self, event: Event, left: list[Seq]) -> None:
         """Notes what it has led to."""
         match event.verb:
             case "add":
@@ -185,7 +260,7 @@ class _Trace:
 
     def _name(self, pid: int, name: str) -> None:
         for kind, args in (("name", {"name": name}), ("sort_index", {"sort_index": pid})):
-            self.events.append({"ph": "M", "pid": pid, "name": f"process_{kind}", "args": args})
+            self.names.append({"ph": "M", "pid": pid, "name": f"process_{kind}", "args": args})
 
     def _put(self, ph: str, pid: int, at: float, **fields: Any) -> None:
         self.events.append({"ph": ph, "pid": pid, "tid": pid, "ts": self._us(at), **fields})

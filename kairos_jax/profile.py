@@ -153,6 +153,7 @@ def _cached_path(config: ServerConfig, model: Model, engines: Sequence[JaxEngine
     facts = (
         model.checkpoint.config,
         config.dtype,
+        config.rules,
         engines[0].kernels,
         config.page_size,
         config.max_context,

@@ -6,8 +6,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
 from kairos_jax.command import UsageError
 from schedulers.cost import KINDS, CostModel
+
+
+def define_flags() -> None:
+    """Of servers. Not at import: other binaries have flags of the same names."""
+    flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
 
 
 def read(path: str | Path, kinds: Sequence[str] = KINDS) -> dict[str, Any]:

@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).parent.parent
 # Whatever a program is made by.
-_SOURCES = ("models/**/*.py", "models/**/*.cc", "kairos_jax/engine.py", "kairos_jax/programs.py")
+_SOURCES = (
+    *("models/**/*.py", "models/**/*.cc"),
+    *("kairos_jax/engine.py", "kairos_jax/calls.py", "kairos_jax/programs.py"),
+)
 _SETTINGS = ("JAX_", "XLA_")
 _KEPT_DAYS = 30.0
 

@@ -2,23 +2,45 @@
 
 import contextlib
 import logging
+import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from absl import flags
+
 from kairos_jax.launch import UsageError
-from schedulers.journal import Journal, to_lines
+from schedulers.journal import Journal, Record, to_lines
 
 log = logging.getLogger(__name__)
 
 _PERIOD_S = 0.5
 
 
+def define_flags() -> None:
+    """Not at import: other binaries have flags of the same names."""
+    flags.DEFINE_string("journal", None, "File for a record of every decision, as JSON lines.")
+
+
+Watch = Callable[[Sequence[Record]], object]
+
+
+def from_flags(watch: Watch | None = None) -> contextlib.AbstractContextManager[Journal | None]:
+    """What `recording` gives, or None without --journal and a watch. Raises UsageError."""
+    path = flags.FLAGS.journal
+    if not path and watch is None:
+        return contextlib.nullcontext()
+    # Where nobody asked for a file, there is a writer for the watch's sake.
+    return recording(Path(path or os.devnull), watch)
+
+
 @contextlib.contextmanager
-def recording(path: Path) -> Iterator[Journal]:
+def recording(path: Path, watch: Watch | None = None) -> Iterator[Journal]:
     """A journal on the workers' clock; all of it is in the file when the block ends. If the disk
     fails meanwhile, what runs goes on without: an error is logged, and the file ends there.
+
+    watch: is told the records too, as they come.
 
     Raises:
         UsageError: the file cannot be written.
@@ -33,7 +55,9 @@ def recording(path: Path) -> Iterator[Journal]:
         last = failed = False
         while not last:
             last = ended.wait(_PERIOD_S)
-            records = journal.take()  # after a failure too, or they would pile up
+            records = list(journal.take())  # after a failure too, or they would pile up
+            if watch:
+                watch(records)
             if failed:
                 continue
             try:

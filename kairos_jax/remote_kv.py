@@ -81,6 +81,11 @@ class TransferOptions:
     transfer_bytes: int = 4 * _MIB
     parallel_copies: int = 8
 
+    def listens_on(self, address: str) -> str:
+        """The transfer server's host, in a process that peers reach at `address`."""
+        host = self.host.strip("[]")
+        return split_address(address)[0] if not host or is_wildcard(host) else host
+
     @classmethod
     def from_flags(cls, host: str) -> "TransferOptions":
         """host: where the process listens."""
@@ -101,13 +106,17 @@ class TransferOptions:
 
 @dataclass(slots=True, eq=False)
 class _Arrival:
-    """KV on its way here, or here already. done: None while nobody has asked for it."""
+    """KV on its way here, or here already. done: None while nobody has asked for it. first: the
+    block with which it begins. wanted: the block with which it was asked for.
+    """
 
     ticket: Ticket
     sharding: Sharding | None
     claimant: Claimant
     num_bytes: int
     small: bool
+    first: int
+    wanted: int = 0
     done: Done | None = None
     task: asyncio.Task[KV] | None = None
     stopped_by: Exception | None = None
@@ -149,11 +158,11 @@ class RemoteTransport:
         self._leases = Leases(options.lease_s, options.claim_s)
         self._port = None
         if options.kind == "jax":
-            host = options.host.strip("[]")
-            if not host or is_wildcard(host):
-                host, _ = split_address(address)
             self._port = TransferPort(
-                host, options.transfer_bytes, options.parallel_copies, self._in_thread
+                options.listens_on(address),
+                options.transfer_bytes,
+                options.parallel_copies,
+                self._in_thread,
             )
         self._servicer = KVServicer(
             self._leases, facts, self._identity, self._port, self._in_thread, clock
@@ -186,6 +195,11 @@ class RemoteTransport:
         return len(self._arrivals)
 
     @property
+    def received_bytes(self) -> int:
+        """See `KVTransport`; what a process fetches from itself does not count."""
+        return self._client.received_bytes
+
+    @property
     def staged_bytes(self) -> int:
         """Room that prefetches have taken."""
         staged = (each for each in self._arrivals.values() if each.done is None)
@@ -209,17 +223,17 @@ class RemoteTransport:
         """See `KVTransport.extend`."""
         self._on_loop(self._leases.extend, ticket, kv, last, self.clock())
 
-    def prefetch(self, ticket: Ticket, sharding: Sharding | None) -> None:
+    def prefetch(self, ticket: Ticket, sharding: Sharding | None, first: int = 0) -> None:
         """See `KVTransport.prefetch`."""
-        self._on_loop(self._prefetch, ticket, sharding)
+        self._on_loop(self._prefetch, ticket, sharding, first)
 
-    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
+    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done, first: int = 0) -> None:
         """See `KVTransport.fetch`. `done` is called on the event loop.
 
         It is given a LookupError if the offer has ended, PermissionError if someone else has
         claimed it, ManifestMismatch if it does not fit, TimeoutError, or ConnectionError.
         """
-        self._on_loop(self._fetch, ticket, sharding, done)
+        self._on_loop(self._fetch, ticket, sharding, done, first)
 
     def release(self, ticket: Ticket) -> None:
         """See `KVTransport.release`."""
@@ -259,32 +273,33 @@ class RemoteTransport:
                 if self._on_expired:
                     self._on_expired(id)
 
-    def _prefetch(self, ticket: Ticket, sharding: Sharding | None) -> None:
-        arrival = self._expect(ticket, sharding)
+    def _prefetch(self, ticket: Ticket, sharding: Sharding | None, first: int) -> None:
+        arrival = self._expect(ticket, sharding, first)
         room = self.options.staged_bytes - self.staged_bytes
         known = self._is_own(ticket) or ticket.uuid in self._arrivals
         if not known and arrival.num_bytes <= room:
             self._arrivals[ticket.uuid] = arrival
             self._bring(arrival)
 
-    def _fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
+    def _fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done, first: int) -> None:
         arrival = self._arrivals.get(ticket.uuid)
         if arrival is None:
-            arrival = self._arrivals[ticket.uuid] = self._expect(ticket, sharding)
+            arrival = self._arrivals[ticket.uuid] = self._expect(ticket, sharding, first)
         elif arrival.done is not None:
             done(PermissionError(f"the KV of request {ticket.request_id!r} is being fetched"))
             return
-        arrival.done = done
+        arrival.done, arrival.wanted = done, first
         if arrival.task is None or _failed(arrival.task):  # a prefetch may be tried again
+            arrival.first = first
             self._bring(arrival)
         elif arrival.task.done():
             self._deliver(arrival)
 
-    def _expect(self, ticket: Ticket, sharding: Sharding | None) -> _Arrival:
-        num_bytes = self.facts.num_blocks(ticket.num_tokens) * self.facts.block_bytes
+    def _expect(self, ticket: Ticket, sharding: Sharding | None, first: int) -> _Arrival:
+        num_bytes = (self.facts.num_blocks(ticket.num_tokens) - first) * self.facts.block_bytes
         claimant = Claimant(self._identity, secrets.randbits(64))
         small = num_bytes <= self.options.urgent_bytes
-        return _Arrival(ticket, sharding, claimant, num_bytes, small)
+        return _Arrival(ticket, sharding, claimant, num_bytes, small, first)
 
     def _is_own(self, ticket: Ticket) -> bool:
         return ticket.address in ("", self.address)
@@ -317,17 +332,26 @@ class RemoteTransport:
         """Gives what has come, or why it has not, to who asked; otherwise it stays."""
         task = arrival.task
         assert task is not None
+        if not task.done():  # it was begun again
+            return
         if arrival.done is None:
             if not task.cancelled():
                 task.exception()  # looked at: it is not to be logged
             return
         if self._arrivals.get(arrival.ticket.uuid) is not arrival:
             return
-        del self._arrivals[arrival.ticket.uuid]
         if task.cancelled():
             result = arrival.stopped_by or ConnectionError("the transport was closed")
-        else:
-            result = task.exception() or task.result()
+        elif (result := task.exception()) is None:
+            if arrival.wanted < arrival.first:
+                # What made the first ones needless when it was sent ahead is gone since.
+                arrival.first = arrival.wanted
+                self._bring(arrival)
+                return
+            result = task.result()[arrival.wanted - arrival.first :]
+            if arrival.first:
+                self._taken(arrival)
+        del self._arrivals[arrival.ticket.uuid]
         arrival.done(result)  # type: ignore[arg-type]
 
     async def _copy(self, arrival: _Arrival) -> KV:
@@ -336,7 +360,7 @@ class RemoteTransport:
         lease = self._leases.claim(ticket.uuid, ticket.request_id, arrival.claimant, self.clock())
         if not lease.complete:
             raise LookupError(f"the KV of request {ticket.request_id!r} is not all there yet")
-        kv = list(lease.kv)
+        kv = lease.kv[arrival.first :]
         if arrival.sharding is not None:
             kv = await self._in_thread(jax.device_put, kv, arrival.sharding)
             await arrived(kv)
@@ -345,9 +369,21 @@ class RemoteTransport:
     async def _take(self, arrival: _Arrival) -> KV:
         """From an offer of another process."""
         wanted = Wanted(
-            arrival.ticket, arrival.sharding, arrival.claimant, lambda: arrival.priority
+            arrival.ticket,
+            arrival.first,
+            arrival.sharding,
+            arrival.claimant,
+            lambda: arrival.priority,
         )
-        return await self._client.take(wanted)
+        kv = await self._client.take(wanted)
+        if not arrival.first:  # else those before may yet be asked for
+            self._taken(arrival)
+        return kv
+
+    def _taken(self, arrival: _Arrival) -> None:
+        """Nothing more will be asked for of an offer."""
+        if not self._is_own(arrival.ticket):
+            self._client.delivered(arrival.ticket, arrival.claimant)
 
 
 def _stop(arrival: _Arrival, error: Exception) -> None:

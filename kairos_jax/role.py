@@ -11,7 +11,7 @@ wrong flag, config or model.
 """
 
 import asyncio
-import contextlib
+import functools
 import json
 import logging
 import math
@@ -24,9 +24,24 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from kairos_jax import channels, command, followers, gauges, launch, lifecycle, profile, remote_kv
+from kairos_jax import (
+    channels,
+    command,
+    debug,
+    followers,
+    gauges,
+    health,
+    launch,
+    lifecycle,
+    otlp,
+    profile,
+    profile_file,
+    recording,
+    remote_kv,
+)
 from kairos_jax.channels import Wire
 from kairos_jax.config import ConfigError, ServerConfig
+from kairos_jax.debug import Debug
 from kairos_jax.hub import ModelNotAvailable
 from kairos_jax.instances import (
     build_engine,
@@ -39,7 +54,6 @@ from kairos_jax.instances import (
 from kairos_jax.manifest import facts
 from kairos_jax.messages import Cancel
 from kairos_jax.progress import bars
-from kairos_jax.recording import recording
 from kairos_jax.role_server import Options, Prepared, RoleServer
 from kairos_jax.worker import Worker
 from schedulers.core import Role
@@ -59,12 +73,14 @@ def define_flags(port: int) -> None:
     lifecycle.define_flags(port)
     channels.define_flags()
     remote_kv.define_flags()
+    health.define_flags()
+    profile_file.define_flags()
+    recording.define_flags()
+    debug.define_flags()
+    otlp.define_flags()
     flags.DEFINE_string("name", None, "Name of the instance; else its role and address.")
     flags.DEFINE_string("advertise", None, "Host by which peers reach it; else --host.")
-    flags.DEFINE_integer("health_port", 0, "Port for health alone, without TLS; 0: none.", 0, 65535)
     flags.DEFINE_integer("metrics_port", 0, "Port of http://HOST/metrics; 0: none.", 0, 65535)
-    flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
-    flags.DEFINE_string("journal", None, "File for a record of every decision, as JSON lines.")
     flags.DEFINE_float("router_hang_s", 10.0, "Silence after which a router is dropped.", 0.1)
     flags.DEFINE_float("stuck_s", 30.0, "By so much later than predicted, a step hangs.", 0.1)
 
@@ -104,16 +120,21 @@ async def serve(
     carried: remote_kv.TransferOptions,
     prepare: Callable[[], Prepared],
     journal: Journal | None = None,
+    debugging: Debug | None = None,
 ) -> int:
-    """Serves until a signal, or until the instance dies. Returns the exit code."""
+    """Serves until a signal, or until the instance dies. debugging: answers beside metrics. Returns
+    the exit code.
+    """
     stopping = lifecycle.asked_to_stop()
     workers: list[Worker] = []
+    server = RoleServer(role, options, net)
     if options.metrics_port:
-        gauges.serve_workers(options.host, options.metrics_port, workers)
-    try:
-        server = RoleServer(role, options, net)
-    except OSError as error:
-        raise launch.UsageError(str(error)) from error
+        port = gauges.serve_workers(options.host, options.metrics_port, workers)
+        if debugging:
+            debugging.workers = workers
+            debug.answer_beside(port, debugging)
+    if carried.kind == "jax":
+        _check_kv_host(carried.listens_on(server.address))
     await server.start()
     print(f"starting {role.value} of {config.model}: gRPC on {server.address}", flush=True)
     prepared = await lifecycle.prepared(prepare, stopping, server.close)
@@ -151,6 +172,16 @@ async def serve(
         await asyncio.to_thread(prepared.leader.close)
     print("drained" if drained else "handed over what outlasted --grace_s", flush=True)
     return 0
+
+
+def _check_kv_host(host: str) -> None:
+    """Whether the transfer server will be able to listen there, which it does only when all is
+    compiled. Raises UsageError.
+    """
+    try:
+        channels.listen(host, 0).close()
+    except OSError as error:
+        raise launch.UsageError(f"--kv_host={host}: {error}") from error
 
 
 def _print_state(server: RoleServer, worker: Worker, transport: remote_kv.RemoteTransport) -> None:
@@ -197,7 +228,7 @@ def main(role: Role) -> None:
 
 def _run(role: Role) -> int:
     """Returns the exit code. Raises ConfigError, ModelNotAvailable or UsageError."""
-    config, options, net = launch.read_config(), Options.from_flags(), Wire.from_flags()
+    config, options, net = launch.read_config(), Options.from_flags(role), Wire.from_flags()
     if config.colocated:
         raise launch.UsageError(f"config.colocated must be False for a process of {role.value}")
     values = flags.FLAGS
@@ -211,8 +242,9 @@ def _run(role: Role) -> int:
     if carried.kind == "jax" and net.cert:
         log.warning("--tls_cert does not protect KV: --kv_transport=jax sends it in the clear")
 
-    with contextlib.ExitStack() as stack:
-        journal = stack.enter_context(recording(Path(values.journal))) if values.journal else None
-        return asyncio.run(
-            serve(config, role, options, net, carried, lambda: prepare(config, role, path), journal)
-        )
+    debugging = Debug.from_flags()
+    if debugging and not options.metrics_port:
+        raise launch.UsageError("--debug_dir needs --metrics_port, where it is answered")
+    with recording.from_flags(debugging and debugging.watch) as journal:
+        ready = functools.partial(prepare, config, role, path)
+        return asyncio.run(serve(config, role, options, net, carried, ready, journal, debugging))

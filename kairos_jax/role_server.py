@@ -4,12 +4,12 @@ import asyncio
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from absl import flags
 
-from kairos_jax import wire
+from kairos_jax import otlp, wire
 from kairos_jax.attach import Attachments
 from kairos_jax.channels import Wire
 from kairos_jax.command import UsageError
@@ -22,7 +22,11 @@ from kairos_jax.manifest import Facts
 from kairos_jax.messages import HandBack
 from kairos_jax.rpc import internal_pb2_grpc
 from kairos_jax.worker import Worker
+from kairos_jax.worker_spans import WorkerSpans
 from schedulers.core import Role
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 # What routers are given to take back what has not ended by itself.
 _RETURN_S = 5.0
@@ -45,7 +49,7 @@ class Prepared:
 @dataclass(frozen=True, slots=True)
 class Options:
     """Where a role listens, and how it ends. host, port: as bound. advertise: the host by which
-    peers reach it. health_port, metrics_port: 0 for none.
+    peers reach it. health_port, metrics_port: 0 for none. traces: where its spans go, if anywhere.
     """
 
     host: str
@@ -57,10 +61,13 @@ class Options:
     router_hang_s: float = 10.0
     stuck_s: float = 30.0
     metrics_port: int = 0
+    traces: "TracerProvider | None" = None
 
     @classmethod
-    def from_flags(cls) -> "Options":
-        """Raises UsageError where peers would be told an address that is none."""
+    def from_flags(cls, role: Role) -> "Options":
+        """Raises UsageError where peers would be told an address that is none, or traces go
+        nowhere.
+        """
         values = flags.FLAGS
         advertise = values.advertise or values.host
         if is_wildcard(advertise):
@@ -75,6 +82,7 @@ class Options:
             values.router_hang_s,
             values.stuck_s,
             values.metrics_port,
+            otlp.from_flags(f"kairos-{role.value}"),
         )
 
 
@@ -82,7 +90,7 @@ class RoleServer:
     """The gRPC server of one role. Health says NOT_SERVING until `open`, and again from `drain`."""
 
     def __init__(self, role: Role, options: Options, net: Wire):
-        """Raises OSError if the address cannot be listened on."""
+        """Raises UsageError if an address cannot be listened on."""
         self.role, self.options = role, options
         self.attachments = Attachments(
             asyncio.get_running_loop(), options.stuck_s, options.router_hang_s
@@ -95,10 +103,16 @@ class RoleServer:
             ],
         )
         internal_pb2_grpc.add_WorkerServicer_to_server(self.attachments, self.grpc)
-        self._health = Health(self.grpc, wire.SERVICE, options.host, options.health_port)
-        port = net.add_port(self.grpc, options.host, options.port)
+        host, port = options.host, options.port
+        try:  # first: what is wrong with the host is wrong with all the ports
+            port = net.add_port(self.grpc, host, port)
+        except OSError as error:
+            raise UsageError(f"--host={host} --port={port}: {error}") from error
+        self._health = Health(self.grpc, wire.SERVICE, host, options.health_port)
         self.address = join_address(options.advertise, port)
         self.name = options.name or f"{role.value}-{self.address}"
+        if options.traces:
+            self.attachments.spans = WorkerSpans(options.traces, role, self.name)
 
     def add_late(self, add: Callable[[Any], None]) -> None:
         """Adds a service, by its `add_to`, to the server that has started."""
@@ -148,6 +162,8 @@ class RoleServer:
         self.attachments.close()
         await self.grpc.stop(grace=1.0)
         await self._health.close()
+        if self.options.traces:
+            await asyncio.to_thread(otlp.flush, self.options.traces)
 
     async def _drained(self, timeout_s: float) -> bool:
         """Whether no router has a request here in time; where the worker died, none will have."""

@@ -21,7 +21,17 @@ from pathlib import Path
 
 from absl import flags
 
-from kairos_jax import channels, discovery, http_server, launch, lifecycle, tracing
+from kairos_jax import (
+    channels,
+    debug,
+    discovery,
+    health,
+    http_server,
+    launch,
+    lifecycle,
+    otlp,
+    streams,
+)
 from kairos_jax.backend import backend
 from kairos_jax.channels import Wire
 from kairos_jax.config import ServerConfig
@@ -34,9 +44,9 @@ from kairos_jax.streams import Router
 from kairos_jax.tracing import Tracing
 from schedulers.core import Role
 from schedulers.cost import CostModel
-from schedulers.routing import ADMISSION
 
 _ROLES = (Role.PREFILL, Role.DECODE)
+_NO_DEBUG = "a router runs no steps: ask the metrics port of a worker that has --debug_dir"
 
 
 def define_flags() -> None:
@@ -46,9 +56,9 @@ def define_flags() -> None:
     channels.define_flags()
     channels.define_public_flags()
     http_server.define_flags()
-    tracing.define_flags()
-    flags.DEFINE_enum("admission", "none", list(ADMISSION), "Who is turned away early.")
-    flags.DEFINE_integer("health_port", 0, "Port for health alone, without TLS; 0: none.", 0, 65535)
+    otlp.define_flags()
+    health.define_flags()
+    streams.define_flags()
     for role in _ROLES:
         flags.DEFINE_list(
             role.value, [], f"Where {role.value} workers are: host:port, or dns:name:port for all."
@@ -114,11 +124,9 @@ async def serve(
 ) -> int:
     """Serves until a signal. net: to workers; public: from clients. Returns the exit code."""
     stopping = lifecycle.asked_to_stop()
-    try:
-        where = options.host, options.port
-        server = Server(*where, time.monotonic, public, options.health_port, options.http)
-    except OSError as error:
-        raise launch.UsageError(str(error)) from error
+    where = options.host, options.port
+    routes = debug.routes(None, _NO_DEBUG)
+    server = Server(*where, time.monotonic, public, options.health_port, options.http, routes)
     await server.start()
     print(f"starting router for {config.model}: {server.addresses}", flush=True)
     model = await lifecycle.prepared(
@@ -154,7 +162,7 @@ async def serve(
         task.cancel()
     await links.close()
     if options.tracing:
-        await asyncio.to_thread(options.tracing.flush)
+        await asyncio.to_thread(otlp.flush, options.tracing.provider)
     print("drained" if drained else "ended requests that outlasted --grace_s", flush=True)
     return 0
 

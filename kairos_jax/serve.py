@@ -10,7 +10,6 @@ wrong flag, config or model.
 """
 
 import asyncio
-import contextlib
 import logging
 import sys
 import time
@@ -21,23 +20,34 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from kairos_jax import channels, http_server, launch, lifecycle, profile, tracing
+from kairos_jax import (
+    channels,
+    debug,
+    http_server,
+    launch,
+    lifecycle,
+    otlp,
+    profile,
+    profile_file,
+    recording,
+    streams,
+)
 from kairos_jax.backend import backend
 from kairos_jax.channels import Wire
 from kairos_jax.config import ServerConfig
+from kairos_jax.debug import Debug
 from kairos_jax.engine import JaxEngine
 from kairos_jax.http_server import HttpOptions
 from kairos_jax.instances import Model, build_engines, build_workers, open_model
 from kairos_jax.metrics import Metrics
 from kairos_jax.progress import bars
-from kairos_jax.recording import recording
 from kairos_jax.service import Server
 from kairos_jax.streams import Router
 from kairos_jax.tracing import Tracing
 from kairos_jax.transfer import LocalTransport
+from kairos_jax.worker import Worker
 from schedulers.cost import CostModel
 from schedulers.journal import Journal
-from schedulers.routing import ADMISSION
 
 # What a step under way is given to end in, once no request is left.
 _STOP_TIMEOUT_S = 5.0
@@ -49,10 +59,11 @@ def define_flags() -> None:
     lifecycle.define_flags(port=50051)
     channels.define_public_flags()
     http_server.define_flags()
-    tracing.define_flags()
-    flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
-    flags.DEFINE_string("journal", None, "File for a record of every decision, as JSON lines.")
-    flags.DEFINE_enum("admission", "none", list(ADMISSION), "Who is turned away early.")
+    otlp.define_flags()
+    profile_file.define_flags()
+    recording.define_flags()
+    debug.define_flags()
+    streams.define_flags()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +97,14 @@ async def serve(
     public: Wire = channels.PLAIN,
     http: HttpOptions | None = None,
     tracing: Tracing | None = None,
+    debugging: Debug | None = None,
 ) -> int:
-    """Serves until a signal, or until an instance dies. public: how clients come. Returns the exit
-    code.
+    """Serves until a signal, or until an instance dies. public: how clients come. debugging: it is
+    told of the workers. Returns the exit code.
     """
     stopping = lifecycle.asked_to_stop()
-    try:
-        server = Server(host, port, time.monotonic, public, http=http)
-    except OSError as error:
-        raise launch.UsageError(str(error)) from error
+    routes = debug.routes(debugging, "profiles and traces are off: --debug_dir turns them on")
+    server = Server(host, port, time.monotonic, public, http=http, routes=routes)
     await server.start()
     print(f"starting {config.model}: {server.addresses}", flush=True)
     prepared = await lifecycle.prepared(prepare, stopping, lambda: server.drain(0.0))
@@ -103,9 +113,14 @@ async def serve(
     cost, loop = prepared.cost, asyncio.get_running_loop()
     metrics = Metrics(Path(config.model).name, config.default_slo)
     router = Router(loop, config.max_requests, cost, time.monotonic, admission, metrics, tracing)
-    code = await _serve_until(stopping, config, server, grace_s, prepared, router, journal)
+    workers = build_workers(config, prepared.engines, cost, LocalTransport(), router.emit, journal)
+    if debugging:
+        debugging.workers = workers
+    code = await _serve_until(stopping, config, server, grace_s, prepared, router, workers)
+    if debugging:
+        debugging.close()
     if tracing:
-        await asyncio.to_thread(tracing.flush)
+        await asyncio.to_thread(otlp.flush, tracing.provider)
     return code
 
 
@@ -116,10 +131,8 @@ async def _serve_until(
     grace_s: float,
     prepared: Prepared,
     router: Router,
-    journal: Journal | None,
+    workers: Sequence[Worker],
 ) -> int:
-    engines, cost = prepared.engines, prepared.cost
-    workers = build_workers(config, engines, cost, LocalTransport(), router.emit, journal)
     router.connect(workers)
     for worker in workers:
         worker.start()
@@ -156,8 +169,10 @@ def main(argv: list[str]) -> None:
     config, public = launch.read_config(), Wire.public_from_flags()
     values, http, traced = flags.FLAGS, HttpOptions.from_flags(), Tracing.from_flags()
     path = Path(values.profile) if values.profile else None
-    with contextlib.ExitStack() as stack:
-        journal = stack.enter_context(recording(Path(values.journal))) if values.journal else None
+    debugging = Debug.from_flags()
+    if debugging and http is None:
+        raise launch.UsageError("--debug_dir needs the HTTP API, which --http_port=-1 turns off")
+    with recording.from_flags(debugging and debugging.watch) as journal:
         where = values.host, values.port
         code = asyncio.run(
             serve(
@@ -170,6 +185,7 @@ def main(argv: list[str]) -> None:
                 public,
                 http,
                 traced,
+                debugging,
             )
         )
     lifecycle.end(code)

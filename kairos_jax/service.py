@@ -1,19 +1,24 @@
 """The gRPC service kairos.v1.Kairos, with health and reflection beside it."""
 
 import asyncio
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import grpc
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
+from starlette.routing import BaseRoute
 
+from kairos_jax.calls import PromptLogprobs, Token
 from kairos_jax.channels import PLAIN, Wire
+from kairos_jax.command import UsageError
 from kairos_jax.discovery import join_address
 from kairos_jax.edge import BadField, UnknownModel
-from kairos_jax.engine import Token
 from kairos_jax.gate import Backend, Closed, Gate
 from kairos_jax.health import Health
 from kairos_jax.http_server import HttpOptions, HttpServer
+from kairos_jax.live import Live
+from kairos_jax.messages import Output
 from kairos_jax.openai_api import make_app
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.rpc import kairos_pb2_grpc
@@ -23,6 +28,8 @@ from kairos_jax.tracing import trace_of
 
 SERVICE = "kairos.v1.Kairos"
 MAX_MESSAGE_BYTES = 4 << 20
+# Prompt tokens a message: with 20 alternatives each, 250 KB of the 4 MiB that clients take.
+_PROMPT_PART = 1000
 
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
@@ -75,16 +82,17 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
 async def _answer(backend: Backend, stream: Stream, context) -> None:
     tokenizer = backend.edge.tokenizer
     detokenizer = Detokenizer(tokenizer) if tokenizer else None
+    ended = False
     try:
-        async for output in stream:
-            response = pb.GenerateResponse(request_id=stream.name, token_ids=[output.token.id])
-            if detokenizer:
-                response.text_delta = detokenizer.push([output.token.id])
-            if output.token.logprob is not None:
-                response.logprobs.append(_logprobs(output.token))
-            if output.finish_reason:
-                if detokenizer:
-                    response.text_delta += detokenizer.flush()
+        while not ended:
+            # All that wait go out together: a message costs far more than a token.
+            outputs = await stream.take()
+            ended = outputs[-1].finish_reason is not None
+            if (prompt := outputs[0].token.prompt) is not None:
+                for part in _of_prompt(stream, prompt):
+                    await context.write(part)
+            response = _response(stream, outputs, detokenizer)
+            if ended:
                 _finish(response, stream)
             await context.write(response)
     except WorkerLost as error:
@@ -98,6 +106,27 @@ def _cut(error: Exception) -> str:
     """The message, which may quote the client, within what gRPC carries in a status."""
     text = str(error)
     return text if len(text) <= 1000 else text[:1000] + "..."
+
+
+def _of_prompt(stream: Stream, logprobs: PromptLogprobs) -> Iterator[pb.GenerateResponse]:
+    tokens = logprobs.tokens(stream.request.prompt)
+    while part := list(itertools.islice(tokens, _PROMPT_PART)):
+        entries = [_logprobs(token) for token in part]
+        yield pb.GenerateResponse(request_id=stream.name, prompt_logprobs=entries)
+
+
+def _response(
+    stream: Stream, outputs: Sequence[Output], detokenizer: Detokenizer | None
+) -> pb.GenerateResponse:
+    ids = [output.token.id for output in outputs]
+    response = pb.GenerateResponse(request_id=stream.name, token_ids=ids)
+    if detokenizer:
+        response.text_delta = detokenizer.push(ids)
+        if outputs[-1].finish_reason:
+            response.text_delta += detokenizer.flush()
+    if outputs[0].token.logprob is not None:
+        response.logprobs.extend(_logprobs(output.token) for output in outputs)
+    return response
 
 
 def _logprobs(token: Token) -> pb.TokenLogprobs:
@@ -139,10 +168,12 @@ class Server:
         net: Wire = PLAIN,
         health_port: int = 0,
         http: HttpOptions | None = None,
+        routes: Sequence[BaseRoute] = (),
     ):
-        """Raises OSError if the address cannot be listened on; UsageError if one of the others.
+        """Raises UsageError if an address cannot be listened on.
 
-        port: 0 for any free one. health_port: for health alone, without TLS; 0 for none.
+        port: 0 for any free one. health_port: for health alone, without TLS; 0 for none. routes: of
+        HTTP, beside those of the API and the live page.
         """
         options = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -151,14 +182,18 @@ class Server:
         self._grpc = grpc.aio.server(options=options)
         self.gate, self._draining = Gate(clock), False
         kairos_pb2_grpc.add_KairosServicer_to_server(Servicer(self.gate), self._grpc)
+        try:  # first: what is wrong with the host is wrong with all the ports
+            self.port = net.add_port(self._grpc, host, port)
+        except OSError as error:
+            raise UsageError(f"--host={host} --port={port}: {error}") from error
         self._health = Health(self._grpc, SERVICE, host, health_port)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
-        self.port = net.add_port(self._grpc, host, port)
         self.address = join_address(host, self.port)
-        self.http = (
-            HttpServer(make_app(self.gate, http.app), host, http.port, net) if http else None
-        )
+        self._live = Live(self.gate)
+        routes = [*self._live.routes(), *routes]
+        app = make_app(self.gate, http.app, routes) if http else None
+        self.http = HttpServer(app, host, http.port, net) if http else None
 
     @property
     def addresses(self) -> str:
@@ -200,6 +235,7 @@ class Server:
                 await asyncio.wait_for(self.gate.backend.router.drained(), grace_s)
             except TimeoutError:
                 drained = False
+        self._live.close()
         # The last answers may still be on their way out.
         stops = [self._grpc.stop(grace=1.0 if drained else 0.0)]
         if self.http:

@@ -4,12 +4,17 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kairos_jax.messages import Handover, Output
 from kairos_jax.peers import Peer
 from kairos_jax.transfer import Ticket
 from schedulers.cost import CostModel
 from schedulers.request import Request, Slo
+
+# Outputs that one take gives: with 20 alternatives each, 250 KB of the 4 MiB that a client takes as
+# one message, however slowly it reads.
+_MOST_TAKEN = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,9 @@ class Stream:
 
     request: as the client asked, under the id by which the workers know it at present. peers: those
     that may hold something of it, the last of them the one that has it in hand. num_lost: how often
-    it had to be recovered from a failure. trace: the client's W3C trace headers. worst_slack_s: see
-    `Timing`. cached_tokens: of the prompt as the client sent it, found in the prefix cache.
+    it had to be recovered from a failure. trace: W3C headers of the trace that it is a part of, at
+    first the client's. span: of `Tracing`, its own in that. worst_slack_s: see `Timing`.
+    cached_tokens: of the prompt as the client sent it, found in the prefix cache.
     """
 
     name: str
@@ -52,6 +58,7 @@ class Stream:
     peers: list[Peer] = field(default_factory=list)
     num_lost: int = 0
     trace: Mapping[str, str] = field(default_factory=dict)
+    span: Any = None
     begun_at: float | None = None
     first_token_at: float | None = None
     moved_at: float | None = None
@@ -73,8 +80,8 @@ class Stream:
                 return
 
     async def take(self) -> list[Output]:
-        """The next outputs: all that are there, and at least one. None come after one that has a
-        finish_reason. Raises WorkerLost, once what came before it was taken.
+        """The next outputs: those that are there, a thousand at most, and at least one. None come
+        after one that has a finish_reason. Raises WorkerLost, once what came before it was taken.
         """
         outputs: list[Output] = []
         item = await self._queue.get()
@@ -85,7 +92,7 @@ class Stream:
                 self._queue.put_nowait(item)  # nothing comes after it
                 return outputs
             outputs.append(item)
-            if self._queue.empty():
+            if self._queue.empty() or len(outputs) == _MOST_TAKEN:
                 return outputs
             item = self._queue.get_nowait()
 
@@ -143,7 +150,9 @@ class Stream:
         request, count = self.request, len(self.tokens)
         if not count:
             return request
-        prompt = [*request.prompt, *self.tokens]
+        prompt, how = [*request.prompt, *self.tokens], request.sampling
+        if how is not None:  # those of the prompt have come with its first token
+            how = replace(how, prompt_logprobs=None)
         ttft = max(request.slo.ttft / 2, 2 * cost.prefill_s(len(prompt)))
         return replace(
             request,
@@ -151,6 +160,7 @@ class Stream:
             prompt=prompt,
             max_tokens=request.max_tokens - count,
             slo=Slo(ttft, request.slo.tpot),
+            sampling=how,
         )
 
     def handover(self, ticket: Ticket) -> Handover:
@@ -158,4 +168,5 @@ class Stream:
         stands to its SLO there as it does for the client, however it came by its KV.
         """
         assert self.first_token_at is not None
-        return Handover(self.request, tuple(self.tokens), self.first_token_at, ticket)
+        tokens = tuple(self.tokens)
+        return Handover(self.request, tokens, self.first_token_at, ticket, self.trace)

@@ -4,12 +4,16 @@ Lives on the event loop, except for `emit`, which the workers' threads call.
 """
 
 import asyncio
+import functools
 import itertools
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from absl import flags
+
+from kairos_jax.calls import wants_prompt_logprobs
 from kairos_jax.messages import (
     Cancel,
     Died,
@@ -38,6 +42,7 @@ from kairos_jax.peers import (
     taking,
     wait_s,
 )
+from kairos_jax.status import status_of
 from kairos_jax.stream import Stream
 from kairos_jax.tracing import Tracing
 from kairos_jax.transfer import Ticket
@@ -49,6 +54,11 @@ from schedulers.routing import ADMISSION
 
 # After so many losses a stream fails: what is lost wherever it goes may be the cause of it.
 MAX_RECOVERIES = 3
+
+
+def define_flags() -> None:
+    """Not at import: other binaries have flags of the same names."""
+    flags.DEFINE_enum("admission", "none", list(ADMISSION), "Who is turned away early.")
 
 
 class IdInUse(Exception):
@@ -104,7 +114,8 @@ class Router:
             held = ledger.limits.kv_tokens
             size = ledger.limits.page_size if worker.page_keys else 0
             who = ledger.id, ledger.role, worker.post
-            self.join(Peer(*who, self.cost, summary, now, held, size))
+            look = functools.partial(status_of, ledger, worker.ran)
+            self.join(Peer(*who, self.cost, summary, now, held, size, look))
         self.metrics.watch_workers(workers)
 
     def join(self, peer: Peer) -> None:
@@ -125,11 +136,21 @@ class Router:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._on_event, event)
 
+    @property
+    def peers(self) -> list[Peer]:
+        """The workers, those that drain included."""
+        return list(self._peers.values())
+
     # What clients ask.
 
     @property
-    def num_streams(self) -> int:
+    def streams(self) -> list[Stream]:
         """Requests in progress."""
+        return list(self._streams.values())
+
+    @property
+    def num_streams(self) -> int:
+        """How many there are."""
         return len(self._streams)
 
     def check_room(self, slo: Slo | None = None) -> None:
@@ -162,6 +183,8 @@ class Router:
             self.metrics.rejected(reason, request.slo)
             raise
         stream = Stream(name, request, trace=trace or {})
+        if self.tracing:
+            self.tracing.begun(stream)
         self._names.add(name)
         self._empty.clear()
         self._start(stream, serial)
@@ -190,11 +213,12 @@ class Router:
         stream.request = replace(stream.request, id=id, serial=serial)
         self._streams[id] = stream
         peers, request = self._taking(prefill=True), stream.rest(now, self.cost)
-        if len(peers) > 1 and (size := peers[0].page_size):
+        shares = len(peers) > 1 and not wants_prompt_logprobs(request)
+        if shares and (size := peers[0].page_size):
             # To choose by alone: workers have keys of their own.
             keys = page_keys(size, self._secret, request.prompt)
             request = replace(request, page_keys=keys)
-        submit = Submit(request)
+        submit = Submit(request, stream.trace)
         peer = choose_prefill(peers, submit, self.cost, now)
         stream.peers = [peer]
         peer.submit(submit)
@@ -347,7 +371,7 @@ class Router:
         if peers := taking(self._peers.values(), prefill=False):
             peer = self._choose_decode(stream, peers)
             stream.peers.insert(0, peer)
-            peer.post(Prefetch(ticket))
+            peer.post(Prefetch(ticket, stream.request.prompt))
 
     def _on_returned(self, stream: Stream, ticket: Ticket | None) -> None:
         """Goes on elsewhere: with its KV, if who offers that is still there."""

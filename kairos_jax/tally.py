@@ -3,6 +3,7 @@ step loop can afford it; what is made of them is made when somebody asks.
 """
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -32,6 +33,32 @@ class Tally:
     def __len__(self) -> int:
         """How many values there were."""
         return sum(self.counts)
+
+
+class Recent:
+    """Counts of the last minutes, by slots of time: `width` of them side by side in each.
+
+    One thread adds; others may look.
+    """
+
+    def __init__(self, width: int, slot_s: float = 5.0, num_slots: int = 60):
+        self.slot_s, self.num_slots, self._width = slot_s, num_slots, width
+        self._slots: deque[tuple[int, list[int]]] = deque(maxlen=num_slots)
+
+    def add(self, now: float, counts: Sequence[int]) -> None:
+        """Adds to the counts of the present slot."""
+        number = int(now // self.slot_s)
+        if not self._slots or self._slots[-1][0] != number:
+            self._slots.append((number, [0] * self._width))
+        row = self._slots[-1][1]
+        for index, count in enumerate(counts):
+            row[index] += count
+
+    def slots(self, now: float) -> list[list[int]]:
+        """The counts of each slot up to the present one, which is the last [num_slots, width]."""
+        known, last = dict(list(self._slots)), int(now // self.slot_s)
+        none = [0] * self._width
+        return [known.get(last - back, none) for back in reversed(range(self.num_slots))]
 
 
 class Steps:

@@ -1,19 +1,16 @@
-"""One trace a request, made when it is over from its stream's own record, for OpenTelemetry.
+"""One trace a request, for OpenTelemetry, made from its stream's own record.
 
-Its root, "generate", has a child for each part of the way: queue, prefill, transfer, decode. Where
-the client is traced, and says so by the W3C headers, the root is a child of the client's span.
-Needs the extra `otel`; off unless there is an endpoint.
+Its root, "generate", begins with the request; when that is over it gets a child for each part of
+the way: queue, prefill, transfer, decode. Where the client is traced, and says so by the W3C
+headers, the root is a child of the client's span. Workers are told of the root, and add spans of
+their own to it (`worker_spans.py`).
 """
 
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
-from kairos_jax.command import UsageError
+from kairos_jax import otlp
 from kairos_jax.stream import Stream
 
 if TYPE_CHECKING:
@@ -21,17 +18,6 @@ if TYPE_CHECKING:
 
 # Of W3C Trace Context; gRPC has metadata of the same names.
 _HEADERS = ("traceparent", "tracestate")
-_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-
-
-def define_flags() -> None:
-    """Not at import: other binaries have flags of the same names."""
-    flags.DEFINE_string(
-        "otlp_endpoint",
-        None,
-        "Where traces go, by OTLP over gRPC, such as http://127.0.0.1:4317; else as "
-        "OTEL_EXPORTER_OTLP_ENDPOINT says; without either there are none.",
-    )
 
 
 def trace_of(headers: Iterable[tuple[str, str | bytes]]) -> Mapping[str, str]:
@@ -40,58 +26,49 @@ def trace_of(headers: Iterable[tuple[str, str | bytes]]) -> Mapping[str, str]:
 
 
 class Tracing:
-    """Makes traces and exports them, on a thread of its own. clock: that of the streams."""
+    """Makes the traces of one router. provider: exports them. clock: that of the streams."""
 
     def __init__(self, provider: "TracerProvider", clock: Callable[[], float] = time.monotonic):
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        self._provider, self._clock = provider, clock
+        self.provider, self._clock = provider, clock
         self._tracer = provider.get_tracer("kairos_jax")
-        self._context_of = TraceContextTextMapPropagator().extract
+        self._headers = TraceContextTextMapPropagator()
 
     @classmethod
     def from_flags(cls) -> "Tracing | None":
         """None: nothing says where traces are to go. Raises UsageError."""
-        endpoint = flags.FLAGS.otlp_endpoint
-        if endpoint is None and not any(map(os.environ.get, _ENDPOINTS)):
-            return None
-        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
-            raise UsageError(
-                f"--otlp_endpoint must begin with http:// or https://, got {endpoint!r}"
-            )
-        try:
-            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        except ImportError as error:
-            raise UsageError(
-                f"traces need OpenTelemetry: pip install 'kairos_jax[otel]' ({error})"
-            ) from error
-        name = os.environ.get("OTEL_SERVICE_NAME", "kairos")
-        resource = Resource.create({"service.name": name})
-        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
-        return cls(provider)
+        provider = otlp.from_flags("kairos")
+        return None if provider is None else cls(provider)
+
+    def begun(self, stream: Stream) -> None:
+        """A request was taken: from now on its trace is told as one of which its root is a part."""
+        from opentelemetry import trace
+
+        arrived_s = self._clock() - stream.request.arrival
+        stream.span = self._tracer.start_span(
+            "generate",
+            self._headers.extract(stream.trace),
+            trace.SpanKind.SERVER,
+            start_time=time.time_ns() - int(arrived_s * 1e9),
+        )
+        told: dict[str, str] = {}
+        self._headers.inject(told, trace.set_span_in_context(stream.span))
+        stream.trace = told
 
     def ended(self, stream: Stream, outcome: str) -> None:
         """A request is over. outcome: "stop", "length", "cancelled" or "failed"."""
         from opentelemetry import trace
 
-        now = self._clock()
-        # The streams' clock counts from anywhere; spans are told in nanoseconds since 1970.
-        offset = time.time() - now
+        root = stream.span
+        if root is None or not root.is_recording():
+            return
 
         def at(seconds: float) -> int:
-            return int((seconds + offset) * 1e9)
+            """In nanoseconds since 1970, of the streams' clock, which counts from anywhere."""
+            return root.start_time + int((seconds - stream.request.arrival) * 1e9)
 
-        root = self._tracer.start_span(
-            "generate",
-            self._context_of(stream.trace),
-            trace.SpanKind.SERVER,
-            _attributes(stream, outcome),
-            start_time=at(stream.request.arrival),
-        )
+        root.set_attributes(_attributes(stream, outcome))
         if outcome == "failed":
             root.set_status(trace.StatusCode.ERROR)
         inside = trace.set_span_in_context(root)
@@ -99,13 +76,7 @@ class Tracing:
             span = self._tracer.start_span(name, inside, start_time=at(begun))
             span.end(at(ended))
         answered = stream.last_token_at if outcome in ("stop", "length") else None
-        root.end(at(now if answered is None else answered))
-
-    def flush(self, timeout_s: float = 2.0) -> None:
-        """Exports what is not exported yet, for so long at most: its receiver may be gone."""
-        thread = threading.Thread(target=self._provider.force_flush, daemon=True)
-        thread.start()
-        thread.join(timeout_s)
+        root.end(at(self._clock() if answered is None else answered))
 
 
 def _parts(stream: Stream) -> Iterator[tuple[str, float, float]]:

@@ -34,10 +34,16 @@ class KVTransport(Protocol):
     """Carries KV from the instance that offers it to the one that fetches it.
 
     All of it returns at once, and is called from any thread. overlaps: whether it gains by offers
-    that grow while the rest is computed.
+    that grow while the rest is computed. received_bytes: of KV that was brought here so far.
+
+    Who fetches may have the first blocks of a prompt already. first: the first block that is to
+    come; there is one in any case, by which both sides see that they mean the same.
     """
 
     overlaps: bool
+
+    @property
+    def received_bytes(self) -> int: ...
 
     def offer(self, request_id: str, num_tokens: int, kv: KV) -> Ticket:
         """Holds `kv` until it is released. It must be a copy that nothing else uses: it is the
@@ -53,15 +59,17 @@ class KVTransport(Protocol):
         """Adds the next blocks, whole ones, to an open offer; `last` completes it."""
         ...
 
-    def prefetch(self, ticket: Ticket, sharding: Sharding | None) -> None:
+    def prefetch(self, ticket: Ticket, sharding: Sharding | None, first: int = 0) -> None:
         """Brings over what there is of an offer and what is still added to it, ahead of its fetch,
-        as far as there is room for it. A hint: nothing is lost without it.
+        as far as there is room for it. A hint: nothing is lost without it, nor if the fetch says
+        another `first`.
         """
         ...
 
-    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
-        """`done` is given the KV, arrived and placed as `sharding` says, or the error that kept it
-        away. Which is fetched first, the policy has decided by the order of the calls.
+    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done, first: int = 0) -> None:
+        """`done` is given the KV from block `first` on, arrived and placed as `sharding` says, or
+        the error that kept it away. Which is fetched first, the policy has decided by the order of
+        the calls.
         """
         ...
 
@@ -88,6 +96,12 @@ class LocalTransport:
         self._offers: dict[Ticket, list[jax.Array]] = {}
         self._open: set[Ticket] = set()
         self._mover = ThreadPoolExecutor(1, thread_name_prefix="kv-transfer")
+        self._received_bytes = 0
+
+    @property
+    def received_bytes(self) -> int:
+        """See `KVTransport`."""
+        return self._received_bytes
 
     @property
     def num_offers(self) -> int:
@@ -114,12 +128,12 @@ class LocalTransport:
             if last:
                 self._open.discard(ticket)
 
-    def prefetch(self, ticket: Ticket, sharding: Sharding | None) -> None:
+    def prefetch(self, ticket: Ticket, sharding: Sharding | None, first: int = 0) -> None:
         """Nothing: see `overlaps`."""
 
-    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
+    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done, first: int = 0) -> None:
         """See `KVTransport.fetch`."""
-        self._mover.submit(self._move, ticket, sharding, done)
+        self._mover.submit(self._move, ticket, sharding, done, first)
 
     def release(self, ticket: Ticket) -> None:
         """See `KVTransport.release`."""
@@ -130,11 +144,13 @@ class LocalTransport:
         """Ends the thread, after the move it is at."""
         self._mover.shutdown(cancel_futures=True)
 
-    def _move(self, ticket: Ticket, sharding: Sharding | None, done: Done) -> None:
+    def _move(self, ticket: Ticket, sharding: Sharding | None, done: Done, first: int) -> None:
         try:
             kv = self._offers.get(ticket)
             if kv is None or ticket in self._open:
                 raise LookupError(f"no KV is offered for request {ticket.request_id!r}")
+            kv = kv[first:]
+            self._received_bytes += sum(block.nbytes for block in kv)
             if sharding is not None:
                 kv = jax.block_until_ready([jax.device_put(block, sharding) for block in kv])
         except Exception as error:

@@ -6,12 +6,12 @@ written, or was read. They are off by how long it was on its way.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import grpc
 
-from kairos_jax.engine import Token
+from kairos_jax.calls import PromptLogprobs, Token
 from kairos_jax.messages import (
     Cancel,
     Died,
@@ -31,6 +31,7 @@ from kairos_jax.messages import (
     Submit,
 )
 from kairos_jax.rpc import internal_pb2 as pb
+from kairos_jax.status import Status
 from kairos_jax.transfer import Ticket
 from models.sampling import SamplingParams
 from schedulers.core import Limits, Role
@@ -38,7 +39,7 @@ from schedulers.request import Request, Slo
 from schedulers.routing import Summary
 
 # Of internal.proto; both sides must have the same.
-VERSION = 1
+VERSION = 2
 SERVICE = "kairos.internal.v1.Worker"
 # A prompt of a million tokens, and what else a message has.
 MAX_MESSAGE_BYTES = 16 << 20
@@ -76,18 +77,18 @@ class Welcome:
 def encode_message(message: Message, now: float) -> pb.ToWorker:
     """Raises TypeError for a message that does not leave the process."""
     match message:
-        case Submit(request):
-            return pb.ToWorker(submit=_request(request, now))
-        case Handover(request, tokens, first_token_at, ticket):
+        case Submit(request, trace):
+            return pb.ToWorker(submit=_request(request, now, trace))
+        case Handover(request, tokens, first_token_at, ticket, trace):
             handover = pb.Handover(
-                request=_request(request, now),
+                request=_request(request, now, trace),
                 tokens=tokens,
                 first_token_age_s=now - first_token_at,
                 ticket=_ticket(ticket),
             )
             return pb.ToWorker(handover=handover)
-        case Prefetch(ticket):
-            return pb.ToWorker(prefetch=_ticket(ticket))
+        case Prefetch(ticket, prompt):
+            return pb.ToWorker(prefetch=pb.Prefetch(ticket=_ticket(ticket), prompt=prompt))
         case Release(id):
             return pb.ToWorker(release=id)
         case Cancel(id):
@@ -99,7 +100,7 @@ def decode_message(sent: pb.ToWorker, now: float) -> Message:
     """Raises ValueError for what is none."""
     match sent.WhichOneof("kind"):
         case "submit":
-            return Submit(_to_request(sent.submit, now))
+            return Submit(_to_request(sent.submit, now), dict(sent.submit.trace))
         case "handover":
             handover = sent.handover
             return Handover(
@@ -107,9 +108,10 @@ def decode_message(sent: pb.ToWorker, now: float) -> Message:
                 tuple(handover.tokens),
                 now - handover.first_token_age_s,
                 _to_ticket(handover.ticket),
+                dict(handover.request.trace),
             )
         case "prefetch":
-            return Prefetch(_to_ticket(sent.prefetch))
+            return Prefetch(_to_ticket(sent.prefetch.ticket), tuple(sent.prefetch.prompt))
         case "release":
             return Release(sent.release)
         case "cancel":
@@ -180,6 +182,19 @@ def decode_event(said: pb.FromWorker, instance: str, role: Role, now: float) -> 
     raise ValueError(f"{said.WhichOneof('kind')} is no event of a worker")
 
 
+def encode_pong(status: Status) -> pb.FromWorker:
+    """Answers a Ping."""
+    return pb.FromWorker(pong=pb.Pong(status=pb.Status(**asdict(status))))
+
+
+def decode_pong(said: pb.Pong) -> Status | None:
+    """None: of a worker that does not tell."""
+    if not said.HasField("status"):
+        return None
+    told: dict[str, Any] = {each.name: getattr(said.status, each.name) for each in fields(Status)}
+    return replace(Status(**told), begun=tuple(said.status.begun))
+
+
 def encode_welcome(welcome: Welcome) -> pb.FromWorker:
     """Answers a Hello."""
     limits = welcome.limits
@@ -240,7 +255,7 @@ def decode_welcome(said: pb.FromWorker) -> Welcome:
 # Their parts.
 
 
-def _request(request: Request, now: float) -> pb.Request:
+def _request(request: Request, now: float, trace: Mapping[str, str]) -> pb.Request:
     how = request.sampling
     return pb.Request(
         id=request.id,
@@ -252,6 +267,7 @@ def _request(request: Request, now: float) -> pb.Request:
         stop=sorted(request.stop),
         sampling=None if how is None else _sampling(how),
         serial=request.serial,
+        trace=trace,
     )
 
 
@@ -276,12 +292,20 @@ def _sampling(how: SamplingParams) -> pb.Sampling:
         min_p=how.min_p,
         seed=how.seed,
         logprobs=how.logprobs,
+        prompt_logprobs=how.prompt_logprobs,
     )
 
 
 def _to_sampling(sent: pb.Sampling) -> SamplingParams:
-    logprobs = sent.logprobs if sent.HasField("logprobs") else None
-    return SamplingParams(sent.temperature, sent.top_k, sent.top_p, sent.min_p, sent.seed, logprobs)
+    return SamplingParams(
+        sent.temperature,
+        sent.top_k,
+        sent.top_p,
+        sent.min_p,
+        sent.seed,
+        sent.logprobs if sent.HasField("logprobs") else None,
+        sent.prompt_logprobs if sent.HasField("prompt_logprobs") else None,
+    )
 
 
 def _ticket(ticket: Ticket) -> pb.Ticket:
@@ -309,6 +333,7 @@ def _output(output: Output, now: float) -> pb.Output:
         finish_reason=output.finish_reason,
         ticket=None if ticket is None else _ticket(ticket),
         cached=output.cached,
+        prompt=None if token.prompt is None else pb.PromptLogprobs(**token.prompt._asdict()),
     )
 
 
@@ -317,6 +342,7 @@ def _to_output(said: pb.Output, now: float) -> Output:
         said.token,
         said.logprob if said.HasField("logprob") else None,
         tuple((each.token, each.logprob) for each in said.top),
+        _to_prompt_logprobs(said.prompt) if said.HasField("prompt") else None,
     )
     return Output(
         said.id,
@@ -327,6 +353,10 @@ def _to_output(said: pb.Output, now: float) -> Output:
         _to_ticket(said.ticket) if said.HasField("ticket") else None,
         said.cached,
     )
+
+
+def _to_prompt_logprobs(said: pb.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(tuple(said.logprobs), tuple(said.top_ids), tuple(said.top_logprobs))
 
 
 def _outlined(summary: Summary, num_received: int, now: float) -> pb.Outlined:

@@ -1,9 +1,9 @@
 """The step loop of one instance: drain the inbox, ask the policy, run the step, book it.
 
-One thread owns the ledger, another runs the engine's steps. While a step is under way the first
-takes new requests in, and begins to fetch their KV; whatever touches pages or the engine waits for
-the step's end, so the engine is used by one thread at a time. Messages come in through `post`, from
-any thread; events go out through `emit`, which must be quick and callable from this thread.
+One thread owns the ledger and the engine, another waits for the engine's steps. While a step is
+under way the first says what the last one gave, takes new requests in, and begins to fetch their
+KV; whatever touches pages waits for the step's end. Messages come in through `post`, from any
+thread; events go out through `emit`, which must be quick and callable from this thread.
 """
 
 import logging
@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from kairos_jax.engine import BLOCK_PAGES, KV, Engine, Token
+from kairos_jax.calls import Token, wants_prompt_logprobs
+from kairos_jax.engine import BLOCK_PAGES, KV, Engine
 from kairos_jax.messages import (
     Cancel,
     Died,
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 class _Fetched:
     ticket: Ticket
     kv: KV | Exception
+    asked_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class _Stop:
 
 
 _Item = Message | _Fetched | _Ended | _Stop
-_Work = Sequence[tuple[Seq, int]]
+_Wait = Callable[[], dict[str, Token]]
 
 
 class Worker:
@@ -88,7 +90,8 @@ class Worker:
         self.page_keys, self.ran = page_keys, Steps()
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._kept: deque[_Item] = deque()  # read during a step, to be handled after it
-        self._steps: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._untold: Callable[[], Stepped] | None = None  # what the last step gave
+        self._steps: queue.SimpleQueue[_Wait | None] = queue.SimpleQueue()
         self._num_received = 0
         self._draining = False
         self._tickets: dict[str, Ticket] = {}  # of KV that is to be fetched
@@ -121,14 +124,18 @@ class Worker:
                 wait = not batch
                 if batch:
                     self._begin(batch, now)
+                if batch.work:
+                    self._start_step(batch)
+                self._tell()
                 if self.outline:
                     # With the step under way booked: what is sent meanwhile comes after it.
                     summary = self.outline(self.instance, now)
                     self.emit(Outlined(self.instance.id, summary, self._num_received))
                 if batch.work:
-                    self._step(batch, now)
+                    self._end_step(batch, now)
         except BaseException as error:
             log.exception("instance %s died", self.instance.id)
+            self._tell()
             self.emit(Died(self.instance.id, error))
             # What it offered must not be fetched from a pool that nobody owns any more.
             for tickets in (self._tickets, self._ahead, self._offers):
@@ -138,10 +145,10 @@ class Worker:
             self._steps.put(None)
 
     def _run_steps(self) -> None:
-        """Runs what `_step` hands over, one step at a time, on the thread that is there for it."""
-        while (work := self._steps.get()) is not None:
+        """Waits for each step, on the thread that is there for it."""
+        while (wait := self._steps.get()) is not None:
             try:
-                tokens = self.engine.step(work)
+                tokens = wait()
             except BaseException as error:
                 tokens = error
             self._inbox.put(_Ended(tokens))
@@ -149,6 +156,7 @@ class Worker:
     def _drain(self, wait: bool) -> bool:
         """Reads all messages, waiting for one if told to. False: the loop is to end."""
         while self._kept or wait or not self._inbox.empty():
+            self._tell()
             message = self._kept.popleft() if self._kept else self._inbox.get()
             if isinstance(message, _Stop):
                 return False
@@ -165,10 +173,13 @@ class Worker:
                     self.emit(Returned(request.id, ticket))
                 else:
                     self._add(message)
-            case Prefetch(ticket):
+            case Prefetch(ticket, prompt):
                 if not self._draining:
                     self._ahead[ticket.request_id] = ticket
-                    self.transport.prefetch(ticket, self.engine.wire_sharding)
+                    pool = self.instance.pool
+                    held = pool.num_cached(self._keys(prompt)) * pool.page_size
+                    first = self._first_block(held, ticket.num_tokens)
+                    self.transport.prefetch(ticket, self.engine.wire_sharding, first)
             case Release(id):
                 self.instance.release(id)
                 self._drop_offer(id)
@@ -176,18 +187,22 @@ class Worker:
                 self._forget(id)
             case HandBack(running):
                 self._hand_back(running)
-            case _Fetched(ticket, kv):
-                self._fetched(ticket, kv)
+            case _Fetched():
+                self._fetched(message)
 
     def _add(self, message: Submit | Handover) -> None:
         request = message.request
         if isinstance(message, Submit):
-            keys = self.page_keys(request.prompt) if self.page_keys else ()
+            keys = () if wants_prompt_logprobs(request) else self._keys(request.prompt)
             self.instance.add(replace(request, page_keys=keys))
         else:
             tokens = message.tokens
+            request = replace(request, page_keys=self._keys(request.prompt))
             self.instance.add(request, len(tokens), message.first_token_at, tokens)
             self._tickets[request.id] = message.ticket
+
+    def _keys(self, prompt: Sequence[int]) -> Sequence[int]:
+        return self.page_keys(prompt) if self.page_keys else ()
 
     def _hand_back(self, running: bool) -> None:
         if not self._draining:
@@ -214,11 +229,15 @@ class Worker:
             self._tickets[id] = self._offer(self.instance.running[id])
         self.instance.begin(batch, now)
         for id in batch.fetch:
-            self._fetch(self._tickets[id])
+            self._fetch(self.instance.waiting[id])
 
-    def _step(self, batch: Batch, begun: float) -> None:
+    def _start_step(self, batch: Batch) -> None:
+        running = self.instance.running
+        work = [(running[id], count) for id, count in batch.work.items()]
+        self._steps.put(self.engine.start(work))
+
+    def _end_step(self, batch: Batch, begun: float) -> None:
         seqs = {id: self.instance.running[id] for id in batch.work}
-        self._steps.put([(seqs[id], count) for id, count in batch.work.items()])
         tokens = self._until_ended()
         now = self.clock()
         self.ran.add(now - begun, batch.predicted_s, len(batch.work))
@@ -234,8 +253,17 @@ class Worker:
             for seq in filter(None, map(self.instance.running.get, batch.work)):
                 self._offer_part(seq)
         if tokens:
-            outputs = [_output(seqs[id], tokens[id], now, tickets.get(id)) for id in tokens]
-            self.emit(Stepped(tuple(outputs)))
+            self._untold = lambda: Stepped(
+                tuple(_output(seqs[id], tokens[id], now, tickets.get(id)) for id in tokens)
+            )
+
+    def _tell(self) -> None:
+        """Says what the last step gave: once the next is under way, so that the mesh does not wait
+        for it, and before anything else is said or done.
+        """
+        if stepped := self._untold:
+            self._untold = None
+            self.emit(stepped())
 
     def _until_ended(self) -> dict[str, Token]:
         """Reads the inbox until the step under way is over; fetches begin meanwhile: half a step
@@ -289,12 +317,23 @@ class Worker:
         if not first:
             self.emit(Offered(id, self._offers[id]))
 
-    def _fetch(self, ticket: Ticket) -> None:
+    def _fetch(self, seq: Seq) -> None:
+        ticket, first = self._tickets[seq.request.id], self._first_block(seq.cached, seq.computed)
+        asked_at = self.clock()
         self.transport.fetch(
-            ticket, self.engine.wire_sharding, lambda kv: self._inbox.put(_Fetched(ticket, kv))
+            ticket,
+            self.engine.wire_sharding,
+            lambda kv: self._inbox.put(_Fetched(ticket, kv, asked_at)),
+            first,
         )
 
-    def _fetched(self, ticket: Ticket, kv: KV | Exception) -> None:
+    def _first_block(self, held: int, num_tokens: int) -> int:
+        """The first block that has to come of so many tokens, of which `held` are here."""
+        # The last comes in any case.
+        return min(held, num_tokens - 1) // (self.instance.limits.page_size * BLOCK_PAGES)
+
+    def _fetched(self, fetched: _Fetched) -> None:
+        ticket, kv = fetched.ticket, fetched.kv
         id = ticket.request_id
         if self._tickets.get(id) is not ticket:
             return  # cancelled meanwhile
@@ -304,12 +343,19 @@ class Worker:
             return
         del self._tickets[id]
         self._ahead.pop(id, None)
-        seq = self.instance.fetched(id)
-        self.engine.write_pages(self._written(seq), kv)
+        self._write(self.instance.waiting[id], kv)
+        self.instance.fetched(id)
         if id in self._offers:  # it had been evicted from here
             self._drop_offer(id)
         else:
-            self.emit(Moved(id, self.clock()))
+            self.emit(Moved(id, self.clock(), fetched.asked_at))
+
+    def _write(self, seq: Seq, kv: KV) -> None:
+        """Writes what has come, save for what was here: others read that."""
+        limits, first = self.instance.limits, self._first_block(seq.cached, seq.computed)
+        held = seq.cached // limits.page_size
+        pages = [limits.num_pages] * held + self._written(seq)[held:]
+        self.engine.write_pages(pages[first * BLOCK_PAGES :], kv)
 
     def _written(self, seq: Seq) -> list[int]:
         """Its pages that hold KV: not one that was given to it for its next token."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -87,18 +87,16 @@ class Layout:
             )
         return fitting[0]
 
-    def shardings(self, config: ModelConfig, mesh: Mesh, rules: Rules) -> Layer:
+    def shardings(self, config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Rules) -> Layer:
         """Those of a layer's arrays.
 
         Raises:
             ValueError: the kv heads cannot be split as the rules ask.
         """
-        names = {"p": "pages", "k": "kv_heads", "g": None, "h": None}
 
         def one(letters: str):
-            axes = tuple(names[letter] for letter in letters)
-            sizes = {"p": mesh.size, "k": config.num_kv_heads, "g": 1, "h": 1}
-            return rules.sharding(mesh, axes, [sizes[letter] for letter in letters])
+            axes = tuple("kv_heads" if letter == "k" else None for letter in letters)
+            return rules.sharding(mesh, axes, [config.num_kv_heads] * len(axes))
 
         return jax.tree.map(one, self.arrays)
 
@@ -113,7 +111,7 @@ class Layout:
                 f"page_size must be one of {', '.join(map(str, self.page_sizes))} for these "
                 f"kernels, got {page_size}"
             )
-        heads = config.num_kv_heads * (2 if isinstance(self.arrays, Interleaved) else 1)
+        heads = config.num_kv_heads * self._parts
         head_dim = self.head_dim(config.head_dim)
         sizes = {"p": num_pages, "k": heads, "g": page_size, "h": head_dim}
         shapes = jax.tree.map(lambda letters: tuple(sizes[x] for x in letters), self.arrays)
@@ -134,7 +132,11 @@ class Layout:
         return self._scatter(layer, at, "tkh", *(x.reshape(-1, *x.shape[2:]) for x in (k, v)))
 
     def write(self, layer: Layer, pages: Int[Array, "M"], wire: Float[Array, "T K 2 H"]) -> Any:
-        """The layer with M whole pages replaced; ids outside of the pool are dropped."""
+        """The layer with M whole pages replaced; ids outside of the pool are dropped. A pool that
+        has several of each head (`Rules.kv_copies`) gets it as often.
+        """
+        copies = self._size("k", layer) // self._parts // wire.shape[1]
+        wire = jnp.repeat(wire, copies, axis=1)
         paged = wire.reshape(pages.shape[0], -1, *wire.shape[1:])
         return self._scatter(layer, {"p": pages}, "pgkh", paged[..., 0, :], paged[..., 1, :])
 
@@ -152,6 +154,11 @@ class Layout:
         if isinstance(self.arrays, Interleaved):
             return parts[0][..., ::2, :], parts[0][..., 1::2, :]
         return parts[0], parts[1]
+
+    @property
+    def _parts(self) -> int:
+        """Heads of an array that each kv head takes."""
+        return 2 if isinstance(self.arrays, Interleaved) else 1
 
     def _size(self, letter: str, layer: Layer) -> int:
         return layer[0].shape[self.arrays[0].index(letter)]
@@ -193,10 +200,13 @@ def allocate(
 def read_pages(
     config: ModelConfig, layout: Layout, cache: Cache, pages: Int[Array, "M"]
 ) -> Float[Array, "L T K 2 H"]:
-    """Copies pages out in the wire form: token-major, K and V side by side, T = M * G."""
+    """Copies pages out in the wire form: token-major, K and V side by side, T = M * G. config: the
+    model's own, with each kv head once.
+    """
 
     def one_layer(layer: Layer) -> Array:
-        return jnp.stack(layout.gather(layer, pages), axis=2)[..., : config.head_dim]
+        both = jnp.stack(layout.gather(layer, pages), axis=2)
+        return both[:, :: both.shape[1] // config.num_kv_heads, :, : config.head_dim]
 
     return jnp.stack([one_layer(layer) for layer in cache])
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -43,11 +43,11 @@ class Llama(nnx.Module):
         if not config.tie_embeddings:
             self.head = weight(rngs, ("embed", "vocab"), (hidden, vocab), dtype, hidden**-0.5)
 
-    def __call__(
+    def hidden(
         self, cache: Cache, step: StepInput, kernels: Kernels
-    ) -> tuple[Float[Array, "R V"], Cache]:
-        """Logits after each row's last real token. Layers are unrolled: with a donated cache a scan
-        over them took 105 ms where this takes 88 (SmolLM2-135M, batch 16, CPU).
+    ) -> tuple[Float[Array, "R Q D"], Cache]:
+        """What the layers make of each token. They are unrolled: with a donated cache a scan over
+        them took 105 ms where this takes 88 (SmolLM2-135M, batch 16, CPU).
         """
         with jax.named_scope("embed"):
             x = self.embed[...].at[step.tokens].get(mode="clip")
@@ -59,14 +59,11 @@ class Llama(nnx.Module):
             graph, state = nnx.split(block)
             x, layer = _run_block(graph, kernels, state, x, rope, layer, step)
             written.append(layer)
-        with jax.named_scope("head"):
-            return self._logits(x, step, kernels.linear), tuple(written)
+        return x, tuple(written)
 
-    def _logits(
-        self, x: Float[Array, "R Q D"], step: StepInput, linear: Linear
-    ) -> Float[Array, "R V"]:
-        last = jnp.maximum(jnp.asarray(step.count) - 1, 0)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    @jax.named_scope("head")
+    def logits(self, x: Float[Array, "R D"], linear: Linear) -> Float[Array, "R V"]:
+        """Of hidden states."""
         x = self.norm(x)
         if not self.config.tie_embeddings:
             return linear(x, self.head[...], self.config.vocab_size, dtype=jnp.float32)
@@ -74,14 +71,17 @@ class Llama(nnx.Module):
 
 
 def abstract_params(
-    config: ModelConfig, dtype: DTypeLike, mesh: Mesh, rules: Rules
+    config: ModelConfig, dtype: DTypeLike, mesh: Mesh | AbstractMesh, rules: Rules
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, dtype and sharding of every weight, by path. Allocates nothing.
+
+    Those of kv heads that do not divide by the mesh are whole on every device, until `pack`.
 
     Raises:
         ValueError: a dimension cannot be split as the rules ask.
     """
     _, state = _declare(config, jnp.dtype(dtype))
+    rules = rules.without_copies(mesh, config.num_kv_heads)
     shapes = {}
     for path, param in state:
         try:
@@ -106,16 +106,23 @@ def init_params(
     return jax.jit(init, out_shardings=shardings)(key)
 
 
-def pack_config(config: ModelConfig, kernels: Kernels) -> ModelConfig:
+def pack_config(
+    config: ModelConfig, kernels: Kernels, mesh: Mesh | AbstractMesh, rules: Rules
+) -> ModelConfig:
     """The config of weights that `pack` gave."""
-    return config if kernels.pack is None else dataclasses.replace(config, tie_embeddings=False)
+    kv_heads = config.num_kv_heads * rules.kv_copies(mesh, config.num_kv_heads)
+    tied = config.tie_embeddings and kernels.pack is None
+    return dataclasses.replace(config, num_kv_heads=kv_heads, tie_embeddings=tied)
 
 
-def pack(config: ModelConfig, params: Params, kernels: Kernels) -> dict[str, Array]:
-    """The weights as `forward` takes them with these kernels: the same, unless they pack weights.
-    A head that is tied to the embedding is then a weight of its own.
+def pack(
+    config: ModelConfig, params: Params, kernels: Kernels, mesh: Mesh, rules: Rules
+) -> dict[str, Array]:
+    """The weights as `forward` takes them with these kernels on this mesh: the same, unless there
+    are to be copies of kv heads (`Rules.kv_copies`), or the kernels pack weights. A head that is
+    tied to the embedding is then a weight of its own.
     """
-    packed = dict(params)
+    packed = dict(params) | _copied_heads(config, params, mesh, rules)
     if kernels.pack is None:
         return packed
     as_packed = kernels.pack
@@ -132,6 +139,25 @@ def pack(config: ModelConfig, params: Params, kernels: Kernels) -> dict[str, Arr
     return packed
 
 
+def _copied_heads(
+    config: ModelConfig, params: Params, mesh: Mesh, rules: Rules
+) -> dict[str, Array]:
+    """The weights of kv heads, each head as often as the mesh needs it and where it does."""
+    copies = rules.kv_copies(mesh, config.num_kv_heads)
+    if copies == 1:
+        return {}
+    wider = dataclasses.replace(config, num_kv_heads=config.num_kv_heads * copies)
+    wanted = abstract_params(wider, params["embed"].dtype, mesh, rules)
+    shardings = {
+        path: leaf.sharding for path, leaf in wanted.items() if leaf.shape != params[path].shape
+    }
+
+    def copy(once: Params) -> Params:  # heads are the last dimension but one
+        return {path: jnp.repeat(w, copies, axis=-2) for path, w in once.items()}
+
+    return jax.jit(copy, out_shardings=shardings)({path: params[path] for path in shardings})
+
+
 def forward(
     config: ModelConfig, params: Params, cache: Cache, step: StepInput, kernels: Kernels
 ) -> tuple[Float[Array, "R V"], Cache]:
@@ -141,10 +167,28 @@ def forward(
     jitted by the caller, with `config` and `kernels` static and the cache donated. config, params:
     as `pack_config` and `pack` gave them.
     """
-    graph, declared = _declare(config, params["embed"].dtype)
-    state = [(path, param.replace(params[_name(path)])) for path, param in declared]
-    model = nnx.merge(graph, nnx.from_flat_state(state))
-    return model(cache, step, kernels)
+    hidden, cache = hidden_states(config, params, cache, step, kernels)
+    return logits(config, params, last_states(hidden, step), kernels), cache
+
+
+def hidden_states(
+    config: ModelConfig, params: Params, cache: Cache, step: StepInput, kernels: Kernels
+) -> tuple[Float[Array, "R Q D"], Cache]:
+    """The first part of `forward`: what the layers make of each token, and the cache."""
+    return _model(config, params).hidden(cache, step, kernels)
+
+
+def last_states(hidden: Float[Array, "R Q D"], step: StepInput) -> Float[Array, "R D"]:
+    """Those of each row's last real token."""
+    last = jnp.maximum(jnp.asarray(step.count) - 1, 0)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def logits(
+    config: ModelConfig, params: Params, hidden: Float[Array, "R D"], kernels: Kernels
+) -> Float[Array, "R V"]:
+    """The last part of `forward`: f32 logits after each token of these hidden states."""
+    return _model(config, params).logits(hidden, kernels.linear)
 
 
 # Jitted, so that JAX traces and lowers one layer and not thirty: half a second a shape. XLA puts it
@@ -168,6 +212,12 @@ def _run_block(
 
     x = nnx.merge(graph, state)(x, rope, attend, kernels.linear)
     return x, written
+
+
+def _model(config: ModelConfig, params: Params) -> Llama:
+    graph, declared = _declare(config, params["embed"].dtype)
+    state = [(path, param.replace(params[_name(path)])) for path, param in declared]
+    return nnx.merge(graph, nnx.from_flat_state(state))
 
 
 @functools.cache

@@ -1,24 +1,27 @@
 """Sampling on the device. One packed array comes back, so that a step costs one copy to the host.
 
-Dimension letters: R rows, V vocabulary.
+Dimension letters: R rows, Q tokens a row, D hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 MAX_TOP_LOGPROBS = 20
+_PACKED = 2 + 2 * MAX_TOP_LOGPROBS
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request samples. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
-    seed: 32 unsigned bits. logprobs: None for none, else how many alternatives to report.
+    seed: 32 unsigned bits. logprobs: None for none, else how many alternatives to report of each
+    token that is sampled; prompt_logprobs: of each token of the prompt.
     """
 
     temperature: float = 0.0
@@ -27,6 +30,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 class SamplingInput(NamedTuple):
@@ -42,7 +46,7 @@ class SamplingInput(NamedTuple):
     min_p: Float[Array | np.ndarray, "R"]  # 0: off
     seed: UInt[Array | np.ndarray, "R"]
     position: Int[Array | np.ndarray, "R"]
-    logprobs: Bool[Array | np.ndarray, "R"]
+    logprobs: Int[Array | np.ndarray, "R"]  # 1: wanted
 
 
 class Sampled(NamedTuple):
@@ -64,23 +68,34 @@ def sample(logits: Float[Array, "R V"], how: SamplingInput) -> Int[Array, "R 42"
         lambda: jnp.where(how.temperature > 0, _draw(logits, how), greedy),
         lambda: greedy,
     )
-    rows = logits.shape[0]
-    top = min(MAX_TOP_LOGPROBS, logits.shape[1])
-    pad = ((0, 0), (0, MAX_TOP_LOGPROBS - top))
+    return jax.lax.cond(
+        jnp.any(how.logprobs),
+        lambda: _with_logprobs(logits, token),
+        lambda: jnp.pad(token[:, None], ((0, 0), (0, _PACKED - 1))),
+    )
 
-    def with_logprobs():
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
-        best, ids = jax.lax.top_k(logprobs, top)
-        return chosen, jnp.pad(ids, pad), jnp.pad(best, pad)
 
-    def without():
-        shape = (rows, MAX_TOP_LOGPROBS)
-        return jnp.zeros(rows), jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+def score(
+    head: Callable[[Float[Array, "Q D"]], Float[Array, "Q V"]],
+    hidden: Float[Array, "R Q D"],
+    targets: Int[Array | np.ndarray, "R Q"],
+) -> Int[Array, "R Q 42"]:
+    """Log-probabilities of given tokens, packed as `sample` packs those that it draws.
 
-    chosen, ids, best = jax.lax.cond(jnp.any(how.logprobs), with_logprobs, without)
-    bits = [token[:, None], _bits(chosen)[:, None], ids, _bits(best)]
-    return jnp.concatenate(bits, axis=1)
+    head: f32 logits after each token. One row at a time, so that the logits of no more than that
+    are there at once. Rows that have no target of 0 or more give zeros.
+    """
+
+    def row(of):
+        hidden, tokens = of
+        return jax.lax.cond(
+            jnp.any(tokens >= 0),
+            lambda: _with_logprobs(head(hidden), tokens),
+            lambda: jnp.zeros((tokens.shape[0], _PACKED), jnp.int32),
+        )
+
+    with jax.named_scope("score"):
+        return jax.lax.map(row, (hidden, jnp.asarray(targets)))
 
 
 def unpack(packed) -> Sampled:
@@ -92,6 +107,16 @@ def unpack(packed) -> Sampled:
         top_tokens=packed[:, 2:top],
         top_logprobs=packed[:, top:].view("float32"),
     )
+
+
+def _with_logprobs(logits: Float[Array, "R V"], token: Int[Array, "R"]) -> Int[Array, "R 42"]:
+    top = min(MAX_TOP_LOGPROBS, logits.shape[1])
+    pad = ((0, 0), (0, MAX_TOP_LOGPROBS - top))
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
+    best, ids = jax.lax.top_k(logprobs, top)
+    bits = [token[:, None], _bits(chosen), jnp.pad(ids, pad), _bits(jnp.pad(best, pad))]
+    return jnp.concatenate(bits, axis=1)
 
 
 def _bits(values: Float[Array, "..."]) -> Int[Array, "..."]:

@@ -196,7 +196,8 @@ class Instance:
             some = self.waiting.ids & batch.work.keys()
             # In the order of the work, not of a set: rows are the same in every process.
             joining = [id for id in batch.work if id in some] if len(some) > 1 else list(some)
-        for id in joining:  # before any page is given out, which could evict what is cached of them
+        # Before any page is given out, which could evict what is cached of them.
+        for id in (*joining, *batch.fetch):
             self.pool.share(self.waiting[id])
         for id in batch.fetch:
             self.pool.give(self.waiting[id])
@@ -210,9 +211,12 @@ class Instance:
         self.busy_until = now + self.pace * batch.predicted_s
 
     def fetched(self, id: str) -> Seq:
-        """The KV of `id`, which waits, is here: from now on it may step."""
+        """The KV of `id`, which waits, has been written to its pages: from now on it may step, and
+        others may share those that are full of its prompt.
+        """
         seq = self.waiting[id]
         seq.cells[Column.READY] = 1.0
+        self.pool.cache(seq, seq.computed - seq.cached)
         if self.journal:
             self.journal("fetched", id)
         return seq

@@ -1,5 +1,5 @@
 """Whose KV lies in which pages, and the prefix cache: prompts that begin alike share the pages of
-what they have in common.
+what they have in common, whether their KV is computed here or brought here.
 
 A page whose tokens are all of one prompt is cached under a key of that prompt's
 (`Request.page_keys`), which stands for these tokens and for all before them. So what is cached of a
@@ -60,11 +60,12 @@ class Pool:
 
     def cached(self, request: Request) -> int:
         """Tokens of a prompt that would be found cached if it were here and began now."""
-        keys, table = request.page_keys, self.table
+        return self.page_size * self.num_cached(request.page_keys, self._most(request))
+
+    def num_cached(self, keys: Sequence[int], most: int | None = None) -> int:
+        """How many of the first pages of a prompt, `most` at most, are cached."""
         # The first that is not there, as none is there after it.
-        return self.page_size * bisect_left(
-            range(self._most(request)), True, key=lambda index: keys[index] not in table
-        )
+        return bisect_left(keys, True, hi=most, key=lambda key: key not in self.table)
 
     def watch(self, seq: Seq) -> None:
         """A prompt waits from now on."""
@@ -80,17 +81,21 @@ class Pool:
                     del self._watchers[key]
 
     def share(self, seq: Seq) -> None:
-        """Gives a sequence that begins the pages that are cached of its prompt."""
+        """Gives a sequence that begins, or whose KV is to be fetched, the pages that are cached of
+        its prompt.
+        """
         self.unwatch(seq)
-        if seq.computed and not seq.num_tokens:
-            seq.cached = seq.computed
-            seq.pages = self.table.share(seq.request.page_keys[: seq.cached // self.page_size])
-            seq.cells[Column.CAPACITY] = seq.cached
+        if seq.pages:  # its KV is here
+            return
+        keys = seq.request.page_keys
+        pages = self.num_cached(keys) if seq.num_tokens else seq.computed // self.page_size
+        seq.pages = self.table.share(keys[:pages])
+        seq.cells[Column.CAPACITY] = seq.cached = pages * self.page_size
 
     def cache(self, seq: Seq, count: int) -> None:
-        """The last `count` tokens of a begun prompt have been computed: caches the pages that are
-        full now. Where another has cached the same meanwhile, its page takes the place of ours, or
-        ours could outlast those before it.
+        """The KV of the last `count` of its computed tokens has come into its pages: caches those
+        of its prompt that are full now. Where another has cached the same meanwhile, its page takes
+        the place of ours, or ours could outlast those before it.
         """
         keys, size = seq.request.page_keys, self.page_size
         full = slice((seq.computed - count) // size, min(seq.computed // size, len(keys)))
@@ -113,9 +118,10 @@ class Pool:
             assert seq.computed == found, f"what is cached of {seq.request.id!r}"
             rest = pages[found // self.page_size :]
             assert rest.count(None) == len(rest), "cached without those before"
-        for seq in running:
-            if not seq.num_tokens:
-                keys = seq.request.page_keys[: seq.computed // self.page_size]
+        for seq in (*waiting, *running, *parked):
+            if seq.pages:
+                here = seq.computed if seq.ready else seq.cached
+                keys = seq.request.page_keys[: here // self.page_size]
                 cached = [self.table.find(key) for key in keys]
                 assert seq.pages[: len(keys)] == cached, f"cached pages of {seq.request.id!r}"
         watching = {seq for seqs in self._watchers.values() for seq in seqs}

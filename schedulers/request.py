@@ -62,12 +62,24 @@ class Seq:
     """A request's progress on one instance. Its numbers are a column of the ledger's array, where
     policies read those of all sequences at once (see `schedulers.rows`).
 
-    tokens: ids generated so far; only who computes steps reads and extends it. pages: ids of the
-    pages that hold its KV. begun_at: when its first step here began. cached: tokens of its prompt
-    that were here before.
+    tokens: ids generated so far; only who computes steps reads and extends it. scored: what that
+    one keeps of its prompt's log-probabilities until the last are there; head: what it keeps of
+    rows from step to step. pages: ids of the pages
+    that hold its KV. begun_at: when its first step here began. cached: tokens of its prompt that
+    were here before it began, or before its KV was asked for.
     """
 
-    __slots__ = ("begun_at", "cached", "cells", "finish_reason", "pages", "request", "tokens")
+    __slots__ = (
+        "begun_at",
+        "cached",
+        "cells",
+        "finish_reason",
+        "head",
+        "pages",
+        "request",
+        "scored",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -80,6 +92,8 @@ class Seq:
     ):
         self.request = request
         self.tokens = list(tokens)
+        self.scored: list[Any] = []
+        self.head: Any = None
         self.pages: list[int] = []
         self.begun_at: float | None = None
         self.cached = 0
@@ -108,17 +122,17 @@ class Seq:
         """How many of its tokens have their KV in `pages`; of a prompt that waits, how many are
         cached, and would be there if it began now.
         """
-        return int(self.cells[Column.COMPUTED])
+        return int(self.cells.item(Column.COMPUTED))
 
     @property
     def length(self) -> int:
         """Tokens of prompt and output so far."""
-        return int(self.cells[Column.LENGTH])
+        return int(self.cells.item(Column.LENGTH))
 
     @property
     def num_tokens(self) -> int:
         """Output tokens so far."""
-        return int(self.cells[Column.COUNT])
+        return int(self.cells.item(Column.COUNT))
 
     @property
     def remaining(self) -> int:
@@ -158,6 +172,8 @@ class Seq:
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Ids of prompt and output, from position `start` up to `stop`."""
         num_prompt = len(self.request.prompt)
+        if start >= num_prompt:
+            return self.tokens[start - num_prompt : stop - num_prompt]
         ids = list(self.request.prompt[start:stop])
         ids += self.tokens[max(start - num_prompt, 0) : max(stop - num_prompt, 0)]
         return ids

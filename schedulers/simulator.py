@@ -118,7 +118,8 @@ class Simulation:
         instance.begin(batch, now)
         for id in batch.fetch:
             begun = max(now, node.link_free, self._copied_at.pop(id, now))
-            node.link_free = begun + self.cost.transfer_s(instance.waiting[id].computed)
+            seq = instance.waiting[id]
+            node.link_free = begun + self.cost.transfer_s(seq.computed - seq.cached)
             self._push(node.link_free, self._fetched, node, id)
         if not batch.work:
             return

@@ -20,9 +20,17 @@ class ToWorker(_message.Message):
     handover: Handover
     release: str
     cancel: str
-    prefetch: Ticket
+    prefetch: Prefetch
     ping: Ping
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Request, _Mapping]] = ..., handover: _Optional[_Union[Handover, _Mapping]] = ..., release: _Optional[str] = ..., cancel: _Optional[str] = ..., prefetch: _Optional[_Union[Ticket, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Request, _Mapping]] = ..., handover: _Optional[_Union[Handover, _Mapping]] = ..., release: _Optional[str] = ..., cancel: _Optional[str] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
+
+class Prefetch(_message.Message):
+    __slots__ = ("ticket", "prompt")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    prompt: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FromWorker(_message.Message):
     __slots__ = ("welcome", "stepped", "moved", "lost", "died", "outlined", "returned", "draining", "pong", "offered")
@@ -61,8 +69,38 @@ class Ping(_message.Message):
     def __init__(self) -> None: ...
 
 class Pong(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("status",)
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    status: Status
+    def __init__(self, status: _Optional[_Union[Status, _Mapping]] = ...) -> None: ...
+
+class Status(_message.Message):
+    __slots__ = ("waiting", "running", "parked", "used_pages", "num_pages", "parked_tokens", "parked_limit", "steps", "measured_s", "predicted_s", "sequences", "begun")
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
+    USED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PARKED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PARKED_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_S_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
+    waiting: int
+    running: int
+    parked: int
+    used_pages: int
+    num_pages: int
+    parked_tokens: float
+    parked_limit: float
+    steps: int
+    measured_s: float
+    predicted_s: float
+    sequences: int
+    begun: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., parked: _Optional[int] = ..., used_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., parked_tokens: _Optional[float] = ..., parked_limit: _Optional[float] = ..., steps: _Optional[int] = ..., measured_s: _Optional[float] = ..., predicted_s: _Optional[float] = ..., sequences: _Optional[int] = ..., begun: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("instance", "incarnation", "role", "model", "fingerprint", "dtype", "limits", "profile_json", "mesh_size", "device_kind", "kv_address", "prefix_cache")
@@ -109,7 +147,14 @@ class Limits(_message.Message):
     def __init__(self, max_batch: _Optional[int] = ..., max_chunk: _Optional[int] = ..., max_context: _Optional[int] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., parked_tokens: _Optional[float] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("id", "age_s", "prompt", "max_tokens", "ttft_s", "tpot_s", "stop", "sampling", "serial")
+    __slots__ = ("id", "age_s", "prompt", "max_tokens", "ttft_s", "tpot_s", "stop", "sampling", "serial", "trace")
+    class TraceEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +164,7 @@ class Request(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SERIAL_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     id: str
     age_s: float
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -128,23 +174,26 @@ class Request(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
     serial: int
-    def __init__(self, id: _Optional[str] = ..., age_s: _Optional[float] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., stop: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., serial: _Optional[int] = ...) -> None: ...
+    trace: _containers.ScalarMap[str, str]
+    def __init__(self, id: _Optional[str] = ..., age_s: _Optional[float] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., stop: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., serial: _Optional[int] = ..., trace: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "logprobs")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "logprobs", "prompt_logprobs")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     MIN_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     seed: int
     logprobs: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    prompt_logprobs: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class Handover(_message.Message):
     __slots__ = ("request", "tokens", "first_token_age_s", "ticket")
@@ -177,7 +226,7 @@ class Stepped(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("id", "token", "logprob", "top", "begun_age_s", "age_s", "finish_reason", "ticket", "cached")
+    __slots__ = ("id", "token", "logprob", "top", "begun_age_s", "age_s", "finish_reason", "ticket", "cached", "prompt")
     ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +236,7 @@ class Output(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     CACHED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
     id: str
     token: int
     logprob: float
@@ -196,7 +246,18 @@ class Output(_message.Message):
     finish_reason: str
     ticket: Ticket
     cached: int
-    def __init__(self, id: _Optional[str] = ..., token: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[Alternative, _Mapping]]] = ..., begun_age_s: _Optional[float] = ..., age_s: _Optional[float] = ..., finish_reason: _Optional[str] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., cached: _Optional[int] = ...) -> None: ...
+    prompt: PromptLogprobs
+    def __init__(self, id: _Optional[str] = ..., token: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[Alternative, _Mapping]]] = ..., begun_age_s: _Optional[float] = ..., age_s: _Optional[float] = ..., finish_reason: _Optional[str] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., cached: _Optional[int] = ..., prompt: _Optional[_Union[PromptLogprobs, _Mapping]] = ...) -> None: ...
+
+class PromptLogprobs(_message.Message):
+    __slots__ = ("logprobs", "top_ids", "top_logprobs")
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    top_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, logprobs: _Optional[_Iterable[float]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Alternative(_message.Message):
     __slots__ = ("token", "logprob")

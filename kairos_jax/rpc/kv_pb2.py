@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kairos_jax/rpc/kv.proto\x12\x12kairos.internal.v1\"+\n\x08\x43laimant\x12\x10\n\x08identity\x18\x01 \x01(\x06\x12\r\n\x05nonce\x18\x02 \x01(\x06\"r\n\x0c\x43laimRequest\x12\x0c\n\x04uuid\x18\x01 \x01(\x06\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12.\n\x08\x63laimant\x18\x03 \x01(\x0b\x32\x1c.kairos.internal.v1.Claimant\x12\x10\n\x08\x61s_bytes\x18\x04 \x01(\x08\"\x84\x01\n\rClaimResponse\x12\x30\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.kairos.internal.v1.ManifestH\x00\x12(\n\x04part\x18\x02 \x01(\x0b\x32\x18.kairos.internal.v1.PartH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04what\"\xe7\x01\n\x08Manifest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x03\x12\x13\n\x0b\x62lock_shape\x18\x05 \x03(\x03\x12\x12\n\nnum_tokens\x18\x06 \x01(\x03\x12\x12\n\nnum_blocks\x18\x07 \x01(\x03\x12)\n\x06shards\x18\x08 \x03(\x0b\x32\x19.kairos.internal.v1.Shard\x12\x18\n\x10transfer_address\x18\t \x01(\t\x12\x13\n\x0bincarnation\x18\n \x01(\x06\"$\n\x05Shard\x12\r\n\x05start\x18\x01 \x03(\x03\x12\x0c\n\x04stop\x18\x02 \x03(\x03\"(\n\x04Part\x12\x12\n\nnum_blocks\x18\x01 \x01(\x03\x12\x0c\n\x04uuid\x18\x02 \x01(\x06\"P\n\x10\x44\x65liveredRequest\x12\x0c\n\x04uuid\x18\x01 \x01(\x06\x12.\n\x08\x63laimant\x18\x02 \x01(\x0b\x32\x1c.kairos.internal.v1.Claimant\"\x13\n\x11\x44\x65liveredResponse2\xae\x01\n\x02KV\x12N\n\x05\x43laim\x12 .kairos.internal.v1.ClaimRequest\x1a!.kairos.internal.v1.ClaimResponse0\x01\x12X\n\tDelivered\x12$.kairos.internal.v1.DeliveredRequest\x1a%.kairos.internal.v1.DeliveredResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kairos_jax/rpc/kv.proto\x12\x12kairos.internal.v1\"+\n\x08\x43laimant\x12\x10\n\x08identity\x18\x01 \x01(\x06\x12\r\n\x05nonce\x18\x02 \x01(\x06\"\x81\x01\n\x0c\x43laimRequest\x12\x0c\n\x04uuid\x18\x01 \x01(\x06\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12.\n\x08\x63laimant\x18\x03 \x01(\x0b\x32\x1c.kairos.internal.v1.Claimant\x12\x10\n\x08\x61s_bytes\x18\x04 \x01(\x08\x12\r\n\x05\x66irst\x18\x05 \x01(\x03\"\x84\x01\n\rClaimResponse\x12\x30\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.kairos.internal.v1.ManifestH\x00\x12(\n\x04part\x18\x02 \x01(\x0b\x32\x18.kairos.internal.v1.PartH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04what\"\xe7\x01\n\x08Manifest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x03\x12\x13\n\x0b\x62lock_shape\x18\x05 \x03(\x03\x12\x12\n\nnum_tokens\x18\x06 \x01(\x03\x12\x12\n\nnum_blocks\x18\x07 \x01(\x03\x12)\n\x06shards\x18\x08 \x03(\x0b\x32\x19.kairos.internal.v1.Shard\x12\x18\n\x10transfer_address\x18\t \x01(\t\x12\x13\n\x0bincarnation\x18\n \x01(\x06\"$\n\x05Shard\x12\r\n\x05start\x18\x01 \x03(\x03\x12\x0c\n\x04stop\x18\x02 \x03(\x03\"(\n\x04Part\x12\x12\n\nnum_blocks\x18\x01 \x01(\x03\x12\x0c\n\x04uuid\x18\x02 \x01(\x06\"P\n\x10\x44\x65liveredRequest\x12\x0c\n\x04uuid\x18\x01 \x01(\x06\x12.\n\x08\x63laimant\x18\x02 \x01(\x0b\x32\x1c.kairos.internal.v1.Claimant\"\x13\n\x11\x44\x65liveredResponse2\xae\x01\n\x02KV\x12N\n\x05\x43laim\x12 .kairos.internal.v1.ClaimRequest\x1a!.kairos.internal.v1.ClaimResponse0\x01\x12X\n\tDelivered\x12$.kairos.internal.v1.DeliveredRequest\x1a%.kairos.internal.v1.DeliveredResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,20 +33,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CLAIMANT']._serialized_start=47
   _globals['_CLAIMANT']._serialized_end=90
-  _globals['_CLAIMREQUEST']._serialized_start=92
-  _globals['_CLAIMREQUEST']._serialized_end=206
-  _globals['_CLAIMRESPONSE']._serialized_start=209
-  _globals['_CLAIMRESPONSE']._serialized_end=341
-  _globals['_MANIFEST']._serialized_start=344
-  _globals['_MANIFEST']._serialized_end=575
-  _globals['_SHARD']._serialized_start=577
-  _globals['_SHARD']._serialized_end=613
-  _globals['_PART']._serialized_start=615
-  _globals['_PART']._serialized_end=655
-  _globals['_DELIVEREDREQUEST']._serialized_start=657
-  _globals['_DELIVEREDREQUEST']._serialized_end=737
-  _globals['_DELIVEREDRESPONSE']._serialized_start=739
-  _globals['_DELIVEREDRESPONSE']._serialized_end=758
-  _globals['_KV']._serialized_start=761
-  _globals['_KV']._serialized_end=935
+  _globals['_CLAIMREQUEST']._serialized_start=93
+  _globals['_CLAIMREQUEST']._serialized_end=222
+  _globals['_CLAIMRESPONSE']._serialized_start=225
+  _globals['_CLAIMRESPONSE']._serialized_end=357
+  _globals['_MANIFEST']._serialized_start=360
+  _globals['_MANIFEST']._serialized_end=591
+  _globals['_SHARD']._serialized_start=593
+  _globals['_SHARD']._serialized_end=629
+  _globals['_PART']._serialized_start=631
+  _globals['_PART']._serialized_end=671
+  _globals['_DELIVEREDREQUEST']._serialized_start=673
+  _globals['_DELIVEREDREQUEST']._serialized_end=753
+  _globals['_DELIVEREDRESPONSE']._serialized_start=755
+  _globals['_DELIVEREDRESPONSE']._serialized_end=774
+  _globals['_KV']._serialized_start=777
+  _globals['_KV']._serialized_end=951
 # @@protoc_insertion_point(module_scope)

@@ -15,16 +15,18 @@ class Claimant(_message.Message):
     def __init__(self, identity: _Optional[int] = ..., nonce: _Optional[int] = ...) -> None: ...
 
 class ClaimRequest(_message.Message):
-    __slots__ = ("uuid", "request_id", "claimant", "as_bytes")
+    __slots__ = ("uuid", "request_id", "claimant", "as_bytes", "first")
     UUID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CLAIMANT_FIELD_NUMBER: _ClassVar[int]
     AS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
     uuid: int
     request_id: str
     claimant: Claimant
     as_bytes: bool
-    def __init__(self, uuid: _Optional[int] = ..., request_id: _Optional[str] = ..., claimant: _Optional[_Union[Claimant, _Mapping]] = ..., as_bytes: _Optional[bool] = ...) -> None: ...
+    first: int
+    def __init__(self, uuid: _Optional[int] = ..., request_id: _Optional[str] = ..., claimant: _Optional[_Union[Claimant, _Mapping]] = ..., as_bytes: _Optional[bool] = ..., first: _Optional[int] = ...) -> None: ...
 
 class ClaimResponse(_message.Message):
     __slots__ = ("manifest", "part", "chunk")

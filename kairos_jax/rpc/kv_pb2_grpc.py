@@ -55,6 +55,7 @@ class KVServicer:
         last chunk; where the KV is pulled, it stays open, as a sign of life, until the caller ends it.
 
         NOT_FOUND: nothing is offered under this uuid. FAILED_PRECONDITION: someone else has claimed it.
+        INVALID_ARGUMENT: it has no block `first`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -8,11 +8,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models.checkpoint import gguf, huggingface, orbax
+from models.checkpoint.huggingface import save_hugging_face
 from models.checkpoint.orbax import save_orbax
 from models.config import ModelConfig
 from models.sharding import Rules
 
-__all__ = ["Checkpoint", "open_checkpoint", "save_orbax"]
+__all__ = ["Checkpoint", "open_checkpoint", "save_hugging_face", "save_orbax"]
 
 
 class Checkpoint(Protocol):

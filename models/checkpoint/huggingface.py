@@ -1,39 +1,51 @@
-"""Hugging Face checkpoints: config.json beside *.safetensors."""
+"""Hugging Face checkpoints: config.json beside *.safetensors, read and written."""
 
 import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from models.checkpoint import layout
-from models.config import ModelConfig, from_hugging_face
+from models.config import ModelConfig, from_hugging_face, to_hugging_face
 from models.llama import abstract_params
 from models.sharding import Rules
 
 INDEX = "model.safetensors.index.json"
 
-# Hugging Face name -> our path. None: no weight, but a buffer that old versions saved.
-_NAMES: tuple[tuple[str, str | None], ...] = (
-    (r"model\.embed_tokens\.weight", r"embed"),
-    (r"model\.norm\.weight", r"norm.scale"),
-    (r"lm_head\.weight", r"head"),
-    (r"model\.layers\.(\d+)\.input_layernorm\.weight", r"layers.\1.attention_norm.scale"),
-    (r"model\.layers\.(\d+)\.post_attention_layernorm\.weight", r"layers.\1.mlp_norm.scale"),
-    (r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.weight", r"layers.\1.attention.\2"),
-    (r"model\.layers\.(\d+)\.self_attn\.([qkv])_proj\.bias", r"layers.\1.attention.\2_bias"),
-    (r"model\.layers\.(\d+)\.self_attn\.([qk])_norm\.weight", r"layers.\1.attention.\2_norm.scale"),
-    (r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight", r"layers.\1.mlp.\2"),
-    (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", None),
-)
+# Our path -> its Hugging Face name. N: the number of a layer.
+_NAMES = {
+    "embed": "model.embed_tokens.weight",
+    "norm.scale": "model.norm.weight",
+    "head": "lm_head.weight",
+    "layers.N.attention_norm.scale": "model.layers.N.input_layernorm.weight",
+    "layers.N.mlp_norm.scale": "model.layers.N.post_attention_layernorm.weight",
+    "layers.N.attention.q": "model.layers.N.self_attn.q_proj.weight",
+    "layers.N.attention.k": "model.layers.N.self_attn.k_proj.weight",
+    "layers.N.attention.v": "model.layers.N.self_attn.v_proj.weight",
+    "layers.N.attention.o": "model.layers.N.self_attn.o_proj.weight",
+    "layers.N.attention.q_bias": "model.layers.N.self_attn.q_proj.bias",
+    "layers.N.attention.k_bias": "model.layers.N.self_attn.k_proj.bias",
+    "layers.N.attention.v_bias": "model.layers.N.self_attn.v_proj.bias",
+    "layers.N.attention.q_norm.scale": "model.layers.N.self_attn.q_norm.weight",
+    "layers.N.attention.k_norm.scale": "model.layers.N.self_attn.k_norm.weight",
+    "layers.N.mlp.gate": "model.layers.N.mlp.gate_proj.weight",
+    "layers.N.mlp.up": "model.layers.N.mlp.up_proj.weight",
+    "layers.N.mlp.down": "model.layers.N.mlp.down_proj.weight",
+}
+_PATHS = {name: path for path, name in _NAMES.items()}
+# No weight, but a buffer that old versions saved.
+_BUFFER = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,9 @@ class HuggingFaceCheckpoint:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"checkpoint {file}: {error}") from error
             for name in opened.keys():  # noqa: SIM118 (a safe_open is no dict)
-                path = _path_of(name)
-                if path is None or (path == "head" and self.config.tie_embeddings):
+                path = _renamed(name, _PATHS)
+                tied = path == "head" and self.config.tie_embeddings
+                if tied or re.fullmatch(_BUFFER, name):
                     continue
                 tensors[path] = opened.get_slice(name)
         return tensors
@@ -112,9 +125,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _path_of(name: str) -> str | None:
-    for pattern, path in _NAMES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return path and match.expand(path)
-    return name
+def save_hugging_face(
+    directory: str | Path, config: ModelConfig, params: Mapping[str, Array]
+) -> None:
+    """Writes model.safetensors, in the dtype that the weights have, and config.json.
+
+    Raises:
+        ValueError: the directory holds weights already.
+    """
+    directory = Path(directory)
+    if any(directory.glob("*.safetensors")):
+        raise ValueError(f"checkpoint {directory}: holds weights already")
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        _renamed(path, _NAMES): layout.to_source(path, np.asarray(value))
+        for path, value in params.items()
+    }
+    # Loaders of PyTorch's want to be told that it is theirs.
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    described = to_hugging_face(config) | {"dtype": params["embed"].dtype.name}
+    text = json.dumps(described, indent=2)
+    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """What `names` says, in the layer that `name` is of. Unknown names stay as they are."""
+    layer = re.search(r"\blayers\.(\d+)\.", name)
+    if layer is None:
+        return names.get(name, name)
+    found = names.get(name.replace(layer[0], "layers.N.", 1), name)
+    return found.replace("layers.N.", layer[0])

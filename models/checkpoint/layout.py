@@ -1,8 +1,9 @@
-"""From the [out, in] matrices of PyTorch and GGUF to our weights, part by part."""
+"""From the [out, in] matrices of PyTorch and GGUF to our weights, part by part; and back."""
 
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
+import numpy as np
 from numpy.typing import NDArray
 
 Index = tuple[slice, ...]
@@ -72,6 +73,13 @@ def take_part(
         split[merged : merged + 2] = [(start * head_dim, stop * head_dim)]
     part = source(tuple(slice(start, stop) for start, stop in split))
     return part.reshape(sizes).transpose(order)
+
+
+def to_source(path: str, value: NDArray) -> NDArray:
+    """The source tensor of a whole weight of ours: what `take_part` did, undone."""
+    order, _ = _ORDER[path.rsplit(".", 1)[-1]]
+    split = value.transpose([order.index(dim) for dim in range(len(order))])
+    return np.ascontiguousarray(split.reshape(source_shape(path, value.shape)))
 
 
 def check_keys(where: str, found: Iterable[str], expected: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from models.config import ModelConfig
@@ -40,9 +40,11 @@ KERNELS = {
 }
 
 
-def on_mesh(kernels: Kernels, config: ModelConfig, mesh: Mesh, rules: Rules) -> Kernels:
+def on_mesh(
+    kernels: Kernels, config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Rules
+) -> Kernels:
     """The kernels for this mesh: each device attends with the heads that it has. XLA cuts its own
-    operations by itself, but not a kernel.
+    operations by itself, but not a kernel. config: as `models.llama.pack_config` gave it.
     """
     if mesh.size == 1:
         return kernels

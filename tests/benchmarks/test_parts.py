@@ -1,20 +1,14 @@
-"""What the benchmarks are made of: the exported model, the client of vLLM's API, the ladder."""
+"""What the benchmarks are made of: the client of vLLM's API, the ladder."""
 
 import asyncio
 import json
 
-import export
 import figures
-import jax
 import numpy as np
 import openai_replay
 import pytest
 import rates
 
-from kairos_jax import hub
-from kairos_jax.tokenizer import load_tokenizer
-from models.checkpoint import open_checkpoint
-from models.sharding import Rules, make_mesh
 from schedulers.attainment import Outcome
 from schedulers.request import Slo
 from schedulers.workload import Arrival
@@ -114,23 +108,3 @@ def test_who_begins_alternates():
 def test_a_spread_of_what_is_there():
     assert figures.spread([3, None, 1, 2]) == {"median": 2, "low": 1, "high": 3}
     assert figures.short(figures.spread([None])) == "-"
-
-
-def test_an_exported_gguf_has_the_weights_of_its_source(tmp_path):
-    model = hub.resolve_model(hub.DEFAULT_MODEL)
-    directory = export.hugging_face(model, tmp_path / "exported")
-    source, exported = open_checkpoint(model), open_checkpoint(directory)
-    assert exported.config == source.config
-    mesh = make_mesh(jax.devices()[:1])
-    expected = source.load(mesh, Rules(), "float32")
-    found = exported.load(mesh, Rules(), "float32")
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        np.testing.assert_array_equal(value, expected[name], err_msg=name)
-    text = "Hello, world: 42"
-    assert load_tokenizer(directory).encode(text) == load_tokenizer(model).encode(text)
-
-
-def test_a_hugging_face_directory_is_given_as_it_is(tiny_llama, tmp_path):
-    assert export.hugging_face(tiny_llama, tmp_path / "unused") == tiny_llama
-    assert not (tmp_path / "unused").exists()

@@ -9,7 +9,7 @@ import pytest
 
 from kairos_jax import wire
 from kairos_jax.attach import Attachments
-from kairos_jax.engine import Token
+from kairos_jax.calls import Token
 from kairos_jax.messages import (
     Cancel,
     Died,
@@ -28,6 +28,7 @@ from kairos_jax.messages import (
 )
 from kairos_jax.rpc import internal_pb2 as pb
 from kairos_jax.rpc import internal_pb2_grpc
+from kairos_jax.tally import Steps
 from kairos_jax.transfer import Ticket
 from schedulers.core import Batch, Instance, Role
 from schedulers.cost import CostModel
@@ -43,7 +44,7 @@ class Mute:
     """A worker that says only what the test says."""
 
     def __init__(self):
-        self.instance = Instance("w", Role.BOTH, LIMITS)
+        self.instance, self.ran = Instance("w", Role.BOTH, LIMITS), Steps()
         self.got, self.more = [], asyncio.Event()
 
     def outline(self, instance, now):
@@ -133,6 +134,10 @@ def handover(id):
     return Handover(submit(id).request, (7,), 0.0, Ticket(id, 3))
 
 
+def ahead(id):
+    return Prefetch(Ticket(id, 3), submit(id).request.prompt)
+
+
 def output(id, **fields):
     return Output(id, Token(1), 0.0, 0.0, **fields)
 
@@ -199,7 +204,7 @@ async def test_an_outline_counts_each_routers_own_requests(service, worker, call
 async def test_a_prefetch_comes_before_its_handover_or_is_left_behind(service, worker, call):
     one = call()
     await one.attach()
-    await one.say(Prefetch(Ticket("a", 3)), handover("a"), Prefetch(Ticket("b", 3)))
+    await one.say(ahead("a"), handover("a"), ahead("b"))
     await worker.until(3)
     assert service.num_requests == 2
     summary = worker.outline(worker.instance, 0.0)
@@ -281,7 +286,7 @@ async def test_a_ping_is_answered_while_the_step_loop_goes_on(service, worker, c
         await caller.say(submit(f"{later}"))
         await worker.until(1 if answered else 2)
         if answered:
-            assert (await caller.read()).HasField("pong")
+            assert list((await caller.read()).pong.status.begun) == ["a"]
     service.clock = lambda: now
     ledger.end(batch, now)
     await caller.send(ping)

@@ -265,7 +265,7 @@ def test_a_port_in_use_is_an_error():
             port = taken.getsockname()[1]
             server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
             for wire in (PLAIN, SECURE):
-                with pytest.raises(OSError, match=f"127.0.0.1:{port}; is the port in use"):
+                with pytest.raises(OSError, match=f"127.0.0.1:{port}: Address already in use"):
                     wire.add_port(server, "127.0.0.1", port)
             await server.stop(None)
 

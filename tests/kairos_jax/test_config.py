@@ -1,28 +1,73 @@
 import copy
 import dataclasses
 import importlib.util
+import math
 from pathlib import Path
 
 import fakes
+import jax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from kairos_jax.config import ConfigError, ServerConfig
+from models.config import ModelConfig
+from models.llama import abstract_params, pack_config
+from models.ops import KERNELS
+from models.sharding import MESH_AXES
 from schedulers.core import Role
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 GOOD = dataclasses.asdict(fakes.CONFIG)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_is_good_and_says_how_to_run_it(path):
+def module_of(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_good_and_says_how_to_run_it(path):
+    module = module_of(path)
     for arguments in [(), *((name,) for name in getattr(module, "LAYOUTS", ()))]:
         ServerConfig.from_dict(module.get_config(*arguments).to_dict())
     assert f"--config=configs/{path.name}" in module.__doc__
+
+
+def test_llama3_8b_fits_each_of_its_layouts():
+    """By shapes and shardings alone, into what JAX takes of a device's memory."""
+    model = ModelConfig("llama", 128256, 4096, 32, 32, 8, 128, 14336, max_context=131072)
+    llama3 = module_of(next(path for path in CONFIGS if path.stem == "llama3_8b"))
+    assert {"gpu1", "gpu4", "gpu8", "v5e8", "v6e8"} == set(llama3.LAYOUTS)
+    for layout in llama3.LAYOUTS:
+        config = ServerConfig.from_dict(llama3.get_config(layout).to_dict())
+        memory = {"gpu": 80e9, "v5e": 16 * 2**30, "v6e": 32 * 2**30}[layout[:3]]
+        assert config.num_devices == int(layout[3:])
+        for role in set(config.roles):
+            used = bytes_of_a_device(model, config, role, "gpu" if layout[0] == "g" else "tpu")
+            assert used < 0.75 * memory, (layout, role)
+
+
+def bytes_of_a_device(model, config, role, kernels):
+    """Weights, pool, and KV that waits for decode."""
+    devices, limits, rules = config.devices(role), config.limits(role), config.rules
+    mesh = AbstractMesh((devices,), MESH_AXES, axis_types=(AxisType.Auto,))
+    model = pack_config(model, KERNELS[kernels], mesh, rules)
+    weights = abstract_params(model, config.dtype, mesh, rules)
+    of_weights = sum(bytes_of_a_shard(w, w.sharding) for w in weights.values())
+    layout, pages = KERNELS[kernels].layout, (limits.num_pages, limits.page_size)
+    layer = jax.eval_shape(lambda: layout.zeros(model, *pages, config.dtype))
+    shardings = layout.shardings(model, mesh, rules)
+    of_pool = model.num_layers * sum(map(bytes_of_a_shard, layer, shardings))
+    parked = limits.parked_tokens if role is Role.PREFILL else 0
+    return of_weights + of_pool * (1 + parked / limits.kv_tokens)
+
+
+def bytes_of_a_shard(array, sharding):
+    return math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 @pytest.mark.parametrize(
@@ -36,6 +81,9 @@ def test_every_config_is_good_and_says_how_to_run_it(path):
         ("dtype", "int3", "config.dtype must be one of float32, bfloat16, got 'int3'"),
         ("prefill.policy", "lifo", "config.prefill.policy must be one of fcfs, sjf, edf, kairos"),
         ("decode.policy", "fcfs", "config.decode.policy must be one of continuous, kairos"),
+        ("rules.width", "tensor", "config.rules.width is not a logical axis; known: vocab, embed"),
+        ("rules.mlp", "data", "config.rules.mlp must be an axis of the mesh (tensor) or empty"),
+        ("rules.heads", "", "config.rules.kv_heads must be as rules.heads, None, got 'tensor'"),
         ("slo.ttft", -1.0, "config.slo.ttft must be a positive number of seconds, got -1.0"),
         ("slo.tpot", float("nan"), "config.slo.tpot must be a positive number of seconds, got nan"),
         ("colocated", 1, "config.colocated must be of type bool, got 1"),

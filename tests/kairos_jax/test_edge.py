@@ -73,6 +73,7 @@ REFUSED = [
     (sampled(min_p=math.nan), "sampling.min_p must be from 0 to 1, got nan"),
     (sampled(logprobs=21), "sampling.logprobs must be 0 to 20, got 21"),
     (sampled(logprobs=-1), "sampling.logprobs must be 0 to 20, got -1"),
+    (sampled(prompt_logprobs=21), "sampling.prompt_logprobs must be 0 to 20, got 21"),
     (
         sampled(stop_token_ids=[3, 500]),
         "sampling.stop_token_ids[1] must be from 0 to 96, got 500",
@@ -116,6 +117,7 @@ def test_given_values_are_taken(edge):
         min_p=0.25,
         seed=2**40 + 1,
         logprobs=0,
+        prompt_logprobs=2,
         stop_token_ids=[4],
         ignore_eos=True,
     )
@@ -127,7 +129,20 @@ def test_given_values_are_taken(edge):
     assert request.max_tokens == 5
     assert request.slo == Slo(30.0, 0.5)
     assert request.stop == {4}
-    assert request.sampling == SamplingParams(0.5, 3, 0.5, 0.25, 2**8 + 1, 0)
+    assert request.sampling == SamplingParams(0.5, 3, 0.5, 0.25, 2**8 + 1, 0, 2)
+
+
+def test_prompt_logprobs_are_bounded_by_their_number(edge):
+    long = replace(edge, config=fakes.altered(max_context=20_000))
+    most = 2**18 // 21
+    sampling = pb.Sampling(prompt_logprobs=20)
+    assert len(long.request(ids(*[1] * most, sampling=sampling), 0.0).prompt) == most
+    with pytest.raises(BadField) as error:
+        long.request(ids(*[1] * (most + 1), sampling=sampling), 0.0)
+    assert str(error.value) == (
+        "sampling.prompt_logprobs of 12484 tokens and 20 alternatives each make 262164 numbers; at "
+        "most 262144 are served"
+    )
 
 
 def test_the_context_bounds_the_default_output(edge):

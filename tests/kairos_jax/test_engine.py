@@ -10,13 +10,19 @@ import jax
 import numpy as np
 import pytest
 
+from kairos_jax.calls import PromptLogprobs
 from kairos_jax.engine import BLOCK_PAGES, JaxEngine, Shapes, bucket_sizes
 from kairos_jax.page_keys import page_keys
+from kairos_jax.transfer import LocalTransport
+from models import kv_cache, llama
 from models.checkpoint import open_checkpoint
+from models.kv_cache import StepInput
+from models.ops import KERNELS
 from models.sampling import SamplingParams
 from models.sharding import Rules, make_mesh
 from schedulers.core import Batch, Instance, Limits, Role
-from schedulers.request import Request, Slo
+from schedulers.request import Request, Seq, Slo
+from schedulers.rows import Column
 
 SLO = Slo(30.0, 30.0)
 LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pages=64)
@@ -90,14 +96,29 @@ def test_one_device_gives_the_golden_tokens(tiny_llama, one_device):
     assert ids(colocated(one_device, requests)) == expected
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 3), (4, 2)])
-def test_disjoint_meshes_give_the_golden_tokens(tiny_llama, prefill, decode):
-    requests, expected = golden_requests(tiny_llama)
+@pytest.mark.parametrize(
+    ("family", "prefill", "decode"),
+    # qwen2 has two kv heads, of which four devices have two copies each.
+    [("llama", 1, 1), ("llama", 2, 3), ("qwen2", 4, 2), ("qwen2", 1, 4)],
+)
+def test_disjoint_meshes_give_the_golden_tokens(golden, family, prefill, decode):
+    requests, expected = golden_requests(golden / family)
     devices = jax.devices()
-    prefill_engine = build(tiny_llama, devices[:prefill], Role.PREFILL)
-    decode_engine = build(tiny_llama, devices[prefill : prefill + decode], Role.DECODE)
+    prefill_engine = build(golden / family, devices[:prefill], Role.PREFILL)
+    decode_engine = build(golden / family, devices[prefill : prefill + decode], Role.DECODE)
     assert not set(prefill_engine.mesh.devices.flat) & set(decode_engine.mesh.devices.flat)
     assert ids(disaggregated(prefill_engine, decode_engine, requests)) == expected
+
+
+def test_kv_is_the_same_bits_on_meshes_that_split_and_that_copy_its_heads(golden):
+    one, two, four = (build(golden / "qwen2", jax.devices()[:n], Role.DECODE) for n in (1, 2, 4))
+    sent = np.random.default_rng(0).normal(size=one.block.shape).astype(np.float32)
+    kv = [sent]
+    for engine in (four, one, four, two, four):
+        kv = [jax.device_put(block, engine.wire_sharding) for block in kv]
+        engine.write_pages([5, 3, 8, 1], kv)
+        kv = engine.read_pages([5, 3, 8, 1])
+        np.testing.assert_array_equal(kv[0], sent)
 
 
 def test_colocated_instances_give_the_golden_tokens(tiny_llama, one_device):
@@ -140,7 +161,7 @@ def test_sampled_tokens_do_not_depend_on_batch_or_server(tiny_llama, one_device)
     requests = [
         request(
             str(i),
-            rng.integers(0, 264, 10 + 7 * i).tolist(),
+            rng.integers(0, 264, 10 + 17 * i).tolist(),
             12,
             temperature=0.8,
             top_p=0.9 if i % 2 else 1.0,
@@ -158,7 +179,13 @@ def test_sampled_tokens_do_not_depend_on_batch_or_server(tiny_llama, one_device)
         build(tiny_llama, [device], role)
         for device, role in zip(jax.devices(), (Role.PREFILL, Role.DECODE), strict=False)
     ]
-    assert ids(disaggregated(*engines, requests)) == together
+    transport = LocalTransport()
+    again = [dataclasses.replace(each, id=f"{each.id} again") for each in requests]
+    apart = ids(asyncio.run(fakes.serve(engines, requests, transport=transport, again=again)))
+    assert apart == together | {f"{id} again": tokens for id, tokens in together.items()}
+    # Of 10, 27, 44 and 61 tokens, in blocks of 32; those that are here are not sent again.
+    block_bytes = engines[1].block.size * engines[1].block.dtype.itemsize
+    assert transport.received_bytes == (1 + 1 + 2 + 2 + 4 * 1) * block_bytes
 
 
 def test_logprobs_sum_to_one_and_rank(tiny_llama, one_device):
@@ -179,6 +206,76 @@ def test_a_second_pass_over_all_shapes_compiles_nothing(tiny_llama, one_device):
     kv = one_device.read_pages(list(range(2 * BLOCK_PAGES + 1)))
     one_device.write_pages(list(range(10, 10 + 2 * BLOCK_PAGES + 1)), kv)
     assert one_device.num_compiled == compiled
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_llama):
+    """The longest prompt, and the log-probabilities after each of its tokens: of one plain step."""
+    prompt = golden_cases(tiny_llama)[-1]["prompt"]
+    checkpoint, kernels = open_checkpoint(tiny_llama), KERNELS["reference"]
+    config = checkpoint.config
+    params = checkpoint.load(make_mesh(jax.devices()[:1]), Rules(), "float32")
+    cache = kv_cache.allocate(config, kernels.layout, 8, 8, "float32")
+    count = np.array([len(prompt)], np.int32)
+    table = np.arange(8, dtype=np.int32)[None]
+    step = StepInput(np.array([prompt], np.int32), 0 * count, count, table)
+
+    @jax.jit
+    def plain(params, cache):
+        hidden, _ = llama.hidden_states(config, params, cache, step, kernels)
+        return jax.nn.log_softmax(llama.logits(config, params, hidden[0], kernels))
+
+    return prompt, np.asarray(plain(params, cache))
+
+
+def check_scores(scored, token, width, length=None):
+    """Those that came with the first token of a prompt, or its beginning, are the plain step's."""
+    prompt, logprobs = scored[0][:length], scored[1]
+    assert len(token.prompt.logprobs) == len(prompt) - 1
+    for at, told in enumerate(token.prompt.tokens(prompt)):
+        row, best = logprobs[at], -np.sort(-logprobs[at])[:width]
+        assert told.id == prompt[at + 1]
+        assert told.logprob == pytest.approx(row[told.id], abs=2e-4)
+        assert [value for _, value in told.top] == pytest.approx(best, abs=2e-4)
+        assert [row[id] for id, _ in told.top] == pytest.approx(best, abs=2e-4)
+
+
+def test_prompt_logprobs_are_those_of_a_plain_step(tiny_llama, one_device, scored):
+    """Alone, in chunks that end anywhere, beside others, and where its pages may be shared."""
+    prompt, _ = scored
+    keys = functools.partial(page_keys, LIMITS.page_size, b"secret")
+    asked = request("a", prompt, 3, prompt_logprobs=3)
+    others = [
+        dataclasses.replace(request("b", prompt, 4, logprobs=1), page_keys=keys(prompt)),
+        request("c", prompt[:20], 4, prompt_logprobs=0),
+        request("d", prompt[:1], 2, prompt_logprobs=2),
+    ]
+    plain = colocated(one_device, [request("a", prompt, 3)])["a"]
+    for beside in ([], others):
+        tokens = colocated(one_device, [*beside, asked])
+        first, *rest = tokens["a"]
+        check_scores(scored, first, 3)
+        assert [token.id for token in tokens["a"]] == [token.id for token in plain]
+        assert not any(token.prompt for token in rest)
+    check_scores(scored, tokens["c"][0], 0, length=20)
+    assert tokens["d"][0].prompt == PromptLogprobs()
+    assert not any(token.prompt for token in tokens["b"])
+    for count in (1, 7, 16):
+        seq = Seq(asked)
+        seq.pages = list(range(LIMITS.pages_for(len(prompt))))
+        while not (sampled := one_device.step([(seq, min(count, seq.remaining))])):
+            seq.cells[Column.COMPUTED] += count
+        check_scores(scored, sampled["a"], 3)
+        assert not seq.scored
+
+
+@pytest.mark.slow
+def test_prompt_logprobs_on_two_devices(tiny_llama, scored):
+    prompt, _ = scored
+    engine = build(tiny_llama, jax.devices()[:2], Role.PREFILL)
+    seq = Seq(request("a", prompt[:20], 1, prompt_logprobs=2))
+    seq.pages = list(range(LIMITS.pages_for(20)))
+    check_scores(scored, engine.step([(seq, 20)])["a"], 2, length=20)
 
 
 def test_a_prompt_longer_than_the_largest_shape_takes_further_runs(tiny_llama, one_device):

@@ -141,11 +141,11 @@ class Dying:
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
-    def step(self, work):
+    def start(self, work):
         self.num_steps += 1
         if self.num_steps == 4:
             raise RuntimeError("killed")
-        return self.engine.step(work)
+        return self.engine.start(work)
 
 
 def build(directory, role):

@@ -1,6 +1,7 @@
 """A mesh of two real processes: the tokens of one, KV from outside, and what ends them."""
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -19,9 +21,8 @@ import pytest
 from absl import flags
 
 from kairos_jax import followers, launch, lines
-from kairos_jax.engine import Read, Step, Write
+from kairos_jax.calls import Read, Score, Step, Write
 from kairos_jax.launch import Processes, UsageError
-from models.kv_cache import StepInput
 from schedulers.core import Role
 
 MEMBER = Path(mesh_member.__file__)
@@ -106,7 +107,8 @@ def prefilled(directory, requests):
 def test_two_processes_give_the_tokens_of_one_and_end_together(tiny_llama, tmp_path):
     requests, expected = golden_requests(tiny_llama)
     (tmp_path / "requests.json").write_text(json.dumps(requests))
-    sampled = [each | {"sampling": {"temperature": 0.8, "seed": 3}} for each in requests]
+    sampling = {"temperature": 0.8, "seed": 3, "prompt_logprobs": 2}
+    sampled = [each | {"sampling": sampling} for each in requests]
     (tmp_path / "sampled.json").write_text(json.dumps(sampled))
     mesh_member.save_kv(tmp_path / "kv.npz", requests, prefilled(tiny_llama, requests))
     with mesh_of_two(tiny_llama) as (leader, follower):
@@ -145,12 +147,11 @@ def test_a_lost_process_ends_the_other(tiny_llama, lost, other, sign):
 def test_calls_travel_as_bytes(tiny_llama):
     engine = mesh_member.build(tiny_llama, jax.devices()[:2])
     rng = np.random.default_rng(0)
-    step = jax.tree.map(
-        lambda leaf: rng.integers(0, 2, leaf.shape).astype(leaf.dtype), engine.padding(3, 16)
-    )
+    step = Step(rng.integers(0, 99, (3, 16), np.int32))
     ids = np.array([3, 1, 2, 0], np.int32)
     block = rng.normal(size=engine.block.shape).astype(engine.block.dtype)
-    for call in (step, Read(ids), Write(ids, block)):
+    score = Score(rng.integers(-1, 9, (3, 16), np.int32))
+    for call in (step, score, Read(ids), Write(ids, block)):
         payload = b"".join(each.tobytes() for each in followers._arrays(engine, call, 0))
         message = lines.Message(*followers._shape(call), payload)
         arrived = followers._call(engine, message)
@@ -177,12 +178,12 @@ def test_whoever_does_not_know_the_secret_is_sent_away():
 
 
 @contextlib.contextmanager
-def line_to(deadline_s):
+def line_to(deadline_s, compiling_s=None):
     """A line, and the socket at its other end."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         theirs = socket.create_connection(listener.getsockname())
         ours, _ = listener.accept()
-    line = lines.Line(ours, 1, deadline_s)
+    line = lines.Line(ours, 1, deadline_s, compiling_s or deadline_s)
     with theirs, contextlib.closing(line):
         yield line, theirs
 
@@ -195,6 +196,29 @@ def test_a_silent_end_and_a_closed_one_are_told_apart():
         theirs.close()
         with pytest.raises(ConnectionResetError, match="was closed"):
             next(iter(line))
+
+
+def test_silence_may_last_longer_while_a_shape_is_compiled():
+    known = lines.HEADER.pack(lines.Kind.READ, 0, 0, 0)
+    with line_to(0.05, 60.0) as (line, theirs):
+        theirs.sendall(known * 2)
+        assert len(list(itertools.islice(line, 2))) == 2
+        with pytest.raises(TimeoutError, match=r"sign of life for 0\.05 s"):
+            next(iter(line))
+    for messages in (0, 1):  # at first, and after one of a new shape
+        with line_to(0.05, 0.4) as (line, theirs):
+            theirs.sendall(known * messages)
+            begun = time.monotonic()
+            with pytest.raises(TimeoutError, match=r"sign of life for 0\.4 s"):
+                list(line)
+            assert time.monotonic() - begun >= 0.4
+    with line_to(0.05, 0.4) as (line, _):
+        for kind in (lines.Kind.READ, lines.Kind.READ, lines.Kind.BEAT):
+            line.send(lines.Message(kind))
+        with pytest.raises(TimeoutError, match=r"sign of life for 0\.05 s"):
+            next(iter(line))
+        line.send(lines.Message(lines.Kind.STEP, 1, 1))
+        assert line._connection.gettimeout() == 0.4
 
 
 class StuckEngine:
@@ -212,8 +236,7 @@ class StuckEngine:
 
 def test_a_call_that_hangs_is_told_once_and_an_orderly_end_is_not(monkeypatch):
     lost = queue.SimpleQueue()
-    row = np.zeros(1, np.int32)
-    step = Step(StepInput(row[None], row, row, row[None]), ())
+    step = Step(np.zeros((1, 12), np.int32))
     with line_to(2.0) as (line, theirs):
         leader = followers.Leader(StuckEngine(), [line], lost.put)
         leader.dispatch(step)
@@ -230,6 +253,30 @@ def test_a_call_that_hangs_is_told_once_and_an_orderly_end_is_not(monkeypatch):
         theirs.close()
         closing.join(30)
     assert lost.empty()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (lines.Kind.END, "a call hangs on the mesh, whose leader has ended"),
+        (lines.Kind.READ, "the leader of the mesh was lost: its connection was closed"),
+    ],
+)
+def test_a_follower_whose_call_hangs_does_not_outlast_its_leader(kind, words, monkeypatch):
+    """What comes waits for a call that never returns: nobody takes it."""
+    ended, messages = queue.SimpleQueue(), queue.SimpleQueue()
+    monkeypatch.setattr(followers, "end_process", ended.put)
+    monkeypatch.setattr(followers, "_CLOSE_S", 0.1)
+    with line_to(5.0) as (line, theirs):
+        theirs.sendall(lines.HEADER.pack(kind, 0, 0, 0))
+        theirs.close()
+        begun = time.monotonic()
+        followers._receive(line, messages)
+        took_s = time.monotonic() - begun
+    assert messages.get_nowait().kind is kind
+    assert words in str(ended.get_nowait())
+    # Once told to end, it has a little time to return from the call.
+    assert took_s >= (0.1 if kind is lines.Kind.END else 0.0)
 
 
 @pytest.mark.parametrize(

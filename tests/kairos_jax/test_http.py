@@ -1,17 +1,18 @@
-"""The HTTP API over real sockets, with fake engines: what it answers, and what it leaves behind."""
+"""The HTTP API over real sockets, with fake engines: what it answers."""
 
 import asyncio
-import json
+from typing import Any
 
 import fakes
 import http_fakes
-import httpx2
 import pytest
-from http_fakes import ids_of, text_of
+from http_fakes import ids_of, of, says, text_in
 
-from kairos_jax.choice import StopTexts
+from kairos_jax.choice import StopTexts, token_text
 from kairos_jax.http_guard import Options
 
+# Of all ids, the special ones among them.
+TEXTS = [token_text(http_fakes.tokenizer(), id) for id in range(fakes.VOCAB)]
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
@@ -32,21 +33,14 @@ def served(test):
     return run
 
 
-def says(prompt: str, count: int) -> str:
-    return text_of(fakes.expected_tokens(ids_of(prompt), count))
-
-
-def text_in(events) -> str:
-    shown = [choice for event in events for choice in event["choices"]]
-    return "".join(
-        each["delta"].get("content", "") if "delta" in each else each["text"] for each in shown
-    )
-
-
-def of(event):
-    """The one choice of an event."""
-    (choice,) = event["choices"]
-    return choice
+def used(prompt: int, completion: int) -> dict[str, Any]:
+    """The usage of an answer whose prompt was computed whole."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 @served
@@ -60,7 +54,7 @@ async def test_a_completion(api):
         "choices": [
             {"index": 0, "text": says("hello", 9), "logprobs": None, "finish_reason": "length"}
         ],
-        "usage": {"prompt_tokens": 5, "completion_tokens": 9, "total_tokens": 14},
+        "usage": used(5, 9),
     }
     whole = await api.complete(prompt="hello")
     assert whole["usage"]["completion_tokens"] == 16, "OpenAI's default"
@@ -102,7 +96,7 @@ async def test_a_stream_of_chat(api):
     assert text_in([*rest, last]) == says("u:hi|a:", 9)
     assert of(last)["finish_reason"] == "length"
     assert usage["choices"] == []
-    assert usage["usage"] == {"prompt_tokens": 7, "completion_tokens": 9, "total_tokens": 16}
+    assert usage["usage"] == used(7, 9)
     assert all(event["usage"] is None for event in [first, *rest, last])
     assert {event["object"] for event in [first, usage]} == {"chat.completion.chunk"}
 
@@ -202,6 +196,69 @@ async def test_logprobs_of_a_completion(api):
     assert [offset for each in shown for offset in each["text_offset"]] == [0, 1, 2]
 
 
+def scored(prompt: str, count: int) -> dict[str, Any]:
+    """What a completion is to tell of its prompt with `echo` and `logprobs`."""
+    logprobs = fakes.expected_prompt_logprobs(ids_of(prompt), count)
+    tokens = list(logprobs.tokens(ids_of(prompt)))
+    return {
+        "tokens": list(prompt),
+        "token_logprobs": [None, *(token.logprob for token in tokens)],
+        "top_logprobs": [
+            None,
+            *({TEXTS[id]: value for id, value in token.top} for token in tokens),
+        ],
+        "text_offset": list(range(len(prompt))),
+    }
+
+
+def with_more(shown: dict[str, Any], output: str) -> dict[str, Any]:
+    """The same, followed by that of these tokens, of which one alternative is told."""
+    at = len(shown["tokens"])
+    more = {
+        "tokens": list(output),
+        "token_logprobs": [-0.5] * len(output),
+        "top_logprobs": [{character: -0.5} for character in output],
+        "text_offset": list(range(at, at + len(output))),
+    }
+    return {name: values + more[name] for name, values in shown.items()}
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+def test_an_echo_with_logprobs_tells_those_of_the_prompt(colocated):
+    """As lm-eval asks for them; of a prompt of which an earlier one has left pages, too."""
+
+    async def main():
+        async with http_fakes.serving(fakes.altered(colocated=colocated)) as api:
+            prompts = ["long enough to fill a page or two, and more than a chunk", "ab"]
+            lists = [ids_of(prompt) for prompt in prompts]
+            await api.complete(prompt=lists[0])
+            asked = {"prompt": lists, "max_tokens": 1, "echo": True, "logprobs": 1, "n": 2}
+            choices = (await api.complete(**asked))["choices"]
+            assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+            for choice, prompt in zip(choices, [p for p in prompts for _ in range(2)], strict=True):
+                first = says(prompt, 1)
+                assert choice["text"] == prompt + first
+                assert choice["logprobs"] == with_more(scored(prompt, 1), first)
+            # Only what is said of the prompt.
+            answer = await api.complete(prompt="hello", max_tokens=0, echo=True, logprobs=3)
+            assert of(answer)["logprobs"] == scored("hello", 3)
+            assert answer["usage"]["completion_tokens"] == 0
+            await api.harness.assert_nothing_held()
+
+    asyncio.run(main())
+
+
+@served
+async def test_a_stream_begins_with_the_logprobs_of_its_prompt(api):
+    body = {"prompt": "hello", "max_tokens": 3, "echo": True, "logprobs": 1}
+    events = [of(event)["logprobs"] for event in await api.events(TEXT, body)]
+    whole = {name: [value for event in events for value in event[name]] for name in events[0]}
+    assert events[0] == scored("hello", 1)
+    assert whole == with_more(scored("hello", 1), says("hello", 3))
+    (one,) = (await api.complete(prompt="x", max_tokens=0, echo=True, logprobs=0))["choices"]
+    assert one["logprobs"]["token_logprobs"] == [None]
+
+
 @served
 async def test_logprobs_of_a_chat(api):
     answer = await api.chat("hi", max_tokens=2, logprobs=True, top_logprobs=1)
@@ -218,7 +275,7 @@ async def test_an_echo(api):
     assert of(answer)["text"] == "hello" + says("hello", 4)
     answer = await api.complete(prompt=[ids_of("hello")], max_tokens=0, echo=True)
     assert of(answer)["text"] == "hello"
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 0, "total_tokens": 5}
+    assert answer["usage"] == used(5, 0)
     assert text_in(await api.events(TEXT, {"prompt": "ab", "max_tokens": 4, "echo": True})) == (
         "ab" + says("ab", 4)
     )
@@ -263,58 +320,6 @@ async def test_models_tokens_and_the_like(api):
     assert (await api.post("/detokenize", {"tokens": ids_of("hi")})).json() == {"prompt": "hi"}
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_all_within_one_step(stream):
-    async def run(api):
-        _, engine = api.harness.engines
-        stepped, step = asyncio.Event(), engine.step
-        loop = asyncio.get_running_loop()
-
-        def told(work):
-            loop.call_soon_threadsafe(stepped.set)
-            return step(work)
-
-        engine.step = told
-        body = {"prompt": ["a", "b"], "max_tokens": 60, "n": 2, "stream": stream}
-        call = asyncio.ensure_future(api.post(TEXT, http_fakes.ASK | body))
-        await asyncio.wait_for(stepped.wait(), 30)
-        engine.gate.clear()  # the step under way is the last one that may touch the request
-        call.cancel()
-        await asyncio.wait_for(api.harness.router.drained(), 30)
-        before = engine.num_steps
-        engine.gate.set()
-        await api.harness.assert_nothing_held()
-        assert engine.num_steps <= before + 1
-
-    async def main():
-        async with http_fakes.serving() as api:
-            await run(api)
-
-    asyncio.run(main())
-
-
-def test_more_than_max_requests_are_told_when_to_retry():
-    async def main():
-        async with http_fakes.serving(fakes.altered(max_requests=2)) as api:
-            api.harness.engines[1].gate.clear()
-            body = http_fakes.ASK | {"prompt": "x", "max_tokens": 4}
-            first = asyncio.ensure_future(api.post(TEXT, body))
-            while not api.harness.router.num_streams:
-                await asyncio.sleep(0)
-            # Two choices, and room for one: the one that had begun is given up.
-            for more in ({"n": 2}, {"n": 2, "stream": True}):
-                answer = await api.post(TEXT, body | more)
-                assert answer.status_code == 429
-                assert int(answer.headers["retry-after"]) >= 1
-                assert float(answer.headers["retry-after-ms"]) >= 1
-                assert answer.json()["error"]["type"] == "rate_limit_error"
-                assert api.harness.router.num_streams == 1
-            api.harness.engines[1].gate.set()
-            assert of((await first).json())["text"] == says("x", 4)
-
-    asyncio.run(main())
-
-
 @served
 async def test_closed_it_says_so(api):
     gate = api.harness.server.gate
@@ -328,85 +333,12 @@ async def test_closed_it_says_so(api):
     assert (await api.client.get("/health")).status_code == 200
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_dead_engine_is_told_of(which):
-    async def main():
-        async with http_fakes.serving() as api:
-            api.harness.engines[which].fail = RuntimeError("the device is on fire")
-            body = http_fakes.ASK | {"prompt": "x", "max_tokens": 9, "stream": True}
-            answer = await api.post(TEXT, body)
-            if which == 0:  # before anything was written
-                assert answer.status_code == 503
-                error = answer.json()
-            else:
-                *_, event, rest = answer.text.split("\n\n")
-                error, done = json.loads(event.removeprefix("data: ")), rest
-                assert done == "", "what has failed is not DONE"
-            assert "on fire" in error["error"]["message"]
-            assert error["error"]["code"] == "service_unavailable"
-
-    asyncio.run(main())
-
-
 @served
 async def test_an_id_in_use_does_not_stand_in_the_way(api):
     headers = {"x-request-id": "same"}
     body = http_fakes.ASK | {"prompt": "x", "max_tokens": 4}
     answers = await asyncio.gather(*(api.post(TEXT, body, headers=headers) for _ in range(8)))
     assert {of(answer.json())["text"] for answer in answers} == {says("x", 4)}
-
-
-def test_a_drain_finishes_what_runs():
-    async def main():
-        async with http_fakes.serving() as api:
-            engine = api.harness.engines[1]
-            engine.gate.clear()
-            body = http_fakes.ASK | {"prompt": "hello", "max_tokens": 10, "stream": True}
-            async with api.client.stream("POST", TEXT, json=body) as answer:
-                drain = asyncio.ensure_future(api.harness.server.drain(30))
-                await asyncio.sleep(0)
-                assert (await api.client.get("/health")).status_code == 503
-                engine.gate.set()
-                text = (await answer.aread()).decode()
-            events = [json.loads(each[6:]) for each in text.split("\n\n")[:-2]]
-            assert text_in(events) == says("hello", 10)
-            assert await drain is True
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_waits_longer_than_a_drain_is_told(stream):
-    async def main():
-        async with http_fakes.serving() as api:
-            api.harness.engines[0].gate.clear()
-            body = http_fakes.ASK | {"prompt": "hello", "max_tokens": 10, "stream": stream}
-            call = asyncio.ensure_future(api.post(TEXT, body))
-            while not api.harness.router.num_streams:
-                await asyncio.sleep(0)
-            assert await api.harness.server.drain(0) is False
-            answer = await call
-            assert answer.status_code == 503
-            assert answer.json()["error"]["message"] == "the server has ended"
-            api.harness.engines[0].gate.set()
-            await api.harness.assert_nothing_held()
-
-    asyncio.run(main())
-
-
-def test_a_stream_that_outlasts_a_drain_is_cut_off():
-    async def main():
-        async with http_fakes.serving() as api:
-            api.harness.engines[1].gate.clear()
-            body = http_fakes.ASK | {"prompt": "hello", "max_tokens": 10, "stream": True}
-            async with api.client.stream("POST", TEXT, json=body) as answer:
-                assert await api.harness.server.drain(0) is False
-                with pytest.raises(httpx2.TransportError):
-                    await answer.aread()
-            api.harness.engines[1].gate.set()
-            await api.harness.assert_nothing_held()
-
-    asyncio.run(main())
 
 
 def test_cors_is_off_unless_asked_for():

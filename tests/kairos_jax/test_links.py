@@ -14,6 +14,7 @@ from kairos_jax.channels import Wire
 from kairos_jax.messages import Died
 from kairos_jax.role_server import Options
 from kairos_jax.transfer import LocalTransport
+from models.sampling import SamplingParams
 from schedulers.core import Role
 
 
@@ -87,6 +88,19 @@ def test_two_routers_share_two_workers_of_each_role():
                 await cluster.idle(node)
             assert transport.num_offers == 0
             await two.links.close()
+
+    run(main)
+
+
+def test_logprobs_of_a_prompt_come_with_its_first_token_alone():
+    async def main():
+        async with cluster.running() as (_, front, _):
+            prompt, how = list(range(3, 60)), SamplingParams(prompt_logprobs=2)
+            expected = fakes.expected_prompt_logprobs(prompt, 2)
+            for _ in range(2):  # the second time, of a prompt that may be cached
+                stream = front.submit(prompt, 3, sampling=how)
+                told = [output.token.prompt async for output in stream]
+                assert told == [expected, None, None]
 
     run(main)
 

@@ -290,8 +290,11 @@ def test_it_is_told_in_the_form_that_is_asked_for():
     metrics = Metrics("a model")
     text, content_type = metrics.render(OPENMETRICS)
     assert content_type.startswith("application/openmetrics-text")
-    names = {family.name for family in openmetrics_families(text.decode())}
+    families = list(openmetrics_families(text.decode()))
+    names = {family.name for family in families}
     assert {"kairos_requests", "vllm:time_to_first_token_seconds"} <= names
+    samples = {sample.name for family in families for sample in family.samples}
+    assert "vllm:inter_token_latency_seconds_bucket" in samples
 
 
 @served

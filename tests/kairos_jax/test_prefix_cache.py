@@ -3,10 +3,12 @@
 import asyncio
 import math
 import random
+import re
 import threading
 import time
 
 import fakes
+import http_fakes
 import pytest
 
 from kairos_jax.messages import Submit
@@ -50,6 +52,23 @@ def test_the_last_message_tells_how_much_was_cached(colocated):
         await server.assert_nothing_held()
 
     check()
+
+
+def test_http_and_metrics_tell_it_too():
+    """Of several choices, it is told of the prompt that they share."""
+
+    async def check():
+        async with http_fakes.serving() as api:
+            found = []
+            for prompt, count in ((PREFIX, 1), ([*PREFIX, 7], 2), ([PREFIX, [*PREFIX, 8, 9]], 1)):
+                answer = await api.complete(prompt=prompt, n=count, max_tokens=3)
+                found.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+            assert found == [0, 40, 32 + 40]
+            text = api.harness.router.metrics.render()[0].decode()
+            (value,) = re.findall(r"\nkairos_cached_prompt_tokens_total\{.*\} (\S+)", text)
+            assert float(value) == 2 * 40 + 32 + 40
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize("colocated", [False, True])

@@ -24,6 +24,14 @@ def test_all_that_was_noted_is_in_the_file_at_the_end(tmp_path):
     assert '"cancel"' in (tmp_path / "journal.jsonl").read_text()
 
 
+def test_who_watches_is_told_it_too(tmp_path):
+    told = []
+    with recording(tmp_path / "journal.jsonl", told.extend) as journal:
+        note_one(journal)
+    assert [verb for _, verb, *_ in told] == ["instance", "cancel"]
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_cuts_the_record_off_and_disturbs_nothing_else(caplog):
     with recording(Path("/dev/full")) as journal:

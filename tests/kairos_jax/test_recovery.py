@@ -9,7 +9,7 @@ import pytest
 from fleet import COST, PROMPT, asked, in_loop
 
 from kairos_jax import streams
-from kairos_jax.engine import Token
+from kairos_jax.calls import Token
 from kairos_jax.messages import (
     Cancel,
     Died,
@@ -100,7 +100,8 @@ async def test_a_request_without_tokens_is_submitted_elsewhere_as_it_was():
 async def test_a_stream_goes_on_with_its_tokens_as_a_part_of_the_prompt():
     played = Played("p0", "d0")
     sampling = SamplingParams(temperature=1.0, seed=7)
-    stream = played.router.submit(asked(sampling=sampling, stop=frozenset({5})))
+    whole = replace(sampling, prompt_logprobs=1)  # which come with the first token
+    stream = played.router.submit(asked(sampling=whole, stop=frozenset({5})))
     handed = await played.prefilled(11)
     assert played.posts["p0"] == []
     played.now = 2.0

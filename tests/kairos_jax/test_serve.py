@@ -89,7 +89,8 @@ def test_a_server_answers_refuses_and_drains(environment, profile):
         done = run(environment, "serve", CONFIG, MODEL, f"--port={port}")
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1] == (
-            f"error: cannot listen on 127.0.0.1:{port}; is the port in use?"
+            f"error: --host=127.0.0.1 --port={port}: cannot listen on 127.0.0.1:{port}: "
+            "Address already in use"
         )
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -104,14 +105,15 @@ def test_ctrl_c_drains_too(environment, profile):
 
 
 @pytest.mark.slow
-def test_an_orbax_checkpoint_serves_on_another_mesh(environment, profile, tmp_path):
+def test_an_orbax_checkpoint_serves_on_other_meshes(environment, profile, tmp_path):
+    """Two that prefill with packed weights, and a mesh with copies of kv heads for decode."""
     done = run(environment, "convert", "--source=tests/golden/llama", f"--output={tmp_path}/c")
     assert done.returncode == 0, done.stderr
     flags, expected = golden_case(1)
     meshes = (
+        "--config.kernels=auto",
         "--config.prefill.instances=2",
-        "--config.prefill.devices=2",
-        "--config.decode.devices=3",
+        "--config.decode.devices=8",
     )
     with server(environment, CONFIG, f"--model={tmp_path}/c", profile, *meshes) as (_, address):
         assert json.loads(ask(environment, address, *flags).stdout)["token_ids"] == expected
@@ -234,7 +236,7 @@ def test_a_health_port_in_use_is_one_line_and_code_2(environment, binary):
         done = run(environment, binary, *options)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1] == (
-        f"error: --health_port={port}: cannot listen on 127.0.0.1:{port}; is the port in use?"
+        f"error: --health_port={port}: cannot listen on 127.0.0.1:{port}: Address already in use"
     )
     assert "Traceback" not in done.stderr
 

@@ -9,6 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from kairos_jax import service
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.service import SERVICE
 from schedulers import decode, prefill
@@ -65,9 +66,31 @@ async def test_logprobs_come_with_each_token(harness):
     request.sampling.logprobs = 1
     answer = [response async for response in harness.stub.Generate(request, timeout=30)]
     for response in answer:
-        (logprobs,) = response.logprobs
-        assert logprobs.token_id == logprobs.top[0].token_id == response.token_ids[0]
-        assert logprobs.logprob == -0.5
+        for id, logprobs in zip(response.token_ids, response.logprobs, strict=True):
+            assert logprobs.token_id == logprobs.top[0].token_id == id
+            assert logprobs.logprob == -0.5
+
+
+@served
+async def test_logprobs_of_a_prompt_come_before_its_first_token(harness):
+    prompt = list(range(3, 60))
+    request = fakes.ask(prompt, 3)
+    request.sampling.prompt_logprobs = 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service, "_PROMPT_PART", 20)
+        answer = [response async for response in harness.stub.Generate(request, timeout=30)]
+    parts = [part for part in answer if part.prompt_logprobs]
+    assert answer[: len(parts)] == parts
+    assert [len(part.prompt_logprobs) for part in parts] == [20, 20, 16]
+    assert not any(part.token_ids for part in parts)
+    told = [entry for part in parts for entry in part.prompt_logprobs]
+    expected = list(fakes.expected_prompt_logprobs(prompt, 2).tokens(prompt))
+    for entry, token in zip(told, expected, strict=True):
+        top = tuple((each.token_id, each.logprob) for each in entry.top)
+        assert (entry.token_id, entry.logprob, top) == token[:3]
+    assert ids(answer) == fakes.expected_tokens(prompt, 3)
+    assert not any(part.prompt_logprobs for part in await harness.generate([5], 2))
+    await harness.assert_nothing_held()
 
 
 @served

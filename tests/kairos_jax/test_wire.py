@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kairos_jax import wire
-from kairos_jax.engine import Token
+from kairos_jax.calls import PromptLogprobs, Token
 from kairos_jax.messages import (
     Cancel,
     Died,
@@ -28,6 +28,7 @@ from kairos_jax.messages import (
     Submit,
 )
 from kairos_jax.rpc import internal_pb2 as pb
+from kairos_jax.status import Status
 from kairos_jax.transfer import Ticket
 from models.sampling import SamplingParams
 from schedulers.core import Limits, Role
@@ -48,6 +49,7 @@ samplings = st.none() | st.builds(
     min_p=seconds,
     seed=st.integers(0, 2**32 - 1),
     logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs=st.none() | st.integers(0, 20),
 )
 requests = st.builds(
     Request,
@@ -64,6 +66,7 @@ tickets = st.builds(
     Ticket, request_id=ids, num_tokens=tokens, uuid=st.integers(0, 2**64 - 1), address=ids
 )
 logprobs = st.floats(-100, 0)
+singles = st.lists(st.floats(-100, 0, width=32), max_size=3).map(tuple)
 outputs = st.builds(
     Output,
     id=ids,
@@ -72,6 +75,8 @@ outputs = st.builds(
         id=tokens,
         logprob=st.none() | logprobs,
         top=st.lists(st.tuples(tokens, logprobs), max_size=3).map(tuple),
+        prompt=st.none()
+        | st.builds(PromptLogprobs, singles, st.lists(tokens, max_size=3).map(tuple), singles),
     ),
     begun_at=times,
     at=times,
@@ -79,10 +84,11 @@ outputs = st.builds(
     ticket=st.none() | tickets,
     cached=tokens,
 )
+traces = st.dictionaries(st.sampled_from(["traceparent", "tracestate"]), st.just("x"))
 messages = st.one_of(
-    st.builds(Submit, requests),
-    st.builds(Handover, requests, st.lists(tokens, max_size=4).map(tuple), times, tickets),
-    st.builds(Prefetch, tickets),
+    st.builds(Submit, requests, traces),
+    st.builds(Handover, requests, st.lists(tokens, max_size=4).map(tuple), times, tickets, traces),
+    st.builds(Prefetch, tickets, st.lists(tokens, max_size=4).map(tuple)),
     st.builds(Release, ids),
     st.builds(Cancel, ids),
 )
@@ -98,7 +104,7 @@ def test_a_message_arrives_as_it_was_sent(message, now):
     got = wire.decode_message(sent, now + SKEW)
     match message:
         case Submit(request):
-            message = Submit(later(request))
+            message = replace(message, request=later(request))
         case Handover(request, _, at):
             message = replace(message, request=later(request), first_token_at=at + SKEW)
     assert got == message
@@ -161,6 +167,12 @@ def test_a_welcome_arrives_as_it_was_sent():
         prefix_cache=True,
     )
     assert wire.decode_welcome(wire.encode_welcome(welcome)) == welcome
+
+
+def test_what_an_instance_holds_arrives_with_the_answer_to_a_ping():
+    status = Status(1, 2, 3, 4, 5, 6.5, math.inf, 7, 8.5, 9.5, 10, ("a", "b"))
+    assert wire.decode_pong(wire.encode_pong(status).pong) == status
+    assert wire.decode_pong(pb.Pong()) is None
 
 
 def test_what_is_no_message_is_refused():

@@ -48,12 +48,12 @@ class Transport(LocalTransport):
         super().__init__()
         self.begun, self.arrived = threading.Semaphore(0), threading.Semaphore(0)
 
-    def fetch(self, ticket, sharding, done):
+    def fetch(self, ticket, sharding, done, first=0):
         def tell(kv):
             done(kv)
             self.arrived.release()
 
-        super().fetch(ticket, sharding, tell)
+        super().fetch(ticket, sharding, tell, first)
         self.begun.release()
 
 
@@ -79,7 +79,7 @@ class Pair:
         seq = self.prefill.instance.parked[id]
         handover = Handover(seq.request, (output.token.id,), output.at, output.ticket)
         if ahead:
-            self.decode.post(Prefetch(output.ticket))
+            self.decode.post(Prefetch(output.ticket, seq.request.prompt))
         self.decode.post(handover)
         return output.ticket
 
@@ -169,7 +169,7 @@ def test_what_is_on_offer_of_a_prompt_counts_as_parked_from_its_first_chunk(pair
     pair.transport.extend = watched
     pair.prefill.post(Submit(Request("long", 0.0, [1] * 100, 4, Slo(30.0, 30.0))))
     pair.next_output("long")
-    assert seen == [(4, 100), (4, 100), (4, 100), (1, 100)], "pages of 8 tokens"
+    assert seen == [(1, 100)] * 4, "blocks of 32 tokens"
 
 
 def test_cancelled_in_a_step_it_is_forgotten_after_it(pair):
@@ -186,6 +186,25 @@ def test_cancelled_in_a_step_it_is_forgotten_after_it(pair):
     pair.next_output("next")
     assert "gone" not in pair.decode.instance.running
     assert pair.next_output("next").finish_reason == "length"
+
+
+def test_what_a_step_gave_is_told_when_the_next_has_begun(pair):
+    done, emit, start = [], pair.decode.emit, pair.engines[1].start
+
+    def told(event):
+        if isinstance(event, Stepped):
+            done.append("told")
+        emit(event)
+
+    def started(work):
+        done.append("started")
+        return start(work)
+
+    pair.decode.emit, pair.engines[1].start = told, started
+    pair.hand_over("long", 4)
+    while pair.next_output("long").finish_reason is None:
+        pass
+    assert done == ["started", "started", "told", "started", "told", "told"]
 
 
 def test_kv_that_arrives_in_a_step_is_written_after_it(pair):

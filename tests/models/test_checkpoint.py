@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from models.checkpoint import layout, open_checkpoint, save_orbax
+from models.checkpoint import layout, open_checkpoint, save_hugging_face, save_orbax
 from models.sharding import Rules, make_mesh
 
 
@@ -169,6 +170,27 @@ def test_stop_tokens_of_the_generation_config_win(copy):
     directory, _ = copy
     (directory / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert open_checkpoint(directory).config.eos_token_ids == (5, 6)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_is_written_is_what_was_read(golden, tmp_path, family):
+    source = open_checkpoint(golden / family)
+    save_hugging_face(tmp_path, source.config, load(golden / family, 2))
+    assert open_checkpoint(tmp_path).config == source.config
+    tensors = load_file(golden / family / "model.safetensors")
+    expected = {name: value.astype(np.float32) for name, value in tensors.items()}
+    assert_equal(load_file(tmp_path / "model.safetensors"), expected)
+    with pytest.raises(ValueError, match="holds weights already"):
+        save_hugging_face(tmp_path, source.config, {})
+
+
+def test_weights_are_written_in_their_dtype(tiny_llama, tmp_path):
+    half = load(tiny_llama, 1, jnp.bfloat16)
+    save_hugging_face(tmp_path, open_checkpoint(tiny_llama).config, half)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        assert file.get_slice("model.norm.weight").get_dtype() == "BF16"
+    assert_equal(load(tmp_path, 1, jnp.bfloat16), half)
 
 
 # GGUF

@@ -1,5 +1,7 @@
 """Every layout of the pool: what goes in comes out, through the wire and into any other."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,10 +17,14 @@ LAYOUTS = {kernels.layout: name for name, kernels in KERNELS.items() if name != 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUTS.values())
 
 
-def filled(layout, num_pages, wire):
+def filled(layout, num_pages, wire, config=CONFIG):
     """A pool with these tokens on its first pages."""
-    cache = kv_cache.allocate(CONFIG, layout, num_pages, PAGE, wire.dtype)
+    cache = kv_cache.allocate(config, layout, num_pages, PAGE, wire.dtype)
     return kv_cache.write_pages(layout, cache, jnp.arange(wire.shape[1] // PAGE), wire)
+
+
+def copied(times):
+    return dataclasses.replace(CONFIG, num_heads=KV * times, num_kv_heads=KV * times)
 
 
 def random_wire(pages, dtype=np.float32):
@@ -33,12 +39,14 @@ def test_the_layouts_differ():
 @pytest.mark.parametrize("source", LAYOUTS, ids=LAYOUTS.values())
 @pytest.mark.parametrize("target", LAYOUTS, ids=LAYOUTS.values())
 def test_pages_survive_the_wire_into_other_pages(source, target):
-    sent = random_wire(6, jnp.bfloat16)
-    read = kv_cache.read_pages(CONFIG, source, filled(source, 6, sent), np.array([4, 1, 0, 0]))
+    """From a pool that has each head twice into one that has it three times."""
+    sent, (twice, thrice) = random_wire(6, jnp.bfloat16), map(copied, (2, 3))
+    pool = filled(source, 6, sent, twice)
+    read = kv_cache.read_pages(CONFIG, source, pool, np.array([4, 1, 0, 0]))
     assert read.shape == (LAYERS, 4 * PAGE, KV, 2, HEAD)
     # The wire is token-major: token 3 of page 1 is token 16 + 3 of what was read.
     np.testing.assert_array_equal(read[:, PAGE + 3], sent[:, PAGE + 3])
-    empty = kv_cache.allocate(CONFIG, target, 9, PAGE, jnp.bfloat16)
+    empty = kv_cache.allocate(thrice, target, 9, PAGE, jnp.bfloat16)
     written = kv_cache.write_pages(target, empty, np.array([7, 2, 9, 9]), read)
     back = kv_cache.read_pages(CONFIG, target, written, np.arange(9))
     back = np.asarray(back).reshape(LAYERS, 9, PAGE, KV, 2, HEAD)

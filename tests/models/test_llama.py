@@ -10,22 +10,19 @@ import pytest
 
 from models.checkpoint import open_checkpoint
 from models.kv_cache import StepInput, allocate
-from models.llama import forward
+from models.llama import forward, pack, pack_config
 from models.ops import KERNELS, on_mesh
 from models.sharding import Rules, make_mesh
 
 PAGE, PAGES = 16, 8  # tokens a page, pages a sequence
+RULES = Rules()
 
 step_fn = jax.jit(forward, static_argnums=(0, 4), donate_argnums=2)
 
 
-def load(directory, num_devices, dtype=jnp.float32, name="reference"):
+def load(directory, num_devices, dtype=jnp.float32, name="reference", rules=RULES):
     """(one step, empty cache for R sequences): the model on so many devices."""
-    checkpoint = open_checkpoint(directory)
-    mesh, rules, config = make_mesh(jax.devices()[:num_devices]), Rules(), checkpoint.config
-    params = checkpoint.load(mesh, rules, dtype)
-    kernels = on_mesh(KERNELS[name], config, mesh, rules)
-    sharding = kernels.layout.shardings(config, mesh, rules)
+    config, params, kernels, sharding = on_devices(directory, num_devices, dtype, name, rules)
 
     def run(cache, tokens, start, count):
         rows = len(tokens)
@@ -34,6 +31,17 @@ def load(directory, num_devices, dtype=jnp.float32, name="reference"):
         return step_fn(config, params, cache, step, kernels)
 
     return run, lambda rows: allocate(config, kernels.layout, rows * PAGES, PAGE, dtype, sharding)
+
+
+def on_devices(directory, num_devices, dtype, name, rules=RULES):
+    """The config, weights, kernels, and shardings of a layer's cache, as `forward` takes them."""
+    checkpoint, kernels = open_checkpoint(directory), KERNELS[name]
+    mesh = make_mesh(jax.devices()[:num_devices])
+    params = checkpoint.load(mesh, rules, dtype)
+    params = pack(checkpoint.config, params, kernels, mesh, rules)
+    config = pack_config(checkpoint.config, kernels, mesh, rules)
+    sharding = kernels.layout.shardings(config, mesh, rules)
+    return config, params, on_mesh(kernels, config, mesh, rules), sharding
 
 
 def padded(prompts):
@@ -98,13 +106,21 @@ def test_rows_of_padding_change_nothing(tiny_llama, whole):
     assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("num_devices", [3, 4, 6])
-def test_tensor_parallel_gives_the_same_logits(tiny_llama, whole, num_devices):
+@pytest.mark.parametrize(
+    ("num_devices", "rules", "kv_heads"),
+    [
+        (3, RULES, 4),
+        (4, RULES, 3),
+        (8, RULES, 3),  # of 24, which are two copies of each
+        (5, Rules(vocab=None, heads=None, kv_heads=None, mlp=None), 12),
+    ],
+)
+def test_tensor_parallel_gives_the_same_logits(tiny_llama, whole, num_devices, rules, kv_heads):
     prompt, expected = whole
-    run, empty = load(tiny_llama, num_devices)
+    run, empty = load(tiny_llama, num_devices, rules=rules)
     logits, cache = run(empty(1), [prompt], [0], [len(prompt)])
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-    assert cache[0].k.sharding.shard_shape(cache[0].k.shape)[1] == 12 // num_devices
+    assert cache[0].k.sharding.shard_shape(cache[0].k.shape)[1] == kv_heads
 
 
 def test_bfloat16_gives_f32_logits_that_are_near(tiny_llama, whole):
@@ -118,13 +134,9 @@ def test_bfloat16_gives_f32_logits_that_are_near(tiny_llama, whole):
 
 
 @pytest.mark.parametrize("name", ["reference", "gpu"])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 8])
 def test_devices_need_two_all_reduces_a_layer_and_one_to_embed(tiny_llama, count, name):
-    checkpoint = open_checkpoint(tiny_llama)
-    mesh, rules, config = make_mesh(jax.devices()[:count]), Rules(), checkpoint.config
-    params = checkpoint.load(mesh, rules, jnp.float32)
-    kernels = on_mesh(KERNELS[name], config, mesh, rules)
-    sharding = kernels.layout.shardings(config, mesh, rules)
+    config, params, kernels, sharding = on_devices(tiny_llama, count, jnp.float32, name)
     cache = allocate(config, kernels.layout, 8, PAGE, jnp.float32, sharding)
     step = StepInput(*(jnp.zeros(s, jnp.int32) for s in ((4, 1), (4,), (4,), (4, 2))))
     text = step_fn.lower(config, params, cache, step, kernels).compile().as_text()

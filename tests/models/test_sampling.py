@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -53,6 +55,25 @@ def test_frequencies_follow_the_softmax():
     tokens = sample(rows, temperature=1.0, seed=3, position=np.arange(20_000)).token
     counts = np.bincount(tokens, minlength=4) / 20_000
     np.testing.assert_allclose(counts, probabilities, atol=0.015)
+
+
+def test_given_tokens_are_scored_row_by_row():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(3, 4, 8)).astype(np.float32)
+    head = rng.normal(size=(8, VOCAB)).astype(np.float32)
+    targets = rng.integers(0, VOCAB, (3, 4)).astype(np.int32)
+    targets[0], targets[2, 1:] = -1, -1
+    packed = np.asarray(
+        jax.jit(functools.partial(sampling.score, lambda x: x @ head))(hidden, targets)
+    )
+    assert not packed[0].any(), "nothing is wanted of it"
+    expected = np.asarray(jax.nn.log_softmax(hidden @ head))
+    for row, count in ((1, 4), (2, 1)):
+        got, logprobs = sampling.unpack(packed[row, :count]), expected[row, :count]
+        np.testing.assert_array_equal(got.token, targets[row, :count])
+        chosen = logprobs[np.arange(count), targets[row, :count]]
+        np.testing.assert_allclose(got.logprob, chosen, rtol=1e-5)
+        np.testing.assert_allclose(got.top_logprobs, -np.sort(-logprobs)[:, :20], rtol=1e-5)
 
 
 def test_filters_keep_what_they_should():

@@ -23,9 +23,7 @@ def test_the_default_is_tensor_parallel():
     rules = Rules()
     assert rules.spec(("vocab", "embed")) == PartitionSpec("tensor", None)
     assert rules.spec(("embed", "heads", "head_dim")) == PartitionSpec(None, "tensor", None)
-    assert rules.spec(("pages", "kv_heads", None, None)) == PartitionSpec(
-        None, "tensor", None, None
-    )
+    assert rules.spec((None, "kv_heads", None)) == PartitionSpec(None, "tensor", None)
 
 
 def test_a_clash_is_refused():
@@ -52,11 +50,23 @@ def test_a_dimension_that_does_not_divide_is_named():
     mesh = make_mesh(jax.devices()[:4])
     message = r"kv_heads of size 2 cannot be split evenly over the 4 devices of mesh axis 'tensor'"
     with pytest.raises(ValueError, match=message):
-        Rules().sharding(mesh, ("pages", "kv_heads"), (5, 2))
-    with pytest.raises(ValueError, match=r"weight 'layers\.0\.attention\.k': kv_heads of size 2"):
-        abstract_params(CONFIG, jnp.float32, mesh, Rules(heads=None))
+        Rules().sharding(mesh, (None, "kv_heads"), (5, 2))
+    with pytest.raises(ValueError, match=r"weight 'layers\.0\.attention\.o': heads of size 6"):
+        abstract_params(CONFIG, jnp.float32, mesh, Rules())
     with pytest.raises(ValueError, match="not 'data' for 'embed'"):
         Rules(embed="data").sharding(mesh, ("embed",), (8,))
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "count", "copies"),
+    [(2, 1, 1), (2, 2, 1), (8, 4, 1), (2, 4, 2), (3, 2, 2), (3, 6, 2), (6, 4, 2), (1, 8, 8)],
+)
+def test_kv_heads_are_there_as_often_as_it_takes_to_split_them(kv_heads, count, copies):
+    mesh = make_mesh(jax.devices()[:count])
+    assert Rules().kv_copies(mesh, kv_heads) == copies
+    assert Rules(kv_heads=None).kv_copies(mesh, kv_heads) == 1
+    whole = Rules().without_copies(mesh, kv_heads).kv_heads is None
+    assert whole == (copies > 1)
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -11,7 +11,7 @@ from schedulers import decode
 from schedulers.core import Batch, Instance, Limits, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
 from schedulers.pages import OutOfPages, PageTable
-from schedulers.request import Request, Slo
+from schedulers.request import Request, Seq, Slo
 
 COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(0, 0.01, 0), TransferCost(0, 1), 1000)
 LIMITS = Limits(max_batch=8, max_chunk=16, max_context=12, page_size=2, num_pages=12)
@@ -39,6 +39,19 @@ def prefill(instance: Instance, id: str, prompt: Sequence[int]) -> list[int]:
     instance.cancel(id)
     instance.check()
     return pages
+
+
+def hand_over(instance: Instance, id: str, prompt: Sequence[int]) -> Seq:
+    """A prompt comes to be decoded here, and its KV is asked for."""
+    seq = instance.add(request(id, prompt), 1, 0.0)
+    instance.begin(Batch(fetch=(id,)), 0.0)
+    instance.check()
+    return seq
+
+
+def arrive(instance: Instance, id: str) -> None:
+    instance.fetched(id)
+    instance.check()
 
 
 def cached(instance: Instance, prompt: Sequence[int]) -> int:
@@ -279,16 +292,65 @@ def test_an_eviction_frees_no_page_that_another_holds(name):
     assert sum(len(seq.pages) for seq in instance.running.values()) == 4
 
 
-def test_nothing_is_shared_without_keys_or_with_a_decode_instance():
+def test_nothing_is_shared_without_keys():
     instance = Instance("p", Role.PREFILL, LIMITS)
     prefill(instance, "a", [1, 2, 3, 4, 5])
-    assert instance.add(Request("b", 0.0, [1, 2, 3, 4, 5], 9, Slo(1.0, 0.5))).computed == 0
+    plain = Request("b", 0.0, [1, 2, 3, 4, 5], 9, Slo(1.0, 0.5))
+    assert instance.add(plain).computed == 0
     decode = Instance("d", Role.DECODE, LIMITS)
-    for id in ("a", "b"):
-        decode.add(request(id, [1, 2, 3, 4, 5]), 1, 0.0)
-    decode.begin(Batch(fetch=("a", "b")), 0.0)
-    assert decode.pages.num_free == 12 - 6
-    assert decode.pages.num_cached == 0
+    hand_over(decode, "a", [1, 2, 3, 4, 5])
+    arrive(decode, "a")
+    seq = decode.add(plain, 1, 0.0)
+    decode.begin(Batch(fetch=("b",)), 0.0)
+    assert (seq.cached, decode.pages.num_free) == (0, 12 - 6)
+
+
+@pytest.mark.parametrize("prompt", [[1, 2, 3, 4], [1, 2, 3, 4, 9, 9, 9]])
+def test_of_a_prompt_that_is_fetched_the_whole_pages_of_earlier_ones_are_here(prompt):
+    """The last as well, if it is whole: nothing of it is to be computed."""
+    instance = Instance("d", Role.DECODE, LIMITS)
+    first = hand_over(instance, "a", [1, 2, 3, 4, 5])
+    assert (first.cached, instance.pages.num_cached) == (0, 0)
+    arrive(instance, "a")
+    assert (first.cached, instance.pages.num_cached) == (0, 2)
+    run(instance, {"a": 1})
+    pages = first.pages[:2]
+    free = instance.pages.num_free
+    seq = hand_over(instance, "b", prompt)
+    assert (seq.cached, seq.pages[:2]) == (4, pages)
+    assert free - instance.pages.num_free == instance.limits.pages_for(seq.length) - 2
+    instance.cancel("a")
+    arrive(instance, "b")
+    run(instance, {"b": 1})
+    assert seq.pages[:2] == pages
+    instance.cancel("b")
+    assert instance.pages.num_free == LIMITS.num_pages
+
+
+def test_two_that_fetch_the_same_at_once_end_up_with_one_copy():
+    instance = Instance("d", Role.DECODE, LIMITS)
+    a, b = (hand_over(instance, id, [1, 2, 3, 4, 5]) for id in "ab")
+    assert b.cached == 0, "the pages of the other have not been written yet"
+    assert instance.pages.num_free == 12 - 6
+    arrive(instance, "b")
+    arrive(instance, "a")
+    assert a.pages[:2] == b.pages[:2]
+    assert instance.pages.num_free == 12 - 4
+
+
+def test_what_was_evicted_finds_its_beginning_again_while_it_lasts():
+    instance = Instance("d", Role.DECODE, LIMITS)
+    seq = hand_over(instance, "a", [1, 2, 3, 4, 5])
+    arrive(instance, "a")
+    run(instance, {"a": 1})
+    for others, expected in ((0, 4), (11, 2), (12, 0)):
+        instance.begin(Batch(evict=("a",)), 1.0)
+        assert instance.pages.num_free == 12
+        instance.pages.free(instance.pages.alloc(others))
+        instance.begin(Batch(fetch=("a",)), 1.0)
+        assert seq.cached == expected
+        arrive(instance, "a")
+        run(instance, {"a": 1})
 
 
 def test_a_full_table_refuses_and_changes_nothing():

@@ -130,9 +130,9 @@ class Front:
     async def ask(self, prompt: list[int], max_tokens: int) -> list[int]:
         return await read(self.submit(prompt, max_tokens))
 
-    def submit(self, prompt: list[int], max_tokens: int) -> Stream:
-        slo = fakes.CONFIG.default_slo
-        return self.router.submit(Request("", time.monotonic(), prompt, max_tokens, slo))
+    def submit(self, prompt: list[int], max_tokens: int, **fields) -> Stream:
+        slo, now = fakes.CONFIG.default_slo, time.monotonic()
+        return self.router.submit(Request("", now, prompt, max_tokens, slo, **fields))
 
 
 async def read(stream: Stream) -> list[int]:

@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 import grpc
+import numpy as np
 
+from kairos_jax.calls import PromptLogprobs, Token, wants_prompt_logprobs
 from kairos_jax.config import DecodeConfig, PrefillConfig, ServerConfig, SloConfig
 from kairos_jax.edge import Edge
-from kairos_jax.engine import JaxEngine, Token
+from kairos_jax.engine import BLOCK_PAGES, JaxEngine
 from kairos_jax.http_server import HttpOptions
 from kairos_jax.instances import build_workers
 from kairos_jax.rpc import kairos_pb2 as pb
@@ -23,12 +25,14 @@ from kairos_jax.streams import Router
 from kairos_jax.tokenizer import Tokenizer
 from kairos_jax.transfer import LocalTransport
 from kairos_jax.worker import Worker
+from models.sharding import Rules
 from schedulers.core import Limits
 from schedulers.cost import CostModel
 from schedulers.journal import Journal
 from schedulers.request import Request
 
 VOCAB = 97
+NONE = -1  # where no token's KV is
 PROFILE = {
     "prefill": {"base_s": 1e-4, "per_token_s": 1e-6, "per_token_sq_s": 0.0},
     "decode": {"base_s": 1e-4, "per_seq_s": 1e-6, "per_context_token_s": 0.0},
@@ -39,6 +43,7 @@ CONFIG = ServerConfig(
     model="fake",
     dtype="float32",
     kernels="cpu",
+    rules=Rules(),
     max_context=128,
     max_tokens=64,
     max_requests=64,
@@ -56,7 +61,14 @@ CONFIG = ServerConfig(
         pack=math.inf,
         prefix_cache=True,
     ),
-    decode=DecodeConfig(instances=1, devices=1, policy="kairos_plus", kv_tokens=1024, max_batch=8),
+    decode=DecodeConfig(
+        instances=1,
+        devices=1,
+        policy="kairos_plus",
+        kv_tokens=1024,
+        max_batch=8,
+        prefix_cache=True,
+    ),
     slo=SloConfig(ttft=30.0, tpot=30.0),
 )
 
@@ -76,6 +88,19 @@ def expected_tokens(prompt: Sequence[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+def expected_prompt_logprobs(prompt: Sequence[int], count: int) -> PromptLogprobs:
+    """What a fake engine tells of a prompt: each token by its id, and the ids after what it would
+    have sampled in its place.
+    """
+    top = [
+        (next_token(prompt[:at]) + nth) % VOCAB
+        for at in range(1, len(prompt))
+        for nth in range(count)
+    ]
+    values = [-0.25 * (1 + nth) for _ in prompt[1:] for nth in range(count)]
+    return PromptLogprobs(tuple(-id / 4 for id in prompt[1:]), tuple(top), tuple(values))
+
+
 class FakeEngine:
     """Keeps token ids where an engine keeps KV, and samples from what it finds there.
 
@@ -87,11 +112,14 @@ class FakeEngine:
 
     def __init__(self, limits: Limits):
         self.limits, self.page_size = limits, limits.page_size
-        self.pool: dict[int, list[int | None]] = {}
+        self.pool: dict[int, list[int]] = {}
         self.gate = threading.Event()
         self.gate.set()
         self.fail: BaseException | None = None
         self.num_steps = self.num_reads = 0
+
+    def start(self, work):
+        return lambda: self.step(work)
 
     def step(self, work):
         assert self.gate.wait(30)
@@ -102,38 +130,55 @@ class FakeEngine:
         for seq, count in work:
             for position in range(seq.computed, seq.computed + count):
                 page = self.pool.setdefault(
-                    seq.pages[position // self.page_size], [None] * self.page_size
+                    seq.pages[position // self.page_size], [NONE] * self.page_size
                 )
                 (page[position % self.page_size],) = seq.token_ids(position, position + 1)
             if seq.computed + count == seq.length:
                 slots = [id for page in seq.pages for id in self.pool.get(page, [])]
                 context = slots[: seq.length]
-                assert None not in context, "the KV of a token is missing"
-                id = next_token(context)  # type: ignore[arg-type]
-                tokens[seq.request.id] = Token(id, -0.5, ((id, -0.5),))
+                assert NONE not in context, "the KV of a token is missing"
+                id = next_token(context)
+                told = self._of_prompt(seq) if seq.length == len(seq.request.prompt) else None
+                tokens[seq.request.id] = Token(id, -0.5, ((id, -0.5),), told)
         return tokens
+
+    def _of_prompt(self, seq):
+        request = seq.request
+        if not wants_prompt_logprobs(request):
+            return None
+        assert not seq.cached, "there are no logits of what was not computed"
+        return expected_prompt_logprobs(request.prompt, request.sampling.prompt_logprobs)
 
     def read_pages(self, pages):
         self.num_reads += 1
-        return [list(self.pool[page]) for page in pages]
+        empty = [NONE] * self.page_size
+        rows = [self.pool[page] for page in pages] + [empty] * (-len(pages) % BLOCK_PAGES)
+        return list(np.array(rows, np.int32).reshape(-1, BLOCK_PAGES, self.page_size))
 
     def write_pages(self, pages, kv):
-        self.pool |= {page: list(slots) for page, slots in zip(pages, kv, strict=True)}
+        assert len(kv) == -(-len(pages) // BLOCK_PAGES)
+        rows = (row for block in kv for row in block.tolist())
+        written = zip(pages, rows, strict=False)  # the last block is padded
+        self.pool |= {page: row for page, row in written if page < self.limits.num_pages}
 
 
 async def serve(
-    engines: Sequence[JaxEngine], requests: Sequence[Request], colocated: bool = False
+    engines: Sequence[JaxEngine],
+    requests: Sequence[Request],
+    colocated: bool = False,
+    transport: LocalTransport | None = None,
+    again: Sequence[Request] = (),
 ) -> dict[str, list[Token]]:
     """Serves all requests at once through workers, transport and router; their tokens by id.
 
-    engines: a prefill and a decode engine, or colocated ones.
+    engines: a prefill and a decode engine, or colocated ones. again: served after the others.
     """
     config = replace(CONFIG, colocated=colocated)
     if colocated:
         config = replace(config, prefill=replace(config.prefill, instances=len(engines)))
     cost = CostModel.from_profile(PROFILE)
     router = Router(asyncio.get_running_loop(), len(requests), cost)
-    transport = LocalTransport()
+    transport = transport or LocalTransport()
     workers = build_workers(config, engines, cost, transport, router.emit)
     router.connect(workers)
     for worker in workers:
@@ -142,11 +187,14 @@ async def serve(
     async def read(stream):
         return [output.token async for output in stream]
 
-    streams = [router.submit(each) for each in requests]
-    answers = await asyncio.wait_for(asyncio.gather(*map(read, streams)), 200)
+    answers = []
+    for some in (requests, again):
+        streams = [router.submit(each) for each in some]
+        answers += await asyncio.wait_for(asyncio.gather(*map(read, streams)), 200)
     await assert_nothing_held(workers, transport)
     transport.close()
-    return {each.id: answer for each, answer in zip(requests, answers, strict=True)}
+    every = (*requests, *again)
+    return {each.id: answer for each, answer in zip(every, answers, strict=True)}
 
 
 async def assert_nothing_held(workers: Sequence[Worker], transport: LocalTransport) -> None:

@@ -44,6 +44,23 @@ def text_of(ids: Sequence[int]) -> str:
     return "".join(_CHARACTERS[id - 2] for id in ids if id >= 2)
 
 
+def says(prompt: str, count: int) -> str:
+    return text_of(fakes.expected_tokens(ids_of(prompt), count))
+
+
+def text_in(events) -> str:
+    shown = [choice for event in events for choice in event["choices"]]
+    return "".join(
+        each["delta"].get("content", "") if "delta" in each else each["text"] for each in shown
+    )
+
+
+def of(event):
+    """The one choice of an event."""
+    (choice,) = event["choices"]
+    return choice
+
+
 async def fetch(
     app, method: str, path: str, body: bytes = b"", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:

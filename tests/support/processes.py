@@ -166,6 +166,7 @@ class Cluster:
     of_workers: tuple[str, ...]
     workers: dict[str, list[Process]] = field(default_factory=dict)
     router: Process = field(init=False)
+    _started: list[Process] = field(default_factory=list, init=False)
 
     def start(self, num_prefill: int, num_decode: int) -> None:
         """Starts all, and returns when they serve."""
@@ -179,7 +180,7 @@ class Cluster:
         targets = (
             f"--{role}={','.join(each.address for each in of)}" for role, of in self.workers.items()
         )
-        return Process("router", *targets, *self.arguments, env=self.env).ready()
+        return self._launch("router", *targets).ready()
 
     def replace(self, worker: Process) -> Process:
         """Starts a worker anew that has ended, or ends here, and waits until all that route to it
@@ -213,11 +214,16 @@ class Cluster:
         return await asyncio.gather(*asked)
 
     def _worker(self, role: str, port: int = 0) -> Process:
-        return Process(role, *self.arguments, *self.of_workers, env=self.env, port=port)
+        return self._launch(role, *self.of_workers, port=port)
+
+    def _launch(self, binary: str, *arguments: str, port: int = 0) -> Process:
+        process = Process(binary, *self.arguments, *arguments, env=self.env, port=port)
+        self._started.append(process)  # before it is ready, which it may never be
+        return process
 
     def end(self) -> None:
-        """Ends every process."""
-        for each in [*self.all_workers, *([self.router] if hasattr(self, "router") else [])]:
+        """Ends every process that it has started."""
+        for each in self._started:
             each.end()
 
 

@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
             "model": "",
             "dtype": "float32",
             "kernels": "cpu",
+            "rules": {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"},
             "max_context": 128,
             "max_tokens": 64,
             "max_requests": 16,
@@ -34,6 +35,7 @@ def get_config() -> ConfigDict:
                 "policy": "kairos_plus",
                 "kv_tokens": 1024,
                 "max_batch": 4,
+                "prefix_cache": True,
             },
             "slo": {"ttft": 30.0, "tpot": 30.0},
         }
