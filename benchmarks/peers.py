@@ -69,8 +69,10 @@ class Vllm:
         return [self.python, str(HERE / "steps_vllm.py"), str(self.model), str(self.max_context)]
 
     @contextlib.contextmanager
-    def serving(self, log: Path) -> Iterator[str]:
-        """Its OpenAI server; yields the address once it is ready. Raises PeerFailed."""
+    def serving(self, log: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+        """Its OpenAI server, stopped once it is ready (see `awake`); yields the address and it.
+        Raises PeerFailed.
+        """
         port = _free_port()
         command = [
             *(self.python, "-m", "vllm.entrypoints.openai.api_server"),
@@ -88,7 +90,8 @@ class Vllm:
             )
         try:
             _until_healthy(process, f"http://{HOST}:{port}/health", log)
-            yield f"{HOST}:{port}"
+            _signal(process, signal.SIGSTOP)
+            yield f"{HOST}:{port}", process
         finally:
             _end(process)
 
@@ -112,17 +115,19 @@ class Steps:
                 start_new_session=True,
             )
         self.facts = self._answer()
+        _signal(self._process, signal.SIGSTOP)
 
     def ask(self, prompts: Sequence[Sequence[int]], full_steps: int) -> dict[str, Any]:
         """Runs these prompts until so many steps have given a token to each. Raises PeerFailed."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # told of by the answer that is missing
-            print(
-                json.dumps({"prompts": prompts, "full_steps": full_steps}),
-                file=self._process.stdin,
-                flush=True,
-            )
-        return self._answer()
+        with awake(self._process):
+            with contextlib.suppress(BrokenPipeError):  # told of by the answer that is missing
+                print(
+                    json.dumps({"prompts": prompts, "full_steps": full_steps}),
+                    file=self._process.stdin,
+                    flush=True,
+                )
+            return self._answer()
 
     def end(self) -> None:
         """Ends it, with all that it started. It ends by itself once nothing more can be asked."""
@@ -130,6 +135,7 @@ class Steps:
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+        _signal(self._process, signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_TIMEOUT_S)
         _end(self._process)
@@ -142,6 +148,24 @@ class Steps:
             self.end()
             raise PeerFailed(f"the side that takes steps ended:\n{_tail(self._log)}")
         return json.loads(line)
+
+
+@contextlib.contextmanager
+def awake(process: subprocess.Popen) -> Iterator[None]:
+    """Lets the session of a stopped process run, and stops it again. Idle processes of vLLM spin:
+    they would take half of two cores from the other side.
+    """
+    _signal(process, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        _signal(process, signal.SIGSTOP)
+
+
+def _signal(process: subprocess.Popen, sign: signal.Signals) -> None:
+    """To its whole session, which is of its own: vLLM runs its engine in further processes."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, sign)
 
 
 def _until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
@@ -159,12 +183,11 @@ def _until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Of its whole session, which is of its own: vLLM runs its engine in further processes."""
     process.terminate()
+    _signal(process, signal.SIGCONT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_STOP_TIMEOUT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _signal(process, signal.SIGKILL)
     process.wait()
 
 

@@ -4,8 +4,9 @@
 
 PATH is the Python of a virtual environment with vLLM for CPU (see benchmarks/NOTES.md). Same model
 in float32, same prompts (random token ids) and lengths, greedy, end of sequence ignored, no prefix
-cache, all cores. The two take turns, and who begins alternates by round; the one whose turn it is
-not stays up, idle. Without --vllm_python ours is measured alone.
+cache, all cores. The two take turns, and who begins alternates by round; vLLM, which spins when it
+is idle, is stopped (SIGSTOP) while it is not its turn, and so is our side of decode and prefill.
+Without --vllm_python ours is measured alone.
 
 decode: ms between the tokens of a whole batch, once no prompt is left, as whoever drives the engine
 sees it: ours through a worker's loop (ledger, policy, compiled step, events), vLLM's through
@@ -35,7 +36,7 @@ import openai_replay
 import rates
 from absl import app, flags
 from figures import say, short, spread, table, turns, where
-from peers import Kairos, Steps, Vllm
+from peers import Kairos, Steps, Vllm, awake
 from rates import Replay
 
 from kairos_jax import hub
@@ -231,10 +232,11 @@ def _servers(vllm: Vllm | None, folder: Path, vocab_size: int) -> Iterator[dict[
 
         return run
 
-    def theirs(address: str) -> Replay:
+    def theirs(address: str, process: subprocess.Popen) -> Replay:
         def run(arrivals: Sequence[Arrival]) -> list[Outcome]:
             replay = openai_replay.replay(address, arrivals, slo, vocab_size, _SEED.value)
-            return asyncio.run(replay)
+            with awake(process):
+                return asyncio.run(replay)
 
         return run
 
@@ -246,7 +248,7 @@ def _servers(vllm: Vllm | None, folder: Path, vocab_size: int) -> Iterator[dict[
             servers[f"kairos {layout}"] = ours(address)
         if vllm:
             say("starting vllm")
-            servers["vllm"] = theirs(stack.enter_context(vllm.serving(folder / "server.log")))
+            servers["vllm"] = theirs(*stack.enter_context(vllm.serving(folder / "server.log")))
         yield servers
 
 
