@@ -191,9 +191,10 @@ class Server:
         reflection.enable_server_reflection(names, self._grpc)
         self.address = join_address(host, self.port)
         self._live = Live(self.gate)
-        routes = [*self._live.routes(), *routes]
-        app = make_app(self.gate, http.app, routes) if http else None
-        self.http = HttpServer(app, host, http.port, net) if http else None
+        self.http = None
+        if http:
+            app = make_app(self.gate, http.app, [*self._live.routes(), *routes])
+            self.http = HttpServer(app, host, http.port, net)
 
     @property
     def addresses(self) -> str:

@@ -8,6 +8,7 @@ microseconds apart.
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -144,19 +145,9 @@ def _instance(peer: Peer, status: Status | None, now: float) -> dict[str, Any]:
         "status": None,
     }
     if status:
-        told["status"] = {
-            "waiting": status.waiting,
-            "running": status.running,
-            "parked": status.parked,
-            "used_pages": status.used_pages,
-            "num_pages": status.num_pages,
-            "parked_tokens": status.parked_tokens,
-            "parked_limit": _finite(status.parked_limit),
-            "steps": status.steps,
-            "measured_s": status.measured_s,
-            "predicted_s": status.predicted_s,
-            "sequences": status.sequences,
-        }
+        shown = asdict(status) | {"parked_limit": _finite(status.parked_limit)}
+        del shown["begun"]  # told with the requests themselves
+        told["status"] = shown
     return told
 
 
