@@ -2,7 +2,8 @@
 
 Decode goes first; what it may be slowed down by, its slack, sets how large a chunk of prompts fits
 between two of its steps. So under overload prompts wait, rather than that all answers grow slow.
-Each of the two policies sees the ledger as if its own sequences were all there is.
+Each of the two policies sees the ledger as if its own sequences were all there is, but that the late
+of one job stand back for those of the other that are not.
 """
 
 import copy
@@ -19,9 +20,10 @@ from schedulers.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """Pages that a half may use. See `PageTable`."""
+    """Pages that a half may use, as if none were shared. See `PageTable`."""
 
     num_free: int
+    num_shared: int = 0
 
 
 class Colocated:
@@ -29,33 +31,76 @@ class Colocated:
 
     A prompt gets all its pages when it begins, and begins only while fewer than max_batch
     sequences are here.
+
+    Where both policies know who is late: late prompts stand back while a sequence decodes that can
+    keep its TPOT, and late sequences while a prompt waits that can keep its TTFT. Either would take
+    time from whom it could still help. So that they come to their end in a lasting overload, nobody
+    stands back in the first `late_share` of every `period_s`.
+
+    worth: a chunk takes at least so many times the base cost of its step, unless it is all that a
+    prompt lacks: decode gathers slack until then.
     """
 
-    def __init__(self, cost: CostModel, prefill_policy: str, decode_policy: str, pack: float = 0.0):
+    def __init__(
+        self,
+        cost: CostModel,
+        prefill_policy: str,
+        decode_policy: str,
+        pack: float = 0.0,
+        worth: float = 6.0,
+        late_share: float = 0.01,
+        period_s: float = 2.0,
+    ):
         self.cost = cost
         self.prefill: Policy = prefill.POLICIES[prefill_policy](cost, pack)
         self.decode = decode.POLICIES[decode_policy](cost)
+        self.worth, self.late_share, self.period_s = worth, late_share, period_s
+        self._demotes = prefill_policy in prefill.DEMOTING
 
     def __call__(self, instance: Instance, now: float) -> Batch:
-        decoding = _half(instance, Role.DECODE)
+        decoding, prompts = _half(instance, Role.DECODE), _half(instance, Role.PREFILL)
+        if len(instance.running) + len(decoding.waiting) >= instance.limits.max_batch:
+            prompts.waiting = Rows()
+        if not (prompts.waiting or prompts.running):
+            return self.decode(decoding, now)
+        turn = now % self.period_s < self.late_share * self.period_s
+        if not turn and self._demotes and isinstance(self.decode, decode.KairosPlus):
+            batch = self._decide(instance, *self._in_time(self.decode, decoding, prompts, now), now)
+            if batch.work and not batch.evict:
+                return batch
+        return self._decide(instance, decoding, prompts, now)
+
+    def _in_time(
+        self, policy: decode.KairosPlus, decoding: Instance, prompts: Instance, now: float
+    ) -> tuple[Instance, Instance]:
+        """Each half without those of it that are late, if the other has some that are not."""
+        feasible = policy.feasible(decoding, now)
+        live = prefill.live(self.cost, prompts, now)
+        return (
+            _only(decoding, feasible) if live.any() else decoding,
+            _only(prompts, live) if feasible.any() else prompts,
+        )
+
+    def _decide(
+        self, instance: Instance, decoding: Instance, prompts: Instance, now: float
+    ) -> Batch:
         batch = self.decode(decoding, now)
-        prompts = _half(instance, Role.PREFILL)
         if batch.evict or not (prompts.waiting or prompts.running):
             return batch
         limit_s = math.inf
         if batch.work:
             limit_s = self.decode.limit_s(decoding, batch, now) / instance.pace
         chunk = self._chunk(prompts, limit_s - batch.predicted_s)
+        held = len(instance.running) + int(np.count_nonzero(instance.waiting.count))
         beside = instance.limits.max_batch - len(batch.work)
-        places = instance.limits.max_batch - len(instance.running) - len(decoding.waiting)
-        if places > 0:
-            beside = min(beside, places)
-        else:
-            prompts.waiting = Rows()
+        if prompts.waiting:
+            beside = min(beside, instance.limits.max_batch - held)
         if not chunk or beside <= 0:
             return batch
         taken = sum(instance.pages_needed(instance.waiting[id]) for id in batch.fetch)
-        free = instance.pages.num_free - taken - len(decoding.running)
+        # Whoever runs may need a page more, those that stand back too.
+        free = instance.pages.num_free - taken - int(np.count_nonzero(instance.running.count))
+        prompts = copy.copy(prompts)
         prompts.pages = Free(max(free, 0))  # type: ignore[assignment]
         prompts.limits = replace(instance.limits, max_chunk=chunk, max_batch=beside)
         if limit_s < math.inf:
@@ -82,7 +127,8 @@ class Colocated:
         count = int(min(fits, limit)) // cost.row_tokens * cost.row_tokens
         places = [place for place in (prompts.running, prompts.waiting) if place]
         least = min(float((place.length - place.computed).min()) for place in places)
-        return count if spare_s >= cost.base_s or count >= least else 0
+        worth = count == limit or spare_s >= self.worth * cost.base_s
+        return count if worth or count >= least else 0
 
 
 def _half(instance: Instance, role: Role) -> Instance:
@@ -92,6 +138,17 @@ def _half(instance: Instance, role: Role) -> Instance:
     half.waiting = _of(instance.waiting, role)
     half.running = _of(instance.running, role)
     return half
+
+
+def _only(half: Instance, which: np.ndarray) -> Instance:
+    """Of a half's sequences, running ones first, those that `which` [S] says."""
+    some, count = copy.copy(half), len(half.running)
+    some.running = half.running.select(which[:count].nonzero()[0])
+    some.waiting = half.waiting.select(which[count:].nonzero()[0])
+    # The others may need a page more each, although they do not step.
+    others = count - len(some.running)
+    some.pages = Free(max(half.pages.num_free - others, 0))  # type: ignore[assignment]
+    return some
 
 
 def _of(rows: Rows, role: Role) -> Rows:

@@ -180,6 +180,12 @@ class KairosPlus:
         slack = view.cells[Column.DUE] - now
         return self.target * float(np.maximum(slack, view.period)[feasible].min())
 
+    def feasible(self, instance: Instance, now: float) -> np.ndarray:
+        """Which of all sequences [S], running ones first, can keep their SLO."""
+        if not (instance.running.seqs or instance.waiting.seqs):
+            return np.empty(0, bool)
+        return View(self.cost, instance, now, self.least).feasible
+
     def verdict(self, instance: Instance, now: float, id: str) -> str:
         """What the policy thinks of one sequence, in words."""
         ids = [*instance.running, *instance.waiting]

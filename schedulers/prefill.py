@@ -164,6 +164,16 @@ def predicted_s(cost: CostModel, instance: Instance, rows: Rows[Seq]) -> np.ndar
     return instance.pace * cost.prompt_s(rows.length - computed, computed, chunk)
 
 
+def live(cost: CostModel, instance: Instance, now: float) -> np.ndarray:
+    """Which of all prompts [S], running ones first, may run and can still be in time."""
+    places = [place for place in (instance.running, instance.waiting) if place.seqs]
+    masks = [
+        (now + predicted_s(cost, instance, place) <= place.deadline) & _fits(instance, place, now)
+        for place in places
+    ]
+    return _join(masks) if masks else np.empty(0, bool)
+
+
 def laxity_of(cost: CostModel, instance: Instance, now: float, id: str) -> str:
     """The laxity of one prompt, and what follows from it."""
     seq = instance.get(id)

@@ -113,7 +113,7 @@ def obey(engine, line):
     if word == "kv":
         requests, handed = load_kv(argument.strip())
         return serve(engine, [request(each) for each in requests], handed)
-    return step_s(engine, int(argument))
+    return {"step_s": step_s(engine, int(argument))}
 
 
 def main(address, count, id, directory, deadline_s):

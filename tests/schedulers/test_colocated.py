@@ -1,0 +1,97 @@
+"""One instance that does both jobs, on small ledgers whose answer can be worked out by hand."""
+
+import pytest
+
+from schedulers.colocated import Colocated
+from schedulers.core import Batch, Instance, Limits, Role
+from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.request import Request, Slo
+from schedulers.scenario import Scenario, simulate
+from schedulers.workload import SloClass, fit_lengths, rescale, synthetic
+
+# A prompt's step takes 0.1 s and 10 ms a token, a decode step 0.1 s.
+COST = CostModel(PrefillCost(0.1, 0.01, 0), DecodeCost(0.1, 0.0, 0.0), TransferCost(0, 0), 10_000)
+LIMITS = Limits(max_batch=4, max_chunk=100, max_context=1000, page_size=10, num_pages=400)
+SLO = Slo(2.0, 0.2)
+# Of a time like this, no share goes to the late.
+NOW = 101.0
+
+
+def ledger(decoding=(), prompts=(), now=NOW, limits=LIMITS):
+    """decoding: (id, tokens so far, seconds since its first); of 99 tokens each, at most. prompts:
+    (id, tokens, seconds since it arrived).
+    """
+    instance = Instance("b", Role.BOTH, limits)
+    for id, count, age in decoding:
+        first_at = now - age
+        instance.add(Request(id, first_at, range(10), 99, SLO), count, first_at)
+    instance.begin(Batch(fetch=tuple(id for id, *_ in decoding)), now)
+    for id, *_ in decoding:
+        instance.fetched(id)
+    for id, count, age in prompts:
+        instance.add(Request(id, now - age, range(count), 99, SLO))
+    return instance
+
+
+def decide(instance, names=("kairos_plus", "kairos_plus"), now=NOW, **options):
+    return dict(Colocated(COST, *names, **options)(instance, now).work)
+
+
+# In time: it has 10 tokens after 1 s, of which 5 are due. Late: 10 after 9 s, when 45 were.
+IN_TIME, LATE = ("d", 10, 1.0), ("e", 10, 9.0)
+LIVE, HOPELESS = ("p", 50, 0.5), ("q", 50, 1.9)
+
+
+def test_a_late_prompt_stands_back_while_a_sequence_can_keep_its_tpot():
+    assert decide(ledger([IN_TIME], [HOPELESS])) == {"d": 1}
+    assert decide(ledger([IN_TIME], [LIVE])) == {"d": 1, "p": 50}
+    assert decide(ledger([IN_TIME], [HOPELESS, LIVE])) == {"d": 1, "p": 50}
+
+
+def test_a_late_sequence_stands_back_while_a_prompt_can_keep_its_ttft():
+    assert decide(ledger([LATE], [LIVE])) == {"p": 50}
+    assert decide(ledger([LATE, IN_TIME], [LIVE])) == {"d": 1, "p": 50}
+    assert decide(ledger([LATE, IN_TIME])) == {"d": 1, "e": 1}
+
+
+def test_the_late_run_when_nobody_else_does():
+    assert decide(ledger([LATE], [HOPELESS])) == {"e": 1, "q": 50}
+    full = [(str(i), 10, 9.0) for i in range(LIMITS.max_batch)]
+    assert decide(ledger(full, [LIVE])) == dict.fromkeys("0123", 1), "no place for the prompt"
+
+
+def test_the_late_have_their_share_of_the_time():
+    now = 100.0
+    assert decide(ledger([IN_TIME], [HOPELESS], now), now=now) == {"d": 1, "q": 50}
+    assert decide(ledger([IN_TIME], [HOPELESS], now), now=now, late_share=0.0) == {"d": 1}
+
+
+@pytest.mark.parametrize("names", [("fcfs", "kairos_plus"), ("kairos_plus", "continuous")])
+def test_nobody_stands_back_where_a_policy_does_not_know_who_is_late(names):
+    assert decide(ledger([IN_TIME], [HOPELESS]), names) == {"d": 1, "q": 50}
+
+
+def test_a_chunk_waits_until_it_is_worth_its_base_cost():
+    # Slack of 1 s, of which 0.96 count, less 0.1 for the decode step and 0.1 for the base.
+    long = ("p", 100, 0.1)
+    assert decide(ledger([IN_TIME], [long]), worth=7.0) == {"d": 1, "p": 76}
+    assert decide(ledger([IN_TIME], [long]), worth=8.0) == {"d": 1}
+
+
+def test_under_overload_more_keep_both_slos_than_by_coming_first():
+    # A small machine: prompts keep it busy for three quarters of the time.
+    cost = CostModel(
+        PrefillCost(0.04, 0.0019, 3e-7, row_tokens=32),
+        DecodeCost(0.022, 0.0028, 4e-6),
+        TransferCost(0, 0),
+        90_000,
+    )
+    arrivals = rescale(fit_lengths(synthetic(300, 1.0, 0), 860, 136), 2.0)
+
+    def attained(**policies):
+        classes = (SloClass(1.0, Slo(1.0, 0.1)),)
+        scenario = Scenario(cost, classes, colocated=1, chunk=256, max_batch=64, **policies)
+        return simulate(scenario, arrivals)["e2e_attainment"]
+
+    assert attained() > 65
+    assert attained(prefill_policy="fcfs", decode_policy="continuous") < 10
