@@ -2,8 +2,8 @@
 
 Decode goes first; what it may be slowed down by, its slack, sets how large a chunk of prompts fits
 between two of its steps. So under overload prompts wait, rather than that all answers grow slow.
-Each of the two policies sees the ledger as if its own sequences were all there is, but that the late
-of one job stand back for those of the other that are not.
+Each of the two policies sees the ledger as if its own sequences were all there is, but that the
+late of one job stand back for those of the other that are not.
 """
 
 import copy
@@ -38,7 +38,7 @@ class Colocated:
     stands back in the first `late_share` of every `period_s`.
 
     worth: a chunk takes at least so many times the base cost of its step, unless it is all that a
-    prompt lacks: decode gathers slack until then.
+    prompt lacks; once, where the decode policy does not let slack gather until then.
     """
 
     def __init__(
@@ -54,27 +54,42 @@ class Colocated:
         self.cost = cost
         self.prefill: Policy = prefill.POLICIES[prefill_policy](cost, pack)
         self.decode = decode.POLICIES[decode_policy](cost)
-        self.worth, self.late_share, self.period_s = worth, late_share, period_s
-        self._demotes = prefill_policy in prefill.DEMOTING
+        self.late_share, self.period_s = late_share, period_s
+        knows = isinstance(self.decode, decode.KairosPlus)
+        self.worth = worth if knows else 1.0
+        self._demotes = knows and prefill_policy in prefill.DEMOTING
 
     def __call__(self, instance: Instance, now: float) -> Batch:
         decoding, prompts = _half(instance, Role.DECODE), _half(instance, Role.PREFILL)
-        if len(instance.running) + len(decoding.waiting) >= instance.limits.max_batch:
+        places = instance.limits.max_batch - len(instance.running) - len(decoding.waiting)
+        if places <= 0:
             prompts.waiting = Rows()
         if not (prompts.waiting or prompts.running):
             return self.decode(decoding, now)
         turn = now % self.period_s < self.late_share * self.period_s
-        if not turn and self._demotes and isinstance(self.decode, decode.KairosPlus):
-            batch = self._decide(instance, *self._in_time(self.decode, decoding, prompts, now), now)
+        if self._demotes and not turn:
+            halves = self._in_time(decoding, prompts, now)
+            batch = self._decide(instance, *halves, places, now)
             if batch.work and not batch.evict:
                 return batch
-        return self._decide(instance, decoding, prompts, now)
+        return self._decide(instance, decoding, prompts, places, now)
+
+    def verdict(self, instance: Instance, now: float, id: str) -> str:
+        """What the policy of its job thinks of a request, in words, if that one says anything."""
+        seq = instance.get(id)
+        if seq is None:
+            return ""
+        role = Role.DECODE if seq.num_tokens else Role.PREFILL
+        policy = self.decode if seq.num_tokens else self.prefill
+        verdict = getattr(policy, "verdict", None)
+        return verdict(_half(instance, role), now, id) if verdict else ""
 
     def _in_time(
-        self, policy: decode.KairosPlus, decoding: Instance, prompts: Instance, now: float
+        self, decoding: Instance, prompts: Instance, now: float
     ) -> tuple[Instance, Instance]:
         """Each half without those of it that are late, if the other has some that are not."""
-        feasible = policy.feasible(decoding, now)
+        assert isinstance(self.decode, decode.KairosPlus)
+        feasible = self.decode.feasible(decoding, now)
         live = prefill.live(self.cost, prompts, now)
         return (
             _only(decoding, feasible) if live.any() else decoding,
@@ -82,7 +97,7 @@ class Colocated:
         )
 
     def _decide(
-        self, instance: Instance, decoding: Instance, prompts: Instance, now: float
+        self, instance: Instance, decoding: Instance, prompts: Instance, places: int, now: float
     ) -> Batch:
         batch = self.decode(decoding, now)
         if batch.evict or not (prompts.waiting or prompts.running):
@@ -91,10 +106,9 @@ class Colocated:
         if batch.work:
             limit_s = self.decode.limit_s(decoding, batch, now) / instance.pace
         chunk = self._chunk(prompts, limit_s - batch.predicted_s)
-        held = len(instance.running) + int(np.count_nonzero(instance.waiting.count))
         beside = instance.limits.max_batch - len(batch.work)
-        if prompts.waiting:
-            beside = min(beside, instance.limits.max_batch - held)
+        if places > 0:
+            beside = min(beside, places)
         if not chunk or beside <= 0:
             return batch
         taken = sum(instance.pages_needed(instance.waiting[id]) for id in batch.fetch)
@@ -112,9 +126,7 @@ class Colocated:
         )
 
     def _chunk(self, prompts: Instance, spare_s: float) -> int:
-        """Prompt tokens that fit into `spare_s`: none rather than so few that the base of the step
-        outweighs them, unless they are all that a prompt lacks.
-        """
+        """Prompt tokens that fit into `spare_s`; none, if they are not worth the step's base."""
         limit, cost = prompts.limits.max_chunk, self.cost.prefill
         spare_s -= cost.base_s
         if math.isinf(spare_s) or spare_s <= 0:

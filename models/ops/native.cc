@@ -84,17 +84,22 @@ void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, in
     for (int j = 0; j < N; j++) V::store(c + i * ldc + j * W, sum[i][j]);
 }
 
+// In tiles of up to 6 rows, as even as can be: one of 1 or 2 takes almost as long as one of 4, since
+// each sum waits for itself.
 template <int W, int N>
 void tile_rows(int64_t m, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                int64_t ldc, int64_t depth, bool add) {
-  for (; m >= 6; m -= 6, a += 6 * lda, c += 6 * ldc)
-    tile<W, 6, N>(a, lda, b, ldb, c, ldc, depth, add);
-  switch (m) {
-    case 5: return tile<W, 5, N>(a, lda, b, ldb, c, ldc, depth, add);
-    case 4: return tile<W, 4, N>(a, lda, b, ldb, c, ldc, depth, add);
-    case 3: return tile<W, 3, N>(a, lda, b, ldb, c, ldc, depth, add);
-    case 2: return tile<W, 2, N>(a, lda, b, ldb, c, ldc, depth, add);
-    case 1: return tile<W, 1, N>(a, lda, b, ldb, c, ldc, depth, add);
+  for (int64_t tiles = (m + 5) / 6; tiles; tiles--) {
+    int64_t rows = (m + tiles - 1) / tiles;
+    switch (rows) {
+      case 6: tile<W, 6, N>(a, lda, b, ldb, c, ldc, depth, add); break;
+      case 5: tile<W, 5, N>(a, lda, b, ldb, c, ldc, depth, add); break;
+      case 4: tile<W, 4, N>(a, lda, b, ldb, c, ldc, depth, add); break;
+      case 3: tile<W, 3, N>(a, lda, b, ldb, c, ldc, depth, add); break;
+      case 2: tile<W, 2, N>(a, lda, b, ldb, c, ldc, depth, add); break;
+      case 1: tile<W, 1, N>(a, lda, b, ldb, c, ldc, depth, add); break;
+    }
+    m -= rows, a += rows * lda, c += rows * ldc;
   }
 }
 

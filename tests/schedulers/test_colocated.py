@@ -71,11 +71,23 @@ def test_nobody_stands_back_where_a_policy_does_not_know_who_is_late(names):
     assert decide(ledger([IN_TIME], [HOPELESS]), names) == {"d": 1, "q": 50}
 
 
+def test_its_verdict_is_that_of_the_policy_of_the_job():
+    instance = ledger([LATE], [HOPELESS, LIVE])
+    plus = Colocated(COST, "kairos_plus", "kairos_plus")
+    told = [plus.verdict(instance, NOW, id) for id in ("e", "q", "p", "gone")]
+    assert [text.partition(":")[0] for text in told] == ["hopeless", "hopeless", "live", ""]
+    assert not Colocated(COST, "fcfs", "continuous").verdict(instance, NOW, "p")
+
+
 def test_a_chunk_waits_until_it_is_worth_its_base_cost():
     # Slack of 1 s, of which 0.96 count, less 0.1 for the decode step and 0.1 for the base.
     long = ("p", 100, 0.1)
     assert decide(ledger([IN_TIME], [long]), worth=7.0) == {"d": 1, "p": 76}
     assert decide(ledger([IN_TIME], [long]), worth=8.0) == {"d": 1}
+    # Kairos gives it 0.19 s of each step and no more, however long it waits.
+    some = CostModel(PrefillCost(0.02, 0.001, 0), COST.decode, COST.transfer, 10_000)
+    work = Colocated(some, "kairos", "kairos", worth=8.0)(ledger([IN_TIME], [long]), NOW).work
+    assert dict(work) == {"d": 1, "p": 70}
 
 
 def test_under_overload_more_keep_both_slos_than_by_coming_first():
