@@ -85,9 +85,9 @@ def test_a_chunk_waits_until_it_is_worth_its_base_cost():
     assert decide(ledger([IN_TIME], [long]), worth=7.0) == {"d": 1, "p": 76}
     assert decide(ledger([IN_TIME], [long]), worth=8.0) == {"d": 1}
     # Kairos gives it 0.19 s of each step and no more, however long it waits.
-    some = CostModel(PrefillCost(0.02, 0.001, 0), COST.decode, COST.transfer, 10_000)
+    some = CostModel(PrefillCost(0.02, 0.0009, 0), COST.decode, COST.transfer, 10_000)
     work = Colocated(some, "kairos", "kairos", worth=8.0)(ledger([IN_TIME], [long]), NOW).work
-    assert dict(work) == {"d": 1, "p": 70}
+    assert dict(work) == {"d": 1, "p": 77}
 
 
 def test_under_overload_more_keep_both_slos_than_by_coming_first():
