@@ -155,8 +155,8 @@ def _half(instance: Instance, role: Role) -> Instance:
 def _only(half: Instance, which: np.ndarray) -> Instance:
     """Of a half's sequences, running ones first, those that `which` [S] says."""
     some, count = copy.copy(half), len(half.running)
-    some.running = half.running.select(which[:count].nonzero()[0])
-    some.waiting = half.waiting.select(which[count:].nonzero()[0])
+    some.running = _where(half.running, which[:count])
+    some.waiting = _where(half.waiting, which[count:])
     # The others may need a page more each, although they do not step.
     others = count - len(some.running)
     some.pages = Free(max(half.pages.num_free - others, 0))  # type: ignore[assignment]
@@ -166,7 +166,11 @@ def _only(half: Instance, which: np.ndarray) -> Instance:
 def _of(rows: Rows, role: Role) -> Rows:
     begun = rows.count > 0
     which = begun if role is Role.DECODE else ~begun
-    return rows if which.all() else rows.select(np.nonzero(which)[0])
+    return _where(rows, which)
+
+
+def _where(rows: Rows, which: np.ndarray) -> Rows:
+    return rows if which.all() else rows.select(which.nonzero()[0])
 
 
 def policy_for(
