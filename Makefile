@@ -50,7 +50,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 model: setup
-	@$(BIN)/python -c 'from kairos_jax import hub; print(hub.resolve_model(hub.DEFAULT_MODEL))'
+	@$(BIN)/python -c 'from kairos_jax.process import hub; print(hub.resolve_model(hub.DEFAULT_MODEL))'
 
 demo: setup
 	@$(BIN)/python -m kairos_jax.demo --config=$(CONFIG) --output=out/demo

@@ -28,18 +28,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import fakes
 
-from kairos_jax.calls import Token
-from kairos_jax.edge import Edge
-from kairos_jax.gate import Backend
-from kairos_jax.http_server import HttpOptions
-from kairos_jax.hub import DEFAULT_MODEL, resolve_model
-from kairos_jax.messages import Output
+from kairos_jax.api.backend import Backend
+from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.server import Server
+from kairos_jax.api.validator import Edge
+from kairos_jax.engine.calls import Token
+from kairos_jax.process.hub import DEFAULT_MODEL, resolve_model
+from kairos_jax.routing.stream import Stream
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.rpc import kairos_pb2_grpc
-from kairos_jax.service import Server
-from kairos_jax.stream import Stream
-from kairos_jax.tokenizer import Tokenizer, load_tokenizer
-from schedulers.request import Request
+from kairos_jax.text.tokenizer import Tokenizer, load_tokenizer
+from kairos_jax.worker.messages import Output
+from schedulers.ledger.request import Request
 
 _RATE = flags.DEFINE_integer("rate", 20_000, "Tokens a second, of all streams together.", 1)
 _STREAMS = flags.DEFINE_list("streams", ["64", "256", "1024"], "Streams at once.")

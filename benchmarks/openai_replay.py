@@ -1,4 +1,4 @@
-"""Replays a workload to an OpenAI-style completions server, as kairos_jax.replay does to ours."""
+"""Replays a workload to an OpenAI-style completions server, as kairos_jax.lab.replay does."""
 
 import asyncio
 import json
@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
-from kairos_jax.replay import Received
+from kairos_jax.lab.replay import Received
 from kairos_jax.rpc import kairos_pb2
-from schedulers.attainment import Outcome
-from schedulers.request import Slo
-from schedulers.workload import Arrival
+from schedulers.ledger.request import Slo
+from schedulers.simulation.attainment import Outcome
+from schedulers.simulation.workload import Arrival
 
 
 async def replay(
@@ -22,8 +22,8 @@ async def replay(
     seed: int = 0,
     timeout_s: float = 600.0,
 ) -> list[Outcome]:
-    """An outcome for each arrival, in their order. The prompts are those of `kairos_jax.replay` for
-    the same seed; greedy, end of sequence ignored; TTFT counts from the scheduled time.
+    """An outcome for each arrival, in their order. The prompts are those of `kairos_jax.lab.replay`
+    for the same seed; greedy, end of sequence ignored; TTFT counts from the scheduled time.
 
     The client is a bare one, on purpose: it runs on the cores of the server that it measures.
     """

@@ -7,8 +7,8 @@ from typing import Any
 
 from figures import say, spread, turns
 
-from schedulers.attainment import Outcome, summarize
-from schedulers.workload import Arrival
+from schedulers.simulation.attainment import Outcome, summarize
+from schedulers.simulation.workload import Arrival
 
 Replay = Callable[[Sequence[Arrival]], list[Outcome]]
 """Sends a workload to a server, open loop, and returns when all of it has ended."""

@@ -29,18 +29,20 @@ from figures import say, short, spread, table, where
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from kairos_jax import launch
 from kairos_jax.config import ServerConfig
-from kairos_jax.engine import JaxEngine
-from kairos_jax.hub import resolve_model
-from kairos_jax.instances import Model, build_engine, choose_kernels, load_weights
-from kairos_jax.progress import bars
+from kairos_jax.engine.build import build_engine, choose_kernels, load_weights
+from kairos_jax.engine.devices import start_jax
+from kairos_jax.engine.engine import JaxEngine
+from kairos_jax.engine.model import Model
+from kairos_jax.process import launch
+from kairos_jax.process.hub import resolve_model
+from kairos_jax.process.progress import bars
 from models.checkpoint import open_checkpoint
 from models.config import ModelConfig
 from models.llama import abstract_params
 from models.sharding import Rules
-from schedulers.core import Role
-from schedulers.request import Request, Seq, Slo
+from schedulers.ledger.instance import Role
+from schedulers.ledger.request import Request, Seq, Slo
 
 MODEL_SHAPES = {
     "tiny": ModelConfig("llama", 512, 64, 2, 4, 2, 16, 128, tie_embeddings=True),
@@ -92,7 +94,7 @@ def measure(config: ServerConfig) -> dict[str, Any]:
     decodes = [(int(b), int(c)) for c in values.contexts for b in values.batches]
     prefills = [int(tokens) for tokens in values.prompts]
     config = _sized(config, decodes, prefills)
-    devices = launch.start_jax(config.num_devices, values.cpu_devices)
+    devices = start_jax(config.num_devices, values.cpu_devices)
     result = where() | {
         "platform": devices[0].platform,
         "device": devices[0].device_kind,

@@ -15,10 +15,10 @@ from collections.abc import Callable
 import numpy as np
 from absl import app, flags
 
-from schedulers import decode, prefill
-from schedulers.core import Batch, Instance, Limits, Policy, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.request import Request, Slo
+from schedulers.ledger.instance import Batch, Instance, Limits, Policy, Role
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies import decode, prefill
 
 COST = CostModel(
     PrefillCost(5e-3, 32e-6, 0.66e-9),

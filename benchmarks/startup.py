@@ -24,7 +24,7 @@ from absl import app, flags
 from figures import say, short, spread, table, where
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kairos_jax import hub
+from kairos_jax.process import hub
 
 _CONFIG = flags.DEFINE_string("config", "configs/smollm2_135m_cpu.py", "Config to start.")
 _MODEL = flags.DEFINE_string("model", hub.DEFAULT_MODEL, "Path or name of a model.")

@@ -15,16 +15,20 @@ from typing import Any
 import jax
 from absl import flags
 
-from kairos_jax import launch, profile
-from kairos_jax.instances import build_engines, build_workers, open_model
-from kairos_jax.messages import Cancel, Died, Event, Stepped, Submit
-from kairos_jax.progress import bars
-from kairos_jax.transfer import LocalTransport
-from kairos_jax.worker import Worker
+from kairos_jax.engine import profiling
+from kairos_jax.engine.build import build_engines
+from kairos_jax.engine.devices import start_jax
+from kairos_jax.engine.model import open_model
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.process import command, launch
+from kairos_jax.process.progress import bars
+from kairos_jax.worker.build import build_workers
+from kairos_jax.worker.messages import Cancel, Died, Event, Stepped, Submit
+from kairos_jax.worker.worker import Worker
 from models.sampling import SamplingParams
-from schedulers.core import Role
 from schedulers.cost import CostModel
-from schedulers.request import Request, Slo
+from schedulers.ledger.instance import Role
+from schedulers.ledger.request import Request, Slo
 
 # So late that no policy takes a sequence for hopeless, or holds one back for another.
 _LOOSE = Slo(3600.0, 60.0)
@@ -38,12 +42,14 @@ def main(argv: list[str]) -> int:
     os.dup2(2, 1)
     config = launch.read_config()
     if config.roles != (Role.BOTH,):
-        raise launch.UsageError(f"one colocated instance is needed, the config has {config.layout}")
-    devices = launch.start_jax(config.num_devices, flags.FLAGS.cpu_devices)
+        raise command.UsageError(
+            f"one colocated instance is needed, the config has {config.layout}"
+        )
+    devices = start_jax(config.num_devices, flags.FLAGS.cpu_devices)
     with bars() as progress:
         model = open_model(config)
         engines = build_engines(config, model, devices, progress)
-        measured = profile.load_or_measure(None, config, model, engines, progress)
+        measured = profiling.load_or_measure(None, config, model, engines, progress)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     cost = CostModel.from_profile(measured)
     (worker,) = build_workers(config, engines, cost, LocalTransport(), events.put)

@@ -34,9 +34,9 @@ import numpy as np
 from absl import app, flags
 from jax.sharding import SingleDeviceSharding
 
-from kairos_jax.manifest import Facts
-from kairos_jax.remote_kv import RemoteTransport, TransferOptions
-from kairos_jax.transfer import Ticket
+from kairos_jax.kv.manifest import Facts
+from kairos_jax.kv.remote import RemoteTransport, TransferOptions
+from kairos_jax.kv.transport import Ticket
 
 HOST = "127.0.0.1"
 FACTS = Facts("8b", "f00d", "bfloat16", 16, (32, 64, 8, 2, 128), 64)

@@ -39,13 +39,13 @@ from figures import say, short, spread, table, turns, where
 from peers import Kairos, Steps, Vllm, awake
 from rates import Replay
 
-from kairos_jax import hub
-from kairos_jax import replay as kairos_replay
+from kairos_jax.lab import replay as kairos_replay
+from kairos_jax.process import hub
 from models.checkpoint import open_checkpoint
 from models.checkpoint.huggingface import HuggingFaceCheckpoint
-from schedulers.attainment import Outcome
-from schedulers.request import Slo
-from schedulers.workload import Arrival, fit_lengths, rescale, synthetic
+from schedulers.ledger.request import Slo
+from schedulers.simulation.attainment import Outcome
+from schedulers.simulation.workload import Arrival, fit_lengths, rescale, synthetic
 
 _PYTHON = flags.DEFINE_string("vllm_python", None, "Python that has vLLM; none: ours alone.")
 _PARTS = flags.DEFINE_list("parts", ["decode", "prefill", "serve"], "What to measure.")

@@ -28,21 +28,25 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kairos_jax import launch, profile, profile_file
-from kairos_jax.asked import parse_list, slo_text, workload_text
 from kairos_jax.config import ServerConfig
-from kairos_jax.instances import build_engines, build_policy, open_model
-from kairos_jax.launch import UsageError
-from kairos_jax.open_loop import InstanceDied, Live, serve
-from kairos_jax.progress import Progress, bars
-from kairos_jax.replay import fit_to_model
+from kairos_jax.engine import profile_file, profiling
+from kairos_jax.engine.build import build_engines
+from kairos_jax.engine.devices import start_jax
+from kairos_jax.engine.model import open_model
+from kairos_jax.lab.flags import parse_list, slo_text, workload_text
+from kairos_jax.lab.open_loop import InstanceDied, Live, serve
+from kairos_jax.lab.replay import fit_to_model
+from kairos_jax.process import launch
+from kairos_jax.process.command import UsageError
+from kairos_jax.process.progress import Progress, bars
 from kairos_jax.rpc import kairos_pb2 as pb
-from schedulers.attainment import Outcome, summarize
-from schedulers.core import Instance, Role
+from kairos_jax.worker.build import build_policy
 from schedulers.cost import CostModel
-from schedulers.journal import Journal, Ledgers, Record, check, to_lines
-from schedulers.scenario import Scenario, build
-from schedulers.workload import Arrival, SloClass, rescale, synthetic
+from schedulers.ledger.instance import Instance, Role
+from schedulers.ledger.journal import Journal, Ledgers, Record, check, to_lines
+from schedulers.simulation.attainment import Outcome, summarize
+from schedulers.simulation.scenario import Scenario, build
+from schedulers.simulation.workload import Arrival, SloClass, rescale, synthetic
 
 KNEE_PERCENT = 90.0
 KINDS: tuple[str, ...] = ("ttft", "tpot", "e2e")
@@ -270,15 +274,15 @@ def main(argv: list[str]) -> int:
     workload = synthetic(_NUM_REQUESTS, 1.0, values.seed)
     workload = fit_to_model(workload, limits, values.max_prompt, values.max_output)
     folder.mkdir(parents=True, exist_ok=True)
-    devices = launch.start_jax(config.num_devices, values.cpu_devices)
+    devices = start_jax(config.num_devices, values.cpu_devices)
     with bars() as progress:
         model = open_model(config)
         engines = build_engines(config, model, devices, progress)
         if values.profile:
             measured = profile_file.read(values.profile)
         else:
-            measured = profile.measure(engines, config, config.model, progress)
-            profile.write(measured, folder / "profile.json")
+            measured = profiling.measure(engines, config, config.model, progress)
+            profiling.write(measured, folder / "profile.json")
         cost = CostModel.from_profile(measured)
         live = Live(config, engines, cost, model.checkpoint.config.vocab_size)
         try:
@@ -292,7 +296,7 @@ def main(argv: list[str]) -> int:
         "policies": [config.prefill.policy, config.decode.policy],
         "slo": asdict(config.slo),
         "workload": workload_text(workload, "synthetic"),
-        "step_times": profile.fit_line(measured),
+        "step_times": profiling.fit_line(measured),
         "knee_rps": knee,
         "loads": [asdict(row) for row in rows],
     }

@@ -20,19 +20,15 @@ import grpc
 from absl import app, flags
 from google.protobuf.json_format import MessageToDict
 
-from kairos_jax import channels
-from kairos_jax.channels import Wire
-from kairos_jax.command import UsageError, list_flags
-from kairos_jax.progress import bars
-from kairos_jax.replay import Received, Record, error_line, fit_to_model, replay
+from kairos_jax.lab.replay import Received, Record, error_line, fit_to_model, replay
+from kairos_jax.net import credentials
+from kairos_jax.net.credentials import Wire
+from kairos_jax.process.command import UsageError, list_flags
+from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
-from schedulers.request import Slo
-from schedulers.traces import read_trace
-from schedulers.workload import (
-    Arrival,
-    rescale,
-    synthetic,
-)
+from schedulers.ledger.request import Slo
+from schedulers.simulation.traces import read_trace
+from schedulers.simulation.workload import Arrival, rescale, synthetic
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "logprobs", "ignore_eos")
 
@@ -63,7 +59,7 @@ def define_flags(values: flags.FlagValues) -> None:
         )
     )
     string("address", "127.0.0.1:50051", "host:port of the server.")
-    channels.define_caller_flags(values)
+    credentials.define_caller_flags(values)
     number("timeout", 600.0, "Seconds after which to give a request up.", 0.0)
     enum("output", None, ["json"], "json: one line when done, instead of a stream.")
     # What is not given is not sent, so that the server's own defaults and checks apply.
@@ -169,7 +165,7 @@ async def run_workload(values: Any, net: Wire) -> None:
     """Replays --trace, then prints the summary."""
     arrivals = _read_arrivals(values)
     # Matplotlib comes with it: not worth the wait for a single prompt.
-    from kairos_jax.report import Run, print_table
+    from kairos_jax.lab.report.comparison import Run, print_table
 
     async with net.channel(values.address) as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)

@@ -21,13 +21,18 @@ from dataclasses import dataclass
 
 from absl import flags
 
-from kairos_jax import channels, http_server, launch, lifecycle, otlp, profile_file, remote_kv
+from kairos_jax.api.http import server
+from kairos_jax.engine import profile_file
+from kairos_jax.kv import remote
+from kairos_jax.net import credentials
+from kairos_jax.observe import otlp
+from kairos_jax.process import launch, lifecycle
 
 # Beyond their own --grace_s: to end in when asked to, before they are killed.
 _END_S = 10.0
 _ROUTER = "router"
 # Whose flags go on to all processes.
-_COMMON = (launch.__name__, channels.__name__, otlp.__name__)
+_COMMON = (launch.__name__, credentials.__name__, otlp.__name__)
 
 
 class Ended(Exception):
@@ -193,9 +198,9 @@ def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
     launch.define_config_flag()
     lifecycle.define_flags(port=50051)
-    channels.define_flags()
-    remote_kv.define_flags()
-    http_server.define_flags()
+    credentials.define_flags()
+    remote.define_flags()
+    server.define_flags()
     profile_file.define_flags()
     otlp.define_flags()
     flags.DEFINE_integer("num_prefill", 2, "Prefill workers.", 1)
@@ -217,9 +222,9 @@ def main(argv: list[str]) -> int:
         module = values.find_module_defining_flag(name)
         if name.startswith("config") or module in _COMMON:
             common += _said(name)
-        elif module == remote_kv.__name__:
+        elif module == remote.__name__:
             of_workers += _said(name)
-        elif module == http_server.__name__:
+        elif module == server.__name__:
             of_router += _said(name)
     counts = {"prefill": values.num_prefill, "decode": values.num_decode}
     where = values.host, values.port

@@ -12,9 +12,9 @@ from typing import Any
 
 from models.ops import KERNELS
 from models.sharding import MESH_AXES, Rules
-from schedulers import decode, prefill
-from schedulers.core import Limits, Role
-from schedulers.request import Slo
+from schedulers.ledger.instance import Limits, Role
+from schedulers.ledger.request import Slo
+from schedulers.policies import decode, prefill
 
 DTYPES = ("float32", "bfloat16")
 
@@ -39,8 +39,8 @@ class InstanceConfig:
 class PrefillConfig(InstanceConfig):
     """parked_tokens: tokens whose KV may wait, outside of the pool, for decode. max_chunk: prompt
     tokens a step; row_tokens: a chunk is padded to a multiple of it. pack: base costs of a step
-    that other prompts may add to it (`schedulers.prefill`). prefix_cache: whether prompts that
-    begin alike share the pages of what they have in common.
+    that other prompts may add to it (`schedulers.policies.prefill`). prefix_cache: whether prompts
+    that begin alike share the pages of what they have in common.
     """
 
     parked_tokens: int
@@ -111,6 +111,13 @@ class ServerConfig:
         if self.colocated:
             return (Role.BOTH,) * self.prefill.instances
         return (Role.PREFILL,) * self.prefill.instances + (Role.DECODE,) * self.decode.instances
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """An id for each instance: its role, and its number among those of its role."""
+        words = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.BOTH: "colocated"}
+        roles = self.roles
+        return tuple(f"{words[role]}-{roles[:i].count(role)}" for i, role in enumerate(roles))
 
     @property
     def num_devices(self) -> int:

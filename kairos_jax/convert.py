@@ -12,10 +12,11 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from kairos_jax import launch
 from kairos_jax.config import DTYPES
-from kairos_jax.hub import resolve_model
-from kairos_jax.tokenizer import load_tokenizer
+from kairos_jax.engine.devices import start_jax
+from kairos_jax.process import command, launch
+from kairos_jax.process.hub import resolve_model
+from kairos_jax.text.tokenizer import load_tokenizer
 from models.checkpoint import open_checkpoint, save_hugging_face, save_orbax
 from models.sharding import Rules, make_mesh
 
@@ -25,13 +26,13 @@ _FORMATS = {"orbax": save_orbax, "hugging_face": save_hugging_face}
 def convert(source: str, output: Path, dtype: str, form: str) -> str:
     """Converts and says what was written. Raises UsageError or ModelNotAvailable."""
     if output.exists() and any(output.iterdir()):
-        raise launch.UsageError(f"--output={output} is not empty")
+        raise command.UsageError(f"--output={output} is not empty")
     path = resolve_model(source)
     try:
         checkpoint = open_checkpoint(path)
         params = checkpoint.load(make_mesh(jax.devices()), Rules(), dtype)
     except ValueError as error:
-        raise launch.UsageError(str(error)) from error
+        raise command.UsageError(str(error)) from error
     _FORMATS[form](output, checkpoint.config, params)
     try:
         load_tokenizer(checkpoint.path).save(output)
@@ -43,8 +44,8 @@ def convert(source: str, output: Path, dtype: str, form: str) -> str:
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     if not flags.FLAGS.source or not flags.FLAGS.output:
-        raise launch.UsageError("--source and --output are both needed")
-    launch.start_jax(1)
+        raise command.UsageError("--source and --output are both needed")
+    start_jax(1)
     values = flags.FLAGS
     print(convert(values.source, Path(values.output), values.dtype, values.format))
     return 0

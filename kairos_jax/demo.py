@@ -20,15 +20,15 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from kairos_jax import launch
 from kairos_jax.config import ServerConfig
-from kairos_jax.profile import fit_line
-from kairos_jax.progress import bars
-from kairos_jax.replay import fit_to_model, replay
-from kairos_jax.report import Run, print_table, write_report
+from kairos_jax.engine.profiling import fit_line
+from kairos_jax.lab.replay import fit_to_model, replay
+from kairos_jax.lab.report.comparison import Run, print_table, write_report
+from kairos_jax.process import launch
+from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2 as pb
 from schedulers.cost import CostModel
-from schedulers.workload import Arrival, synthetic
+from schedulers.simulation.workload import Arrival, synthetic
 
 PAIRS = (("fcfs", "continuous"), ("kairos", "kairos"), ("kairos_plus", "kairos_plus"))
 _STOP_TIMEOUT_S = 40.0

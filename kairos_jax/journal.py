@@ -16,15 +16,16 @@ from pathlib import Path
 
 from absl import flags
 
-from kairos_jax import command, profile_file
-from kairos_jax.command import UsageError
-from kairos_jax.explain import explain
-from kairos_jax.perfetto import trace_events
-from schedulers import decode, prefill
-from schedulers.colocated import policy_for
-from schedulers.core import Policy, Role
+from kairos_jax.engine import profile_file
+from kairos_jax.observe.explain import explain
+from kairos_jax.observe.perfetto import trace_events
+from kairos_jax.process import command
+from kairos_jax.process.command import UsageError
 from schedulers.cost import CostModel
-from schedulers.journal import Record, check, from_lines
+from schedulers.ledger.instance import Policy, Role
+from schedulers.ledger.journal import Record, check, from_lines
+from schedulers.policies import decode, prefill
+from schedulers.policies.colocated import policy_for
 
 
 def define_flags() -> None:

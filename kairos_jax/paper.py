@@ -22,10 +22,9 @@ from typing import Any
 
 from absl import flags
 
-from kairos_jax import command, profile_file
-from kairos_jax.advise import guess
-from kairos_jax.asked import make_folder, slo_text, workload, workload_text
-from kairos_jax.cells import (
+from kairos_jax.engine import profile_file
+from kairos_jax.lab.advise import guess
+from kairos_jax.lab.cells import (
     Cell,
     Layout,
     Result,
@@ -36,14 +35,16 @@ from kairos_jax.cells import (
     simulate_cells,
     simulation_basis,
 )
-from kairos_jax.claims import HELD, compare, markdown
-from kairos_jax.command import UsageError
-from kairos_jax.progress import Progress, bars
-from kairos_jax.sweep_table import write_table
+from kairos_jax.lab.claims import HELD, compare, markdown
+from kairos_jax.lab.flags import make_folder, slo_text, workload, workload_text
+from kairos_jax.lab.report.table import write_table
+from kairos_jax.process import command
+from kairos_jax.process.command import UsageError
+from kairos_jax.process.progress import Progress, bars
 from schedulers.cost import CostModel
-from schedulers.request import Slo
-from schedulers.scenario import Scenario
-from schedulers.workload import Arrival, SloClass, fit_lengths
+from schedulers.ledger.request import Slo
+from schedulers.simulation.scenario import Scenario
+from schedulers.simulation.workload import Arrival, SloClass, fit_lengths
 
 ROOFLINE = "llama3_8b_h100_roofline"
 BASELINE = ("fcfs", "continuous")
@@ -169,7 +170,7 @@ def run_study(
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Runs what is missing and writes the study's report. Returns its part of paper.json."""
-    from kairos_jax import sweep_report  # it draws: not worth the wait where no cell can run
+    from kairos_jax.lab.report import sweep
 
     run = simulate_cells(study.scenario, study.arrivals, workers)
     show = partial(progress, f"simulate cells, {study.name}")
@@ -186,7 +187,7 @@ def run_study(
     own.mkdir(parents=True, exist_ok=True)
     write_table(own, results)
     title = f"The paper's four claims, {study.name}"
-    sweep_report.write_report(own / "report.html", results, title, facts)
+    sweep.write_report(own / "report.html", results, title, facts)
     comparisons = compare(results)
     said = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     return {

@@ -5,8 +5,9 @@
 See kairos_jax/role.py for how it starts and ends, and for its exit codes.
 """
 
-from kairos_jax import launch, role
-from schedulers.core import Role
+from kairos_jax import role
+from kairos_jax.process import launch
+from schedulers.ledger.instance import Role
 
 
 def main(argv: list[str]) -> None:

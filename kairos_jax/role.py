@@ -24,41 +24,28 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from kairos_jax import (
-    channels,
-    command,
-    debug,
-    followers,
-    gauges,
-    health,
-    launch,
-    lifecycle,
-    otlp,
-    profile,
-    profile_file,
-    recording,
-    remote_kv,
-)
-from kairos_jax.channels import Wire
+from kairos_jax.api.http import debug
+from kairos_jax.api.http.debug import Debug
 from kairos_jax.config import ConfigError, ServerConfig
-from kairos_jax.debug import Debug
-from kairos_jax.hub import ModelNotAvailable
-from kairos_jax.instances import (
-    build_engine,
-    build_worker,
-    load_weights,
-    open_model,
-    open_programs,
-    warm_up,
-)
-from kairos_jax.manifest import facts
-from kairos_jax.messages import Cancel
-from kairos_jax.progress import bars
-from kairos_jax.role_server import Options, Prepared, RoleServer
-from kairos_jax.worker import Worker
-from schedulers.core import Role
+from kairos_jax.engine import followers, profile_file, profiling
+from kairos_jax.engine.build import build_engine, load_weights, open_programs, warm_up
+from kairos_jax.engine.devices import agree, define_distributed_flags, start_distributed, start_jax
+from kairos_jax.engine.model import open_model
+from kairos_jax.kv import remote
+from kairos_jax.kv.manifest import facts
+from kairos_jax.net import address, credentials, health
+from kairos_jax.net.credentials import Wire
+from kairos_jax.observe import metrics_port, otlp, recording
+from kairos_jax.process import command, launch, lifecycle
+from kairos_jax.process.hub import ModelNotAvailable
+from kairos_jax.process.progress import bars
+from kairos_jax.worker.build import build_worker
+from kairos_jax.worker.messages import Cancel
+from kairos_jax.worker.server import Options, Prepared, RoleServer
+from kairos_jax.worker.worker import Worker
 from schedulers.cost import CostModel
-from schedulers.journal import Journal
+from schedulers.ledger.instance import Role
+from schedulers.ledger.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +56,10 @@ _STOP_TIMEOUT_S = 5.0
 def define_flags(port: int) -> None:
     """Not at import: other binaries have flags of the same names."""
     launch.define_config_flag()
-    launch.define_distributed_flags()
+    define_distributed_flags()
     lifecycle.define_flags(port)
-    channels.define_flags()
-    remote_kv.define_flags()
+    credentials.define_flags()
+    remote.define_flags()
     health.define_flags()
     profile_file.define_flags()
     recording.define_flags()
@@ -89,12 +76,12 @@ def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> Prep
     """Loads, compiles and measures one instance; a process that follows another of its mesh ends
     here. Raises UsageError or ModelNotAvailable.
     """
-    processes = launch.start_distributed()
-    devices = launch.start_jax(config.devices(role), flags.FLAGS.cpu_devices, processes)
+    processes = start_distributed()
+    devices = start_jax(config.devices(role), flags.FLAGS.cpu_devices, processes)
     name = Path(config.model).name
     if processes.several:  # before anything that may take one of them longer than another
         common = {"jax": jax.__version__, "role": role.value}
-        launch.agree(processes, common | {"config": asdict(config) | {"model": name}})
+        agree(processes, common | {"config": asdict(config) | {"model": name}})
     with bars() as progress:
         model = open_model(config)
         programs = open_programs(config, model, [role], devices)
@@ -108,7 +95,7 @@ def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> Prep
         known = facts(name, description, weights, config.dtype, config.page_size)
         del weights  # the engine may have them in another form
         warm_up(engine, role.value, progress)
-        measured = profile.load_or_measure(profile_path, config, model, [engine], progress)
+        measured = profiling.load_or_measure(profile_path, config, model, [engine], progress)
     return Prepared(engine, known, measured, len(devices), devices[0].device_kind, leader)
 
 
@@ -117,7 +104,7 @@ async def serve(
     role: Role,
     options: Options,
     net: Wire,
-    carried: remote_kv.TransferOptions,
+    carried: remote.TransferOptions,
     prepare: Callable[[], Prepared],
     journal: Journal | None = None,
     debugging: Debug | None = None,
@@ -129,7 +116,7 @@ async def serve(
     workers: list[Worker] = []
     server = RoleServer(role, options, net)
     if options.metrics_port:
-        port = gauges.serve_workers(options.host, options.metrics_port, workers)
+        port = metrics_port.serve_workers(options.host, options.metrics_port, workers)
         if debugging:
             debugging.workers = workers
             debug.answer_beside(port, debugging)
@@ -141,7 +128,7 @@ async def serve(
     if prepared is None:
         return 1
     engine, emit = prepared.engine, server.attachments.emit
-    transport = remote_kv.RemoteTransport(
+    transport = remote.RemoteTransport(
         prepared.facts,
         server.address,
         asyncio.get_running_loop(),
@@ -179,12 +166,12 @@ def _check_kv_host(host: str) -> None:
     compiled. Raises UsageError.
     """
     try:
-        channels.listen(host, 0).close()
+        address.listen(host, 0).close()
     except OSError as error:
-        raise launch.UsageError(f"--kv_host={host}: {error}") from error
+        raise command.UsageError(f"--kv_host={host}: {error}") from error
 
 
-def _print_state(server: RoleServer, worker: Worker, transport: remote_kv.RemoteTransport) -> None:
+def _print_state(server: RoleServer, worker: Worker, transport: remote.RemoteTransport) -> None:
     """As it is while the worker's own thread goes on: in the midst of a step, not to the last."""
     ledger = worker.instance
     state = {
@@ -207,7 +194,7 @@ def _ready_line(config: ServerConfig, server: RoleServer, prepared: Prepared) ->
     return (
         f"ready: {server.name}, {config.model} on {prepared.mesh_size} {prepared.device_kind} "
         f"devices, {policy}, step times {measured.get('source', 'of unknown source')} "
-        f"({profile.fit_line(measured)}); gRPC on {server.address}"
+        f"({profiling.fit_line(measured)}); gRPC on {server.address}"
     )
 
 
@@ -218,7 +205,7 @@ def main(role: Role) -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     try:
         code = _run(role)
-    except (ConfigError, ModelNotAvailable, launch.UsageError) as error:
+    except (ConfigError, ModelNotAvailable, command.UsageError) as error:
         code = command.fail(error)
     except Exception:
         log.exception("this process ends")
@@ -230,12 +217,12 @@ def _run(role: Role) -> int:
     """Returns the exit code. Raises ConfigError, ModelNotAvailable or UsageError."""
     config, options, net = launch.read_config(), Options.from_flags(role), Wire.from_flags()
     if config.colocated:
-        raise launch.UsageError(f"config.colocated must be False for a process of {role.value}")
+        raise command.UsageError(f"config.colocated must be False for a process of {role.value}")
     values = flags.FLAGS
     path = Path(values.profile) if values.profile else None
     if values.process_id > 0:  # it follows, and has no service of its own
         prepare(config, role, path)
-    carried = remote_kv.TransferOptions.from_flags(options.host)
+    carried = remote.TransferOptions.from_flags(options.host)
     if role is Role.DECODE:
         # What it offers are its own evicted sequences, which nobody else would fetch.
         carried = replace(carried, lease_s=math.inf)
@@ -244,7 +231,7 @@ def _run(role: Role) -> int:
 
     debugging = Debug.from_flags()
     if debugging and not options.metrics_port:
-        raise launch.UsageError("--debug_dir needs --metrics_port, where it is answered")
+        raise command.UsageError("--debug_dir needs --metrics_port, where it is answered")
     with recording.from_flags(debugging and debugging.watch) as journal:
         ready = functools.partial(prepare, config, role, path)
         return asyncio.run(serve(config, role, options, net, carried, ready, journal, debugging))

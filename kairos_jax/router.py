@@ -21,29 +21,23 @@ from pathlib import Path
 
 from absl import flags
 
-from kairos_jax import (
-    channels,
-    debug,
-    discovery,
-    health,
-    http_server,
-    launch,
-    lifecycle,
-    otlp,
-    streams,
-)
-from kairos_jax.backend import backend
-from kairos_jax.channels import Wire
+from kairos_jax.api.backend import Backend
+from kairos_jax.api.http import debug, server
+from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.server import Server
 from kairos_jax.config import ServerConfig
-from kairos_jax.http_server import HttpOptions
-from kairos_jax.instances import Model, open_model
-from kairos_jax.links import Links
-from kairos_jax.metrics import Metrics
-from kairos_jax.service import Server
-from kairos_jax.streams import Router
-from kairos_jax.tracing import Tracing
-from schedulers.core import Role
+from kairos_jax.engine.model import Model, open_model
+from kairos_jax.net import credentials, health
+from kairos_jax.net.credentials import Wire
+from kairos_jax.observe import otlp
+from kairos_jax.observe.metrics import Metrics
+from kairos_jax.observe.tracing import Tracing
+from kairos_jax.process import command, launch, lifecycle
+from kairos_jax.routing import discovery, router
+from kairos_jax.routing.links import Links
+from kairos_jax.routing.router import Router
 from schedulers.cost import CostModel
+from schedulers.ledger.instance import Role
 
 _ROLES = (Role.PREFILL, Role.DECODE)
 _NO_DEBUG = "a router runs no steps: ask the metrics port of a worker that has --debug_dir"
@@ -53,12 +47,12 @@ def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
     launch.define_config_flag()
     lifecycle.define_flags(port=50051)
-    channels.define_flags()
-    channels.define_public_flags()
-    http_server.define_flags()
+    credentials.define_flags()
+    credentials.define_public_flags()
+    server.define_flags()
     otlp.define_flags()
     health.define_flags()
-    streams.define_flags()
+    router.define_flags()
     for role in _ROLES:
         flags.DEFINE_list(
             role.value, [], f"Where {role.value} workers are: host:port, or dns:name:port for all."
@@ -93,14 +87,14 @@ class Options:
         }
         for role, given in targets.items():
             if not given:
-                raise launch.UsageError(f"--{role.value} is missing: give host:port, ...")
+                raise command.UsageError(f"--{role.value} is missing: give host:port, ...")
             for target in given:
                 try:
                     discovery.Target.parse(target)
                 except ValueError as error:
-                    raise launch.UsageError(f"--{role.value}: {error}") from error
+                    raise command.UsageError(f"--{role.value}: {error}") from error
         if values.hang_s < 2 * values.heartbeat_s:
-            raise launch.UsageError(
+            raise command.UsageError(
                 f"--hang_s must be at least twice --heartbeat_s, {values.heartbeat_s:g}, got "
                 f"{values.hang_s:g}"
             )
@@ -120,7 +114,7 @@ class Options:
 
 
 async def serve(
-    config: ServerConfig, options: Options, net: Wire, public: Wire = channels.PLAIN
+    config: ServerConfig, options: Options, net: Wire, public: Wire = credentials.PLAIN
 ) -> int:
     """Serves until a signal. net: to workers; public: from clients. Returns the exit code."""
     stopping = lifecycle.asked_to_stop()
@@ -195,7 +189,7 @@ async def _keep_open(
         else:
             first, last = (of[0].welcome for of in workers)
             meshes = first.mesh_size, last.mesh_size
-            await server.open(backend(config, model, router, meshes, last.device_kind))
+            await server.open(Backend.of(config, model, router, meshes, last.device_kind))
             if not said:
                 print(_ready_line(config, links, server.addresses), flush=True)
             said = True

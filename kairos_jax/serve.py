@@ -20,34 +20,31 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from kairos_jax import (
-    channels,
-    debug,
-    http_server,
-    launch,
-    lifecycle,
-    otlp,
-    profile,
-    profile_file,
-    recording,
-    streams,
-)
-from kairos_jax.backend import backend
-from kairos_jax.channels import Wire
+from kairos_jax.api.backend import Backend
+from kairos_jax.api.http import debug, server
+from kairos_jax.api.http.debug import Debug
+from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.server import Server
 from kairos_jax.config import ServerConfig
-from kairos_jax.debug import Debug
-from kairos_jax.engine import JaxEngine
-from kairos_jax.http_server import HttpOptions
-from kairos_jax.instances import Model, build_engines, build_workers, open_model
-from kairos_jax.metrics import Metrics
-from kairos_jax.progress import bars
-from kairos_jax.service import Server
-from kairos_jax.streams import Router
-from kairos_jax.tracing import Tracing
-from kairos_jax.transfer import LocalTransport
-from kairos_jax.worker import Worker
+from kairos_jax.engine import profile_file, profiling
+from kairos_jax.engine.build import build_engines
+from kairos_jax.engine.devices import start_jax
+from kairos_jax.engine.engine import JaxEngine
+from kairos_jax.engine.model import Model, open_model
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.net import credentials
+from kairos_jax.net.credentials import Wire
+from kairos_jax.observe import otlp, recording
+from kairos_jax.observe.metrics import Metrics
+from kairos_jax.observe.tracing import Tracing
+from kairos_jax.process import command, launch, lifecycle
+from kairos_jax.process.progress import bars
+from kairos_jax.routing import router
+from kairos_jax.routing.router import Router
+from kairos_jax.worker.build import build_workers
+from kairos_jax.worker.worker import Worker
 from schedulers.cost import CostModel
-from schedulers.journal import Journal
+from schedulers.ledger.journal import Journal
 
 # What a step under way is given to end in, once no request is left.
 _STOP_TIMEOUT_S = 5.0
@@ -57,13 +54,13 @@ def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
     launch.define_config_flag()
     lifecycle.define_flags(port=50051)
-    channels.define_public_flags()
-    http_server.define_flags()
+    credentials.define_public_flags()
+    server.define_flags()
     otlp.define_flags()
     profile_file.define_flags()
     recording.define_flags()
     debug.define_flags()
-    streams.define_flags()
+    router.define_flags()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +75,11 @@ class Prepared:
 
 def prepare(config: ServerConfig, profile_path: Path | None) -> Prepared:
     """Fetches, loads, compiles and measures. Raises UsageError or ModelNotAvailable."""
-    devices = launch.start_jax(config.num_devices, flags.FLAGS.cpu_devices)
+    devices = start_jax(config.num_devices, flags.FLAGS.cpu_devices)
     with bars() as progress:
         model = open_model(config)
         engines = build_engines(config, model, devices, progress)
-        measured = profile.load_or_measure(profile_path, config, model, engines, progress)
+        measured = profiling.load_or_measure(profile_path, config, model, engines, progress)
     return Prepared(model, engines, measured, CostModel.from_profile(measured))
 
 
@@ -94,7 +91,7 @@ async def serve(
     prepare: Callable[[], Prepared],
     journal: Journal | None = None,
     admission: str = "none",
-    public: Wire = channels.PLAIN,
+    public: Wire = credentials.PLAIN,
     http: HttpOptions | None = None,
     tracing: Tracing | None = None,
     debugging: Debug | None = None,
@@ -138,7 +135,7 @@ async def _serve_until(
         worker.start()
     meshes = config.prefill.devices, config.devices(config.roles[-1])
     kind = jax.devices()[0].device_kind
-    await server.open(backend(config, prepared.model, router, meshes, kind))
+    await server.open(Backend.of(config, prepared.model, router, meshes, kind))
     print(_ready_line(config, prepared, server.addresses), flush=True)
     await asyncio.wait({router.died, stopping}, return_when=asyncio.FIRST_COMPLETED)
     print("an instance died: ending" if router.died.done() else "draining", flush=True)
@@ -159,7 +156,7 @@ def _ready_line(config: ServerConfig, prepared: Prepared, addresses: str) -> str
         f"{config.prefill.policy} + {config.decode.policy}, "
         f"SLO TTFT {config.slo.ttft:g} s TPOT {config.slo.tpot:g} s, "
         f"{compiled} programs compiled, step times {measured.get('source', 'of unknown source')} "
-        f"({profile.fit_line(measured)}); {addresses}"
+        f"({profiling.fit_line(measured)}); {addresses}"
     )
 
 
@@ -171,7 +168,7 @@ def main(argv: list[str]) -> None:
     path = Path(values.profile) if values.profile else None
     debugging = Debug.from_flags()
     if debugging and http is None:
-        raise launch.UsageError("--debug_dir needs the HTTP API, which --http_port=-1 turns off")
+        raise command.UsageError("--debug_dir needs the HTTP API, which --http_port=-1 turns off")
     with recording.from_flags(debugging and debugging.watch) as journal:
         where = values.host, values.port
         code = asyncio.run(

@@ -18,19 +18,20 @@ from typing import Any, TextIO
 
 from absl import flags
 
-from kairos_jax import command, profile_file
-from kairos_jax.asked import NUM_SYNTHETIC, workload
-from kairos_jax.command import UsageError
-from kairos_jax.explain import explain
-from kairos_jax.perfetto import trace_events
-from kairos_jax.simulate_text import advice_text, run_text
-from schedulers import decode, prefill
-from schedulers.core import Policy
+from kairos_jax.engine import profile_file
+from kairos_jax.lab.flags import NUM_SYNTHETIC, workload
+from kairos_jax.lab.report.simulation import advice_text, run_text
+from kairos_jax.observe.explain import explain
+from kairos_jax.observe.perfetto import trace_events
+from kairos_jax.process import command
+from kairos_jax.process.command import UsageError
 from schedulers.cost import CostModel
-from schedulers.journal import Journal, to_lines
-from schedulers.scenario import Scenario, build, report
-from schedulers.simulator import Simulation
-from schedulers.workload import (
+from schedulers.ledger.instance import Policy
+from schedulers.ledger.journal import Journal, to_lines
+from schedulers.policies import decode, prefill
+from schedulers.simulation.scenario import Scenario, build, report
+from schedulers.simulation.simulator import Simulation
+from schedulers.simulation.workload import (
     Arrival,
     SloClass,
     check_slo,
@@ -206,8 +207,8 @@ def _file_to_write(values: Any, flag: str) -> Iterator[TextIO | None]:
 def advised(values: Any) -> dict[str, Any]:
     """Compares layouts; returns what --output=json prints. Raises UsageError."""
     # Processes and progress bars: not worth the wait for a single run.
-    from kairos_jax.advise import RESOLUTION, TARGET, advise, enough
-    from kairos_jax.progress import bars
+    from kairos_jax.lab.advise import RESOLUTION, TARGET, advise, enough
+    from kairos_jax.process.progress import bars
 
     _refuse(values, _RUN_ONLY, "--{} does not go with --advise")
     scenario = scenario_of(values)

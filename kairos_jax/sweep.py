@@ -21,17 +21,8 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from kairos_jax import command, profile_file
-from kairos_jax.asked import (
-    NUM_SYNTHETIC,
-    make_folder,
-    parse_list,
-    slo_text,
-    to_number,
-    workload,
-    workload_text,
-)
-from kairos_jax.cells import (
+from kairos_jax.engine import profile_file
+from kairos_jax.lab.cells import (
     Cell,
     Layout,
     Result,
@@ -43,18 +34,22 @@ from kairos_jax.cells import (
     simulate_cells,
     simulation_basis,
 )
-from kairos_jax.command import UsageError
-from kairos_jax.progress import bars
-from kairos_jax.sweep_table import write_table
-from schedulers.cost import CostModel
-from schedulers.scenario import Scenario
-from schedulers.workload import (
-    Arrival,
-    SloClass,
-    check_slo,
-    parse_classes,
-    poisson,
+from kairos_jax.lab.flags import (
+    NUM_SYNTHETIC,
+    make_folder,
+    parse_list,
+    slo_text,
+    to_number,
+    workload,
+    workload_text,
 )
+from kairos_jax.lab.report.table import write_table
+from kairos_jax.process import command
+from kairos_jax.process.command import UsageError
+from kairos_jax.process.progress import bars
+from schedulers.cost import CostModel
+from schedulers.simulation.scenario import Scenario
+from schedulers.simulation.workload import Arrival, SloClass, check_slo, parse_classes, poisson
 
 PAIRS = "fcfs+continuous,kairos+kairos,kairos_plus+kairos_plus"
 
@@ -123,14 +118,14 @@ def _pack(text: str) -> float:
 
 def report(folder: Path, results: Sequence[Result], title: str, facts: dict[str, str]) -> None:
     """Writes the table and the page, and prints the essence."""
-    from kairos_jax import sweep_report  # it draws: not worth the wait where no cell can run
-    from kairos_jax.report import print_table
+    from kairos_jax.lab.report import sweep
+    from kairos_jax.lab.report.comparison import print_table
 
     written = write_table(folder, results)
     page = folder / "report.html"
-    sweep_report.write_report(page, results, title, facts)
+    sweep.write_report(page, results, title, facts)
     console = Console()
-    for heading, lines in sweep_report.essence(results):
+    for heading, lines in sweep.essence(results):
         console.rule(f"[bold]{heading}", align="left")
         print_table(lines, console)
     print("", *(f"Table: {path}" for path in written), f"Report: {page}", sep="\n")
@@ -216,7 +211,8 @@ def simulated(values: Any) -> tuple[list[Result], dict[str, str]]:
 
 def live(values: Any) -> tuple[list[Result], dict[str, str]]:
     """All results, and what the reader must know. Raises UsageError."""
-    from kairos_jax import launch, offline  # they bring JAX
+    from kairos_jax.lab import offline
+    from kairos_jax.process import launch
 
     _refuse(values, _SIMULATED_ONLY, "needs --simulated")
     config = launch.read_config()
@@ -278,7 +274,7 @@ if __name__ == "__main__":
     if _is_simulated(sys.argv):
         command.run(main)
     else:
-        from kairos_jax import launch
+        from kairos_jax.process import launch
 
         launch.define_config_flag()
         launch.run(main)

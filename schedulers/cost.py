@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from schedulers.rows import Rows
+from schedulers.ledger.rows import Rows
 
 KINDS = ("prefill", "decode", "transfer")
 """What a profile has times of."""

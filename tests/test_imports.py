@@ -21,8 +21,8 @@ def lint(directory):
     [
         ("schedulers/decode.py", "import time", "integers in, integers out"),
         ("schedulers/core.py", "import jax", "integers in, integers out"),
-        ("models/sampling.py", "import schedulers.core", "arrays in, arrays out"),
-        ("kairos_jax/engine.py", "import kairos_jax.worker", "never upward"),
+        ("models/sampling.py", "import schedulers.ledger.instance", "arrays in, arrays out"),
+        ("kairos_jax/engine.py", "import kairos_jax.worker.worker", "never upward"),
     ],
 )
 def test_a_planted_breach_is_found(tmp_path, file, breach, contract):

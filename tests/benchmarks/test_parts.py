@@ -9,9 +9,9 @@ import openai_replay
 import pytest
 import rates
 
-from schedulers.attainment import Outcome
-from schedulers.request import Slo
-from schedulers.workload import Arrival
+from schedulers.ledger.request import Slo
+from schedulers.simulation.attainment import Outcome
+from schedulers.simulation.workload import Arrival
 
 SLO = Slo(10.0, 10.0)
 
@@ -56,7 +56,7 @@ def test_tokens_are_counted_however_the_events_are_cut():
     assert [(o.done, o.num_output, o.num_asked) for o in outcomes] == [(True, 3, 3)] * 2
     assert all(o.ttft_s > 0 for o in outcomes)
     asked = sorted(asked, key=lambda body: -len(body["prompt"]))
-    rng = np.random.default_rng(0)  # the prompts of kairos_jax.replay
+    rng = np.random.default_rng(0)  # the prompts of kairos_jax.lab.replay
     assert [body["prompt"] for body in asked] == [rng.integers(50, size=n).tolist() for n in (5, 2)]
     assert all(body["ignore_eos"] and body["max_tokens"] == 3 for body in asked)
 

@@ -13,7 +13,7 @@ import pytest
 from processes import ROOT, Process
 from prometheus_client.parser import text_string_to_metric_families
 
-from kairos_jax import hub
+from kairos_jax.process import hub
 
 CONFIG = "configs/smollm2_135m_cpu.py"
 

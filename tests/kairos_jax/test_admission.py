@@ -6,15 +6,16 @@ import math
 import fakes
 import pytest
 
-from kairos_jax.instances import build_worker
-from kairos_jax.messages import Outlined
-from kairos_jax.peers import LEAST_RETRY_S, Full, Peer
-from kairos_jax.streams import Router
-from kairos_jax.transfer import LocalTransport
-from schedulers.core import Role
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.routing.fleet import LEAST_RETRY_S, Full
+from kairos_jax.routing.peer import Peer
+from kairos_jax.routing.router import Router
+from kairos_jax.worker.build import build_worker
+from kairos_jax.worker.messages import Outlined
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.request import Request, Slo
-from schedulers.routing import Summary
+from schedulers.ledger.instance import Role
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies.routing import Summary
 
 # A prompt takes 1 s a token.
 COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(1, 0, 0), TransferCost(0, 0), 1000)

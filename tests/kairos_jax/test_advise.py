@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from kairos_jax import advise as module
-from kairos_jax.advise import RESOLUTION, advise, enough, guess, layouts
-from kairos_jax.profile_file import read
+from kairos_jax.engine.profile_file import read
+from kairos_jax.lab import advise as module
+from kairos_jax.lab.advise import RESOLUTION, advise, enough, guess, layouts
 from schedulers.cost import CostModel
-from schedulers.request import Slo
-from schedulers.scenario import Scenario
-from schedulers.workload import Arrival, SloClass, synthetic
+from schedulers.ledger.request import Slo
+from schedulers.simulation.scenario import Scenario
+from schedulers.simulation.workload import Arrival, SloClass, synthetic
 
 COST = CostModel.from_profile(read("llama3_8b_h100_roofline"))
 SCENARIO = Scenario(COST, (SloClass(1.0, Slo(1.0, 0.025)),))

@@ -9,7 +9,6 @@ import fakes
 import pytest
 from rich.console import Console
 
-from kairos_jax import open_loop
 from kairos_jax.agreement import (
     KINDS,
     Agreement,
@@ -21,12 +20,13 @@ from kairos_jax.agreement import (
     print_table,
     scenario_of,
 )
-from kairos_jax.launch import UsageError
-from schedulers.core import Role
+from kairos_jax.lab import open_loop
+from kairos_jax.process.command import UsageError
 from schedulers.cost import CostModel
-from schedulers.journal import from_lines
-from schedulers.request import Slo
-from schedulers.workload import Arrival, rescale, synthetic
+from schedulers.ledger.instance import Role
+from schedulers.ledger.journal import from_lines
+from schedulers.ledger.request import Slo
+from schedulers.simulation.workload import Arrival, rescale, synthetic
 
 COST = CostModel.from_profile(fakes.PROFILE)
 # Prompts of 20 ms and tokens of 1 ms, of which the fakes take nothing.

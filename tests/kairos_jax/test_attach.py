@@ -7,10 +7,12 @@ import fakes
 import grpc
 import pytest
 
-from kairos_jax import wire
-from kairos_jax.attach import Attachments
-from kairos_jax.calls import Token
-from kairos_jax.messages import (
+from kairos_jax.engine.calls import Token
+from kairos_jax.kv.transport import Ticket
+from kairos_jax.rpc import internal_pb2 as pb
+from kairos_jax.rpc import internal_pb2_grpc
+from kairos_jax.worker import codec
+from kairos_jax.worker.messages import (
     Cancel,
     Died,
     Draining,
@@ -26,18 +28,16 @@ from kairos_jax.messages import (
     Stepped,
     Submit,
 )
-from kairos_jax.rpc import internal_pb2 as pb
-from kairos_jax.rpc import internal_pb2_grpc
-from kairos_jax.tally import Steps
-from kairos_jax.transfer import Ticket
-from schedulers.core import Batch, Instance, Role
+from kairos_jax.worker.service import Attachments
+from kairos_jax.worker.tally import Steps
 from schedulers.cost import CostModel
-from schedulers.request import Request, Slo
-from schedulers.routing import outline
+from schedulers.ledger.instance import Batch, Instance, Role
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies.routing import outline
 
 LIMITS = fakes.CONFIG.limits(Role.BOTH)
 COST = CostModel.from_profile(fakes.PROFILE)
-WELCOME = wire.Welcome("w", "1", Role.BOTH, "m", "f", "float32", LIMITS, fakes.PROFILE)
+WELCOME = codec.Welcome("w", "1", Role.BOTH, "m", "f", "float32", LIMITS, fakes.PROFILE)
 
 
 class Mute:
@@ -71,8 +71,8 @@ class Caller:
 
     async def attach(self):
         """Hello, Welcome and the first outline."""
-        await self.send(pb.ToWorker(hello=pb.Hello(router=self.name, version=wire.VERSION)))
-        assert wire.decode_welcome(await self.read()) == WELCOME
+        await self.send(pb.ToWorker(hello=pb.Hello(router=self.name, version=codec.VERSION)))
+        assert codec.decode_welcome(await self.read()) == WELCOME
         return await self.hear()
 
     async def send(self, sent):
@@ -80,18 +80,18 @@ class Caller:
 
     async def say(self, *messages):
         for message in messages:
-            await self.send(wire.encode_message(message, 0.0))
+            await self.send(codec.encode_message(message, 0.0))
 
     async def read(self):
         return await asyncio.wait_for(self._call.read(), 30)
 
     async def hear(self):
-        return wire.decode_event(await self.read(), "w", Role.BOTH, 0.0)
+        return codec.decode_event(await self.read(), "w", Role.BOTH, 0.0)
 
     async def ended(self):
         """The code with which it was ended."""
         with contextlib.suppress(grpc.aio.AioRpcError):
-            while await self.read() is not wire.EOF:
+            while await self.read() is not codec.EOF:
                 pass
         return await self._call.code(), await self._call.details()
 
@@ -315,7 +315,7 @@ async def test_strangers_are_sent_away(service, worker, call):
         (
             pb.ToWorker(hello=pb.Hello(version=99)),
             grpc.StatusCode.FAILED_PRECONDITION,
-            f"version must be {wire.VERSION}, as of this worker, got 99",
+            f"version must be {codec.VERSION}, as of this worker, got 99",
         ),
     ):
         caller = call()
@@ -324,7 +324,7 @@ async def test_strangers_are_sent_away(service, worker, call):
         assert why in (await caller.ended())[1]
     service.drain()
     caller = call()
-    await caller.send(pb.ToWorker(hello=pb.Hello(version=wire.VERSION)))
+    await caller.send(pb.ToWorker(hello=pb.Hello(version=codec.VERSION)))
     assert await caller.ended() == (grpc.StatusCode.UNAVAILABLE, "the worker is draining")
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from kairos_jax import calls
-from kairos_jax.calls import Row, rows_of
+from kairos_jax.engine import calls
+from kairos_jax.engine.calls import Row, rows_of
 from models.sampling import SamplingParams
-from schedulers.request import Request, Seq, Slo
+from schedulers.ledger.request import Request, Seq, Slo
 
 TABLE_PAGES = 6
 

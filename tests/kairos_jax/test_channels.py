@@ -14,11 +14,11 @@ from absl import flags
 from absl.testing import flagsaver
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kairos_jax import channels
-from kairos_jax.channels import PLAIN, Wire
-from kairos_jax.command import UsageError
-from kairos_jax.health import ALIVE, Health
-from kairos_jax.service import Server
+from kairos_jax.api.server import Server
+from kairos_jax.net import credentials
+from kairos_jax.net.credentials import PLAIN, Wire
+from kairos_jax.net.health import ALIVE, Health
+from kairos_jax.process.command import UsageError
 
 TLS = Path(__file__).parents[1] / "support" / "tls"
 CA = (TLS / "ca.pem").read_bytes()
@@ -79,7 +79,7 @@ async def serving(wire: Wire, host: str = "127.0.0.1"):
     port = wire.add_port(server, host, 0)
     await server.start()
     try:
-        yield channels.join_address(host, port)
+        yield credentials.join_address(host, port)
     finally:
         await server.stop(None)
 
@@ -311,8 +311,8 @@ def from_flags():
     """A function from flags to the Wire that they make, or to a public one."""
     names = flags.FLAGS
     if "tls_cert" not in names:
-        channels.define_flags()
-        channels.define_public_flags()
+        credentials.define_flags()
+        credentials.define_public_flags()
     names.mark_as_parsed()
 
     def read(public: bool = False, **given) -> Wire:

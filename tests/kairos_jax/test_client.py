@@ -11,10 +11,10 @@ import pytest
 from absl import flags
 
 from kairos_jax.client import define_flags, run
-from kairos_jax.replay import Received, fit_to_model, replay
+from kairos_jax.lab.replay import Received, fit_to_model, replay
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
-from schedulers.request import Slo
-from schedulers.workload import Arrival
+from schedulers.ledger.request import Slo
+from schedulers.simulation.workload import Arrival
 
 SLO = Slo(ttft=30.0, tpot=30.0)
 MODEL = kairos_pb2.Model(

@@ -16,11 +16,11 @@ import processes
 import pytest
 from processes import CONFIG, MODEL, ROOT
 
-from kairos_jax.channels import Wire
 from kairos_jax.config import ServerConfig
-from kairos_jax.links import Links
-from kairos_jax.messages import Died
-from schedulers.core import Role
+from kairos_jax.net.credentials import Wire
+from kairos_jax.routing.links import Links
+from kairos_jax.worker.messages import Died
+from schedulers.ledger.instance import Role
 
 
 @contextlib.contextmanager

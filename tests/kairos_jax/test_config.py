@@ -14,7 +14,7 @@ from models.config import ModelConfig
 from models.llama import abstract_params, pack_config
 from models.ops import KERNELS
 from models.sharding import MESH_AXES
-from schedulers.core import Role
+from schedulers.ledger.instance import Role
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 GOOD = dataclasses.asdict(fakes.CONFIG)

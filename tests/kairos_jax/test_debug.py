@@ -14,16 +14,17 @@ import fakes
 import pytest
 from http_fakes import fetch
 
-from kairos_jax import debug, gauges
-from kairos_jax.command import UsageError
-from kairos_jax.debug import Debug, answer_beside, routes
-from kairos_jax.gate import Gate
-from kairos_jax.http_guard import Options, digest
-from kairos_jax.openai_api import make_app
-from kairos_jax.openai_errors import ApiError
-from kairos_jax.perfetto import Recent, trace_events
-from kairos_jax.tally import Steps
-from schedulers.journal import Journal
+from kairos_jax.api.gate import Gate
+from kairos_jax.api.http import debug
+from kairos_jax.api.http.app import make_app
+from kairos_jax.api.http.debug import Debug, answer_beside, routes
+from kairos_jax.api.http.errors import ApiError
+from kairos_jax.api.http.guard import Options, digest
+from kairos_jax.observe import metrics_port
+from kairos_jax.observe.perfetto import Recent, trace_events
+from kairos_jax.process.command import UsageError
+from kairos_jax.worker.tally import Steps
+from schedulers.ledger.journal import Journal
 
 PROFILE, SCHEDULE = "/debug/profile", "/debug/schedule"
 
@@ -219,7 +220,7 @@ def test_over_http_it_is_for_who_has_a_key_and_only_if_it_is_on(tmp_path):
 
 
 def test_a_worker_of_its_own_process_answers_beside_its_metrics(tmp_path, profiler):
-    server = gauges.serve_workers("127.0.0.1", 0, [])
+    server = metrics_port.serve_workers("127.0.0.1", 0, [])
     debugged = Debug(tmp_path)
     debugged.close()
     answer_beside(server, debugged)

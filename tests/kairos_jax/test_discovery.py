@@ -8,8 +8,9 @@ import socket
 
 import pytest
 
-from kairos_jax import discovery
-from kairos_jax.discovery import Target, join_address, split_address
+from kairos_jax.net.address import join_address, split_address
+from kairos_jax.routing import discovery
+from kairos_jax.routing.discovery import Target
 
 
 class Names:

@@ -7,11 +7,11 @@ import fakes
 import pytest
 import tokenizers
 
-from kairos_jax.edge import BadField, Edge, UnknownModel
+from kairos_jax.api.validator import BadField, Edge, UnknownModel
 from kairos_jax.rpc import kairos_pb2 as pb
-from kairos_jax.tokenizer import Tokenizer
+from kairos_jax.text.tokenizer import Tokenizer
 from models.sampling import SamplingParams
-from schedulers.request import Slo
+from schedulers.ledger.request import Slo
 
 NONE = Edge("fake", 97, frozenset({0}), fakes.CONFIG, None)
 

@@ -10,19 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from kairos_jax.calls import PromptLogprobs
-from kairos_jax.engine import BLOCK_PAGES, JaxEngine, Shapes, bucket_sizes
-from kairos_jax.page_keys import page_keys
-from kairos_jax.transfer import LocalTransport
+from kairos_jax.engine.calls import PromptLogprobs
+from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine, Shapes, bucket_sizes
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.worker.page_keys import page_keys
 from models import kv_cache, llama
 from models.checkpoint import open_checkpoint
 from models.kv_cache import StepInput
 from models.ops import KERNELS
 from models.sampling import SamplingParams
 from models.sharding import Rules, make_mesh
-from schedulers.core import Batch, Instance, Limits, Role
-from schedulers.request import Request, Seq, Slo
-from schedulers.rows import Column
+from schedulers.ledger.instance import Batch, Instance, Limits, Role
+from schedulers.ledger.request import Request, Seq, Slo
+from schedulers.ledger.rows import Column
 
 SLO = Slo(30.0, 30.0)
 LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pages=64)

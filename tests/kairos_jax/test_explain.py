@@ -7,14 +7,14 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from kairos_jax.explain import explain
-from kairos_jax.perfetto import trace_events
-from schedulers import decode, prefill
-from schedulers.core import Batch, Instance, Limits, Role
+from kairos_jax.observe.explain import explain
+from kairos_jax.observe.perfetto import trace_events
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.journal import Journal, from_lines, replay, to_lines
-from schedulers.request import Request, Slo
-from schedulers.simulator import Fleet, Simulation
+from schedulers.ledger.instance import Batch, Instance, Limits, Role
+from schedulers.ledger.journal import Journal, from_lines, replay, to_lines
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies import decode, prefill
+from schedulers.simulation.simulator import Fleet, Simulation
 
 LIMITS = Limits(max_batch=8, max_chunk=20, max_context=60, page_size=4, num_pages=30)
 COST = CostModel(

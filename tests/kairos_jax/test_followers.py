@@ -20,10 +20,17 @@ import numpy as np
 import pytest
 from absl import flags
 
-from kairos_jax import followers, launch, lines
-from kairos_jax.calls import Read, Score, Step, Write
-from kairos_jax.launch import Processes, UsageError
-from schedulers.core import Role
+from kairos_jax.engine import connection, followers
+from kairos_jax.engine.calls import Read, Score, Step, Write
+from kairos_jax.engine.devices import (
+    Processes,
+    define_distributed_flags,
+    start_distributed,
+    start_jax,
+)
+from kairos_jax.process import launch
+from kairos_jax.process.command import UsageError
+from schedulers.ledger.instance import Role
 
 MEMBER = Path(mesh_member.__file__)
 # So short that a silent process is missed soon, and longer than a core is away from a busy one.
@@ -158,7 +165,7 @@ def test_calls_travel_as_bytes(tiny_llama):
     score = Score(rng.integers(-1, 9, (3, 16), np.int32))
     for call in (step, score, Read(ids), Write(ids, block)):
         payload = b"".join(each.tobytes() for each in followers._arrays(engine, call, 0))
-        message = lines.Message(*followers._shape(call), payload)
+        message = connection.Message(*followers._shape(call), payload)
         arrived = followers._call(engine, message)
         jax.tree.map(np.testing.assert_array_equal, arrived, call)
         with pytest.raises(ValueError, match="was expected"):
@@ -175,8 +182,8 @@ def test_whoever_does_not_know_the_secret_is_sent_away():
         guests[3].sendall(followers._HELLO.pack(secret, 1))
         (line,) = followers._accept(listener, processes, secret, 5.0)
         assert guests[1].recv(1) == guests[2].recv(1) == b""
-        line.send(lines.Message(lines.Kind.END))
-        assert guests[3].recv(100) == lines.HEADER.pack(lines.Kind.END, 0, 0, 0)
+        line.send(connection.Message(connection.Kind.END))
+        assert guests[3].recv(100) == connection.HEADER.pack(connection.Kind.END, 0, 0, 0)
         line.close()
     for guest in guests:
         guest.close()
@@ -188,7 +195,7 @@ def line_to(deadline_s, compiling_s=None):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         theirs = socket.create_connection(listener.getsockname())
         ours, _ = listener.accept()
-    line = lines.Line(ours, 1, deadline_s, compiling_s or deadline_s)
+    line = connection.Line(ours, 1, deadline_s, compiling_s or deadline_s)
     with theirs, contextlib.closing(line):
         yield line, theirs
 
@@ -197,14 +204,14 @@ def test_a_silent_end_and_a_closed_one_are_told_apart():
     with line_to(0.05) as (line, _), pytest.raises(TimeoutError, match=r"sign of life for 0\.05 s"):
         next(iter(line))
     with line_to(5.0) as (line, theirs):
-        theirs.sendall(lines.HEADER.pack(lines.Kind.BEAT, 0, 0, 0))
+        theirs.sendall(connection.HEADER.pack(connection.Kind.BEAT, 0, 0, 0))
         theirs.close()
         with pytest.raises(ConnectionResetError, match="was closed"):
             next(iter(line))
 
 
 def test_silence_may_last_longer_while_a_shape_is_compiled():
-    known = lines.HEADER.pack(lines.Kind.READ, 0, 0, 0)
+    known = connection.HEADER.pack(connection.Kind.READ, 0, 0, 0)
     with line_to(0.05, 60.0) as (line, theirs):
         theirs.sendall(known * 2)
         assert len(list(itertools.islice(line, 2))) == 2
@@ -218,11 +225,11 @@ def test_silence_may_last_longer_while_a_shape_is_compiled():
                 list(line)
             assert time.monotonic() - begun >= 0.4
     with line_to(0.05, 0.4) as (line, _):
-        for kind in (lines.Kind.READ, lines.Kind.READ, lines.Kind.BEAT):
-            line.send(lines.Message(kind))
+        for kind in (connection.Kind.READ, connection.Kind.READ, connection.Kind.BEAT):
+            line.send(connection.Message(kind))
         with pytest.raises(TimeoutError, match=r"sign of life for 0\.05 s"):
             next(iter(line))
-        line.send(lines.Message(lines.Kind.STEP, 1, 1))
+        line.send(connection.Message(connection.Kind.STEP, 1, 1))
         assert line._connection.gettimeout() == 0.4
 
 
@@ -254,7 +261,7 @@ def test_a_call_that_hangs_is_told_once_and_an_orderly_end_is_not(monkeypatch):
         leader = followers.Leader(StuckEngine(), [line], lost.put)
         closing = threading.Thread(target=leader.close)
         closing.start()
-        assert theirs.recv(100) == lines.HEADER.pack(lines.Kind.END, 0, 0, 0)
+        assert theirs.recv(100) == connection.HEADER.pack(connection.Kind.END, 0, 0, 0)
         theirs.close()
         closing.join(30)
     assert lost.empty()
@@ -263,8 +270,8 @@ def test_a_call_that_hangs_is_told_once_and_an_orderly_end_is_not(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (lines.Kind.END, "a call hangs on the mesh, whose leader has ended"),
-        (lines.Kind.READ, "the leader of the mesh was lost: its connection was closed"),
+        (connection.Kind.END, "a call hangs on the mesh, whose leader has ended"),
+        (connection.Kind.READ, "the leader of the mesh was lost: its connection was closed"),
     ],
 )
 def test_a_follower_whose_call_hangs_does_not_outlast_its_leader(kind, words, monkeypatch):
@@ -273,7 +280,7 @@ def test_a_follower_whose_call_hangs_does_not_outlast_its_leader(kind, words, mo
     monkeypatch.setattr(followers, "end_process", ended.put)
     monkeypatch.setattr(followers, "_CLOSE_S", 0.1)
     with line_to(5.0) as (line, theirs):
-        theirs.sendall(lines.HEADER.pack(kind, 0, 0, 0))
+        theirs.sendall(connection.HEADER.pack(kind, 0, 0, 0))
         theirs.close()
         begun = time.monotonic()
         followers._receive(line, messages)
@@ -281,7 +288,7 @@ def test_a_follower_whose_call_hangs_does_not_outlast_its_leader(kind, words, mo
     assert messages.get_nowait().kind is kind
     assert words in str(ended.get_nowait())
     # Once told to end, it has a little time to return from the call.
-    assert took_s >= (0.1 if kind is lines.Kind.END else 0.0)
+    assert took_s >= (0.1 if kind is connection.Kind.END else 0.0)
 
 
 @pytest.mark.parametrize(
@@ -304,13 +311,13 @@ def test_flags_that_contradict_each_other(arguments, message, monkeypatch):
             define.__name__,
             lambda *args, define=define: define(*args, flag_values=values),
         )
-    launch.define_distributed_flags()
+    define_distributed_flags()
     values(["program", *arguments])
     with pytest.raises(UsageError, match=message):
-        launch.start_distributed()
+        start_distributed()
     assert values.num_processes in (1, 2)
 
 
 def test_no_flags_is_one_process_and_devices_must_divide():
     with pytest.raises(UsageError, match="3 devices cannot be spread evenly over"):
-        launch.start_jax(3, processes=Processes("127.0.0.1:1", 2, 0))
+        start_jax(3, processes=Processes("127.0.0.1:1", 2, 0))

@@ -7,12 +7,12 @@ import fakes
 import jax
 import pytest
 
-from kairos_jax.engine import JaxEngine, Shapes
-from kairos_jax.hub import DEFAULT_MODEL, PACKAGED_MODELS, cached_path
+from kairos_jax.engine.engine import JaxEngine, Shapes
+from kairos_jax.process.hub import DEFAULT_MODEL, PACKAGED_MODELS, cached_path
 from models.checkpoint import open_checkpoint
 from models.sharding import Rules, make_mesh
-from schedulers.core import Limits, Role
-from schedulers.request import Request, Slo
+from schedulers.ledger.instance import Limits, Role
+from schedulers.ledger.request import Request, Slo
 
 PATH = cached_path(PACKAGED_MODELS[DEFAULT_MODEL])
 # One shape for each engine, to compile little.

@@ -8,12 +8,12 @@ import pytest
 from fleet import COST, asked
 from kv_nodes import FACTS, KINDS, nodes, same, sharding, some_kv
 
-from kairos_jax.engine import BLOCK_PAGES
-from kairos_jax.instances import build_worker
-from kairos_jax.manifest import Facts
-from kairos_jax.streams import Router
-from kairos_jax.transfer import LocalTransport
-from schedulers.core import Role
+from kairos_jax.engine.engine import BLOCK_PAGES
+from kairos_jax.kv.manifest import Facts
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.routing.router import Router
+from kairos_jax.worker.build import build_worker
+from schedulers.ledger.instance import Role
 
 PAGE = fakes.CONFIG.page_size
 # Of a fake engine: blocks of 32 tokens.

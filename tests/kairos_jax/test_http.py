@@ -8,8 +8,8 @@ import http_fakes
 import pytest
 from http_fakes import ids_of, of, says, text_in
 
-from kairos_jax.choice import StopTexts, token_text
-from kairos_jax.http_guard import Options
+from kairos_jax.api.http.choice import StopTexts, token_text
+from kairos_jax.api.http.guard import Options
 
 # Of all ids, the special ones among them.
 TEXTS = [token_text(http_fakes.tokenizer(), id) for id in range(fakes.VOCAB)]

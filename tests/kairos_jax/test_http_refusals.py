@@ -7,7 +7,7 @@ import json
 import http_fakes
 import pytest
 
-from kairos_jax.http_guard import Options, digest
+from kairos_jax.api.http.guard import Options, digest
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"

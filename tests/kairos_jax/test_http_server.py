@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 
-from kairos_jax import http_server
-from kairos_jax.channels import PLAIN, Wire
-from kairos_jax.command import UsageError
-from kairos_jax.http_guard import Options, digest
-from kairos_jax.http_server import HttpOptions, HttpServer
-from kairos_jax.service import Server
+from kairos_jax.api.http import server
+from kairos_jax.api.http.guard import Options, digest
+from kairos_jax.api.http.server import HttpOptions, HttpServer
+from kairos_jax.api.server import Server
+from kairos_jax.net.credentials import PLAIN, Wire
+from kairos_jax.process.command import UsageError
 
 TLS = Path(__file__).parents[1] / "support" / "tls"
 
@@ -31,7 +31,7 @@ def from_flags(monkeypatch):
             "cors_origins": [],
             "http_max_body_mb": 8,
         }
-        monkeypatch.setattr(http_server.flags, "FLAGS", SimpleNamespace(**values | given))
+        monkeypatch.setattr(server.flags, "FLAGS", SimpleNamespace(**values | given))
         return HttpOptions.from_flags()
 
     return read

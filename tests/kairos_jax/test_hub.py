@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kairos_jax.hub import (
+from kairos_jax.process.hub import (
     DEFAULT_MODEL,
     ModelNotAvailable,
     PackagedModel,
@@ -103,7 +103,7 @@ def test_what_it_is_not_is_said(name, tmp_path, monkeypatch):
 
 def resolve_offline(name: str, home: Path) -> subprocess.CompletedProcess:
     # In a process of its own: huggingface_hub reads its environment when it is imported.
-    code = "import sys; from kairos_jax.hub import resolve_model; print(resolve_model(sys.argv[1]))"
+    code = "import sys; from kairos_jax.process import hub; print(hub.resolve_model(sys.argv[1]))"
     return subprocess.run(
         [sys.executable, "-c", code, name],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)},

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from kairos_jax.in_flight import InFlight, Priority
+from kairos_jax.kv.in_flight import InFlight, Priority
 
 
 def test_bytes_are_bounded_and_the_urgent_go_first():

@@ -8,16 +8,17 @@ from types import SimpleNamespace
 import fakes
 import pytest
 
-from kairos_jax.instances import build_policy, choose_kernels
-from kairos_jax.launch import UsageError
-from kairos_jax.messages import Submit
-from kairos_jax.peers import Peer
-from schedulers import decode, prefill
-from schedulers.core import Instance, Role
+from kairos_jax.engine.build import choose_kernels
+from kairos_jax.process.command import UsageError
+from kairos_jax.routing.peer import Peer
+from kairos_jax.worker.build import build_policy
+from kairos_jax.worker.messages import Submit
 from schedulers.cost import CostModel
-from schedulers.journal import Journal, check
-from schedulers.request import Request, Slo
-from schedulers.routing import outline
+from schedulers.ledger.instance import Instance, Role
+from schedulers.ledger.journal import Journal, check
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies import decode, prefill
+from schedulers.policies.routing import outline
 
 TWO_AND_TWO = fakes.altered(prefill__instances=2, decode__instances=2)
 COLOCATED = fakes.altered(colocated=True)

@@ -5,10 +5,10 @@ import asyncio
 import kv_member
 from kv_member import num_sockets, sharding, some_kv
 
-from kairos_jax.jax_kv import TransferPort
-from kairos_jax.kv_client import arrived
-from kairos_jax.manifest import describe
-from kairos_jax.transfer import Ticket
+from kairos_jax.kv.client import arrived
+from kairos_jax.kv.jax_transfer import TransferPort
+from kairos_jax.kv.manifest import describe
+from kairos_jax.kv.transport import Ticket
 
 SHAPE = [2, 8, 4, 2, 8]
 FACTS = kv_member.facts_of(SHAPE)

@@ -8,10 +8,10 @@ import pytest
 
 from kairos_jax.journal import find_id
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.journal import Journal, to_lines
-from schedulers.request import Slo
-from schedulers.scenario import Scenario, build
-from schedulers.workload import SloClass, synthetic
+from schedulers.ledger.journal import Journal, to_lines
+from schedulers.ledger.request import Slo
+from schedulers.simulation.scenario import Scenario, build
+from schedulers.simulation.workload import SloClass, synthetic
 
 PROFILE = {
     "prefill": {"base_s": 5e-3, "per_token_s": 32e-6, "per_token_sq_s": 0.66e-9},

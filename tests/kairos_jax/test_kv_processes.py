@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from kv_member import facts_of, num_sockets, sharding, some_kv
 
-from kairos_jax.transfer import Ticket
+from kairos_jax.kv.transport import Ticket
 
 SMALL, LARGE = [2, 8, 4, 2, 8], [16, 128, 16, 2, 64]  # 4 KiB and 16 MiB
 KINDS = pytest.mark.parametrize("kind", ["jax", "grpc"])

@@ -5,8 +5,8 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from kairos_jax.leases import Claimant, Leases, State
-from kairos_jax.transfer import Ticket
+from kairos_jax.kv.leases import Claimant, Leases, State
+from kairos_jax.kv.transport import Ticket
 
 ME, OTHER = Claimant(1, 1), Claimant(2, 1)
 

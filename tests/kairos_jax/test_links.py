@@ -10,12 +10,12 @@ import fakes
 import grpc
 import pytest
 
-from kairos_jax.channels import Wire
-from kairos_jax.messages import Died
-from kairos_jax.role_server import Options
-from kairos_jax.transfer import LocalTransport
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.net.credentials import Wire
+from kairos_jax.worker.messages import Died
+from kairos_jax.worker.server import Options
 from models.sampling import SamplingParams
-from schedulers.core import Role
+from schedulers.ledger.instance import Role
 
 
 def run(main):
@@ -69,7 +69,7 @@ def logged():
                 await more.wait()
         return found
 
-    log, ear = logging.getLogger("kairos_jax.links"), Ear()
+    log, ear = logging.getLogger("kairos_jax.routing.links"), Ear()
     log.addHandler(ear)
     yield until
     log.removeHandler(ear)

@@ -7,13 +7,14 @@ import socket
 import fakes
 import pytest
 
-from kairos_jax import channels, role, router, serve
-from kairos_jax.channels import PLAIN
-from kairos_jax.command import UsageError
-from kairos_jax.http_server import HttpOptions
-from kairos_jax.remote_kv import TransferOptions
-from kairos_jax.role_server import Options
-from schedulers.core import Role
+from kairos_jax import role, router, serve
+from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.kv.remote import TransferOptions
+from kairos_jax.net import address
+from kairos_jax.net.credentials import PLAIN
+from kairos_jax.process.command import UsageError
+from kairos_jax.worker.server import Options
+from schedulers.ledger.instance import Role
 
 HOST = "127.0.0.1"
 ELSEWHERE = "192.0.2.1"  # of a network for documents, so of no host
@@ -88,4 +89,4 @@ def test_a_host_for_kv_is_of_no_account_where_no_transfer_server_listens():
 def test_what_is_no_name_of_a_host():
     reason = "cannot listen on a..b: no name of a host"
     with pytest.raises(OSError, match=re.escape(reason)):
-        channels.listen("a..b", 0)
+        address.listen("a..b", 0)

@@ -10,12 +10,13 @@ import http_fakes
 import pytest
 from http_fakes import fetch
 
-from kairos_jax.gate import Gate
-from kairos_jax.http_guard import Options, digest
-from kairos_jax.live import Live
-from kairos_jax.openai_api import make_app
+from kairos_jax.api.gate import Gate
+from kairos_jax.api.http.app import make_app
+from kairos_jax.api.http.guard import Options, digest
+from kairos_jax.api.http.live import Live
 
-PAGE = {file.name: file.read_text() for file in (resources.files("kairos_jax") / "page").iterdir()}
+FILES = resources.files("kairos_jax.api.http") / "page"
+PAGE = {file.name: file.read_text() for file in FILES.iterdir()}
 
 
 def run(main):

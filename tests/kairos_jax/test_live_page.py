@@ -11,8 +11,8 @@ import fakes
 import http_fakes
 import pytest
 
-from kairos_jax.http_guard import Options, digest
-from schedulers.request import Request, Slo
+from kairos_jax.api.http.guard import Options, digest
+from schedulers.ledger.request import Request, Slo
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kairos_jax.manifest import (
+from kairos_jax.kv.manifest import (
     Facts,
     ManifestMismatch,
     describe,
@@ -18,8 +18,8 @@ from kairos_jax.manifest import (
     shards_of,
     to_proto,
 )
+from kairos_jax.kv.transport import Ticket
 from kairos_jax.rpc import kv_pb2 as pb
-from kairos_jax.transfer import Ticket
 from models.checkpoint import open_checkpoint
 from models.sharding import Rules, make_mesh
 

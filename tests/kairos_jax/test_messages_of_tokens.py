@@ -8,14 +8,15 @@ import grpc
 import http_fakes
 import pytest
 
-from kairos_jax import service, stream
-from kairos_jax.calls import Token
-from kairos_jax.messages import Output
-from kairos_jax.peers import WorkerLost
-from kairos_jax.replay import Received
+from kairos_jax.api import servicer
+from kairos_jax.engine.calls import Token
+from kairos_jax.lab.replay import Received
+from kairos_jax.routing import stream
+from kairos_jax.routing.fleet import WorkerLost
+from kairos_jax.routing.stream import Stream
 from kairos_jax.rpc import kairos_pb2 as pb
-from kairos_jax.stream import Stream
-from schedulers.request import Request, Slo
+from kairos_jax.worker.messages import Output
+from schedulers.ledger.request import Request, Slo
 
 TEXT = "hello"
 
@@ -51,7 +52,7 @@ def begun(count: int = len(TEXT)) -> Stream:
 async def answer(made: Stream, context: Context) -> None:
     edge = SimpleNamespace(tokenizer=http_fakes.tokenizer())
     backend: Any = SimpleNamespace(edge=edge, router=SimpleNamespace(cancel=lambda stream: None))
-    await service._answer(backend, made, context)
+    await servicer._answer(backend, made, context)
 
 
 def test_tokens_that_wait_go_out_in_one_message():

@@ -18,18 +18,18 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from kairos_jax import gauges
-from kairos_jax.command import UsageError
-from kairos_jax.http_guard import Options
-from kairos_jax.instances import build_workers
-from kairos_jax.metrics import MAX_CLASSES, Metrics
-from kairos_jax.openai_api import make_app
+from kairos_jax.api.http.app import make_app
+from kairos_jax.api.http.guard import Options
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.observe import collectors, metrics_port
+from kairos_jax.observe.metrics import MAX_CLASSES, Metrics
+from kairos_jax.process.command import UsageError
 from kairos_jax.rpc import kairos_pb2 as pb
-from kairos_jax.tally import Steps, Tally
-from kairos_jax.transfer import LocalTransport
-from schedulers.core import Role
+from kairos_jax.worker.build import build_workers
+from kairos_jax.worker.tally import Steps, Tally
 from schedulers.cost import CostModel
-from schedulers.request import Slo
+from schedulers.ledger.instance import Role
+from schedulers.ledger.request import Slo
 
 ROOT = Path(__file__).parents[2]
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -318,7 +318,7 @@ def test_a_tally_counts_up_to_each_bound():
     tally = Tally([1, 2.5])
     for value in (0.5, 1, 2, 2.5, 3):
         tally.add(value)
-    assert gauges.buckets(tally) == [("1.0", 2), ("2.5", 4), ("+Inf", 5)]
+    assert collectors.buckets(tally) == [("1.0", 2), ("2.5", 4), ("+Inf", 5)]
     assert (len(tally), tally.sum) == (5, 9.0)
 
 
@@ -330,11 +330,11 @@ def test_a_step_that_nothing_was_predicted_of_has_no_ratio():
 
 def test_a_worker_of_its_own_process_is_told_on_a_port():
     workers = []
-    server = gauges.serve_workers("127.0.0.1", 0, workers)
+    server = metrics_port.serve_workers("127.0.0.1", 0, workers)
     try:
         port = server.server_port
         with pytest.raises(UsageError, match=f"--metrics_port={port}: cannot listen on 127.0.0.1"):
-            gauges.serve_workers("127.0.0.1", port, workers)
+            metrics_port.serve_workers("127.0.0.1", port, workers)
         cost, transport = CostModel.from_profile(fakes.PROFILE), LocalTransport()
         workers += build_workers(
             fakes.CONFIG, fakes.fake_engines(fakes.CONFIG), cost, transport, lambda event: None

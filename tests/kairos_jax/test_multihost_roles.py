@@ -20,7 +20,7 @@ from clients import Load, check_ok, some_asks, stub_of
 from processes import HOST, MODEL, ROOT, Ended, Process
 from safetensors.numpy import load_file, save_file
 
-from kairos_jax.followers import DEADLINE_S
+from kairos_jax.engine.followers import DEADLINE_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 from absl import flags
 
-from kairos_jax import paper, profile_file
-from kairos_jax.cells import Cell, Layout, Result
-from kairos_jax.claims import CLAIMS, compare, markdown, shown_rate, tuned, verdict
-from kairos_jax.command import UsageError
-from schedulers.workload import Arrival, synthetic
+from kairos_jax import paper
+from kairos_jax.engine import profile_file
+from kairos_jax.lab.cells import Cell, Layout, Result
+from kairos_jax.lab.claims import CLAIMS, compare, markdown, shown_rate, tuned, verdict
+from kairos_jax.process.command import UsageError
+from schedulers.simulation.workload import Arrival, synthetic
 
 TWO_ONE, ONE_ONE = Layout(2, 1), Layout(1, 1)
 BASE, OURS = ("fcfs", "continuous"), ("kairos", "kairos")

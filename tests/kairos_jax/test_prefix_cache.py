@@ -11,13 +11,13 @@ import fakes
 import http_fakes
 import pytest
 
-from kairos_jax.messages import Submit
-from kairos_jax.page_keys import page_keys
-from kairos_jax.peers import Peer
-from schedulers.core import Role
+from kairos_jax.routing.peer import Peer
+from kairos_jax.worker.messages import Submit
+from kairos_jax.worker.page_keys import page_keys
 from schedulers.cost import CostModel
-from schedulers.request import Request, Slo
-from schedulers.routing import Summary
+from schedulers.ledger.instance import Role
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies.routing import Summary
 
 SECRET = bytes(32)
 # Pages have 8 tokens.

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from kairos_jax.engine import JaxEngine, Shapes
-from kairos_jax.programs import NotKept, Programs
+from kairos_jax.engine.engine import JaxEngine, Shapes
+from kairos_jax.engine.programs import NotKept, Programs
 from models.checkpoint import open_checkpoint
 from models.sharding import Rules, make_mesh
-from schedulers.core import Limits, Role
+from schedulers.ledger.instance import Limits, Role
 
 LIMITS = Limits(max_batch=1, max_chunk=16, max_context=64, page_size=8, num_pages=16)
 
@@ -98,7 +98,7 @@ def test_a_damaged_program_is_passed_over_with_a_line_and_replaced(
     doubled(tmp_path / "kept", on_a_mesh)
     (file,) = (tmp_path / "kept").glob("*/*.program")
     file.write_bytes(damage(file.read_bytes()))
-    with caplog.at_level(logging.WARNING, "kairos_jax.programs"):
+    with caplog.at_level(logging.WARNING, "kairos_jax.engine.programs"):
         assert doubled(tmp_path / "kept", on_a_mesh) == (12.0, True)
     assert [record.getMessage().count("compiled anew") for record in caplog.records] == [1]
     assert doubled(tmp_path / "kept", on_a_mesh) == (12.0, False)
@@ -109,7 +109,7 @@ def test_a_program_that_cannot_be_kept_runs(on_a_mesh, tmp_path, caplog, monkeyp
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with caplog.at_level(logging.WARNING, "kairos_jax.programs"):
+    with caplog.at_level(logging.WARNING, "kairos_jax.engine.programs"):
         assert doubled(tmp_path / "kept", on_a_mesh) == (12.0, True)
     assert "is not kept: no space left" in caplog.text
 

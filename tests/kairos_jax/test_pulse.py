@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from kairos_jax.pulse import Pulse, first_of
+from kairos_jax.net.heartbeat import Pulse, first_of
 
 
 def test_silence_beyond_the_limit_ends_it_with_a_beat_each_period():
@@ -42,8 +42,8 @@ def test_a_stall_of_ones_own_is_no_silence_of_the_other(monkeypatch):
         nonlocal now
         now += 100.0
 
-    monkeypatch.setattr("kairos_jax.pulse.time.monotonic", lambda: now)
-    monkeypatch.setattr("kairos_jax.pulse.asyncio.sleep", sleep)
+    monkeypatch.setattr("kairos_jax.net.heartbeat.time.monotonic", lambda: now)
+    monkeypatch.setattr("kairos_jax.net.heartbeat.asyncio.sleep", sleep)
     beats = []
     with pytest.raises(TimeoutError):
         asyncio.run(Pulse(0.25, 2.0).lost(lambda: beats.append(None)))

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kairos_jax.launch import UsageError
-from kairos_jax.recording import recording
-from schedulers.core import Instance, Limits, Role
-from schedulers.journal import Journal
+from kairos_jax.observe.recording import recording
+from kairos_jax.process.command import UsageError
+from schedulers.ledger.instance import Instance, Limits, Role
+from schedulers.ledger.journal import Journal
 
 LIMITS = Limits(max_batch=4, max_chunk=64, max_context=64, page_size=16, num_pages=16)
 

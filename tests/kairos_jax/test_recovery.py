@@ -8,9 +8,13 @@ from dataclasses import replace
 import pytest
 from fleet import COST, PROMPT, asked, in_loop
 
-from kairos_jax import streams
-from kairos_jax.calls import Token
-from kairos_jax.messages import (
+from kairos_jax.engine.calls import Token
+from kairos_jax.kv.transport import Ticket
+from kairos_jax.routing import router
+from kairos_jax.routing.fleet import WorkerLost
+from kairos_jax.routing.peer import Peer
+from kairos_jax.routing.router import Router
+from kairos_jax.worker.messages import (
     Cancel,
     Died,
     Draining,
@@ -23,12 +27,9 @@ from kairos_jax.messages import (
     Stepped,
     Submit,
 )
-from kairos_jax.peers import Peer
-from kairos_jax.streams import Router, WorkerLost
-from kairos_jax.transfer import Ticket
 from models.sampling import SamplingParams
-from schedulers.core import Role
-from schedulers.request import Slo
+from schedulers.ledger.instance import Role
+from schedulers.ledger.request import Slo
 
 
 class Played:
@@ -296,10 +297,10 @@ async def test_what_the_last_prefill_worker_still_had_goes_on():
 async def test_what_is_lost_again_and_again_fails_with_the_last_reason():
     played = Played("p0", "d0")
     stream = played.router.submit(asked())
-    for index in range(streams.MAX_RECOVERIES + 1):
+    for index in range(router.MAX_RECOVERIES + 1):
         id = played.posts["p0"][-1].request.id
         await played.say(Lost(id, LookupError(f"reason {index}")))
-    with pytest.raises(WorkerLost, match=f"reason {streams.MAX_RECOVERIES}"):
+    with pytest.raises(WorkerLost, match=f"reason {router.MAX_RECOVERIES}"):
         _ = [output async for output in stream]
     assert played.router.num_streams == 0
 

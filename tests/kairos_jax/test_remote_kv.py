@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from kv_nodes import FACTS, KINDS, TOKENS, nodes, same, sharding, some_kv
 
-from kairos_jax.manifest import ManifestMismatch
+from kairos_jax.kv.manifest import ManifestMismatch
 
 
 @KINDS

@@ -8,12 +8,12 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from kairos_jax import sweep_report
-from kairos_jax.cells import Cell, Layout, result
-from kairos_jax.report import Run, _draw_count, print_table, write_report
-from kairos_jax.sweep_table import row, write_table
-from schedulers.attainment import Outcome
-from schedulers.request import Slo
+from kairos_jax.lab.cells import Cell, Layout, result
+from kairos_jax.lab.report import sweep
+from kairos_jax.lab.report.comparison import Run, _draw_count, print_table, write_report
+from kairos_jax.lab.report.table import row, write_table
+from schedulers.ledger.request import Slo
+from schedulers.simulation.attainment import Outcome
 
 SLO = Slo(ttft=0.5, tpot=0.05)
 
@@ -150,7 +150,7 @@ SWEPT = [
 
 
 def sweep_page(tmp_path, results) -> str:
-    sweep_report.write_report(tmp_path / "sweep.html", results, "A & B", {"SLO": "<tight>"})
+    sweep.write_report(tmp_path / "sweep.html", results, "A & B", {"SLO": "<tight>"})
     return (tmp_path / "sweep.html").read_text(encoding="utf-8")
 
 
@@ -206,6 +206,6 @@ def test_a_tidy_table_has_a_row_per_cell(tmp_path):
 
 
 def test_the_terminal_shows_the_rate_that_is_held():
-    heading, lines = sweep_report.essence(SWEPT)[0]
+    heading, lines = sweep.essence(SWEPT)[0]
     assert heading == "1 prefill + 1 decode, 2 requests/s"
     assert [each.label for each in lines] == ["fcfs + continuous, cap 8", "kairos + kairos, cap 8"]

@@ -17,13 +17,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kairos_jax.channels import Wire
-from kairos_jax.instances import Model
+from kairos_jax.engine.model import Model
+from kairos_jax.net.credentials import Wire
 from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.serve import Prepared, serve
 from models.checkpoint import open_checkpoint
 from schedulers.cost import CostModel
-from schedulers.journal import from_lines, replay
+from schedulers.ledger.journal import from_lines, replay
 
 ROOT = Path(__file__).parents[2]
 TLS = ROOT / "tests/support/tls"

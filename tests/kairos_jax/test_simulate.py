@@ -9,12 +9,12 @@ import sys
 import pytest
 from absl import flags
 
-from kairos_jax import profile_file
-from kairos_jax.command import UsageError
+from kairos_jax.engine import profile_file
+from kairos_jax.lab.report.simulation import run_text
+from kairos_jax.process.command import UsageError
 from kairos_jax.simulate import define_flags, scenario_of, simulated, workload_of
-from kairos_jax.simulate_text import run_text
-from schedulers.journal import check, from_lines
-from schedulers.scenario import build
+from schedulers.ledger.journal import check, from_lines
+from schedulers.simulation.scenario import build
 
 PROFILE = "--profile=llama3_8b_h100_roofline"
 SLO = ("--ttft=1", "--tpot=0.025")
@@ -253,7 +253,8 @@ def test_flags_that_are_missing():
 
 def test_as_a_process_it_prints_one_object_and_leaves_jax_alone():
     code = (
-        "import sys; from absl import flags; from kairos_jax import command, simulate as s\n"
+        "import sys; from absl import flags; from kairos_jax import simulate as s\n"
+        "from kairos_jax.process import command\n"
         "s.define_flags(flags.FLAGS)\n"
         "def main(argv):\n"
         "    code = s.main(argv)\n"

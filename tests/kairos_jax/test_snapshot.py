@@ -7,19 +7,19 @@ import cluster
 import fakes
 import pytest
 
-from kairos_jax import snapshot as snapshots
-from kairos_jax.edge import Edge
-from kairos_jax.engine import Token
-from kairos_jax.gate import Backend
-from kairos_jax.instances import build_workers
-from kairos_jax.messages import Output
+from kairos_jax.api.backend import Backend
+from kairos_jax.api.http import snapshot as snapshots
+from kairos_jax.api.http.snapshot import MAX_INSTANCES, MAX_NAME, MAX_ROWS, snapshot
+from kairos_jax.api.validator import Edge
+from kairos_jax.engine.engine import Token
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.observe.recent import Recent
+from kairos_jax.routing.router import Router
 from kairos_jax.rpc import kairos_pb2 as pb
-from kairos_jax.snapshot import MAX_INSTANCES, MAX_NAME, MAX_ROWS, snapshot
-from kairos_jax.streams import Router
-from kairos_jax.tally import Recent
-from kairos_jax.transfer import LocalTransport
+from kairos_jax.worker.build import build_workers
+from kairos_jax.worker.messages import Output
 from schedulers.cost import CostModel
-from schedulers.request import Request, Slo
+from schedulers.ledger.request import Request, Slo
 
 NOW = 1000.0
 

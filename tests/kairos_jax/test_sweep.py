@@ -12,16 +12,17 @@ import fakes
 import pytest
 from absl import flags
 
-from kairos_jax import offline, open_loop, sweep
-from kairos_jax.cells import Layout, grid, on_basis, run_cells, simulate_cells, simulation_basis
-from kairos_jax.command import UsageError
-from kairos_jax.curves import MAX_POINTS, Timeline, cdf
-from schedulers.attainment import Outcome
-from schedulers.core import Batch, Instance, Limits, Role
+from kairos_jax import sweep
+from kairos_jax.lab import offline, open_loop
+from kairos_jax.lab.cells import Layout, grid, on_basis, run_cells, simulate_cells, simulation_basis
+from kairos_jax.lab.report.curves import MAX_POINTS, Timeline, cdf
+from kairos_jax.process.command import UsageError
 from schedulers.cost import CostModel
-from schedulers.request import Request, Slo
-from schedulers.scenario import Scenario
-from schedulers.workload import Arrival, SloClass, synthetic
+from schedulers.ledger.instance import Batch, Instance, Limits, Role
+from schedulers.ledger.request import Request, Slo
+from schedulers.simulation.attainment import Outcome
+from schedulers.simulation.scenario import Scenario
+from schedulers.simulation.workload import Arrival, SloClass, synthetic
 
 SLO = Slo(0.2, 0.01)
 SCENARIO = Scenario(

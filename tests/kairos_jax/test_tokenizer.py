@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from kairos_jax.hub import DEFAULT_MODEL, PACKAGED_MODELS, cached_path
-from kairos_jax.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+from kairos_jax.process.hub import DEFAULT_MODEL, PACKAGED_MODELS, cached_path
+from kairos_jax.text.detokenizer import Detokenizer
+from kairos_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "smollm2.json"
 TEMPLATE = (

@@ -14,9 +14,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from kairos_jax.http_guard import Options
-from kairos_jax.openai_api import make_app
-from kairos_jax.tracing import Tracing
+from kairos_jax.api.http.app import make_app
+from kairos_jax.api.http.guard import Options
+from kairos_jax.observe.tracing import Tracing
 
 ROOT = Path(__file__).parents[2]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

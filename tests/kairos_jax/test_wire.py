@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kairos_jax import wire
-from kairos_jax.calls import PromptLogprobs, Token
-from kairos_jax.messages import (
+from kairos_jax.engine.calls import PromptLogprobs, Token
+from kairos_jax.kv.transport import Ticket
+from kairos_jax.rpc import internal_pb2 as pb
+from kairos_jax.worker import codec
+from kairos_jax.worker.messages import (
     Cancel,
     Died,
     Draining,
@@ -27,13 +29,11 @@ from kairos_jax.messages import (
     Stepped,
     Submit,
 )
-from kairos_jax.rpc import internal_pb2 as pb
-from kairos_jax.status import Status
-from kairos_jax.transfer import Ticket
+from kairos_jax.worker.status import Status
 from models.sampling import SamplingParams
-from schedulers.core import Limits, Role
-from schedulers.request import Request, Slo
-from schedulers.routing import Summary
+from schedulers.ledger.instance import Limits, Role
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies.routing import Summary
 
 # The receiver's clock is ahead by this: exact in binary, so that times come out exact.
 SKEW = 4096.0
@@ -100,8 +100,8 @@ def later(request: Request) -> Request:
 
 @given(messages, times)
 def test_a_message_arrives_as_it_was_sent(message, now):
-    sent = pb.ToWorker.FromString(wire.encode_message(message, now).SerializeToString())
-    got = wire.decode_message(sent, now + SKEW)
+    sent = pb.ToWorker.FromString(codec.encode_message(message, now).SerializeToString())
+    got = codec.decode_message(sent, now + SKEW)
     match message:
         case Submit(request):
             message = replace(message, request=later(request))
@@ -112,8 +112,8 @@ def test_a_message_arrives_as_it_was_sent(message, now):
 
 @given(st.lists(outputs, max_size=3), times)
 def test_the_outputs_of_a_step_arrive_as_they_were(outputs, now):
-    said = wire.encode_event(Stepped(tuple(outputs)), now).SerializeToString()
-    got = wire.decode_event(pb.FromWorker.FromString(said), "d@1", Role.DECODE, now + SKEW)
+    said = codec.encode_event(Stepped(tuple(outputs)), now).SerializeToString()
+    got = codec.decode_event(pb.FromWorker.FromString(said), "d@1", Role.DECODE, now + SKEW)
     expected = [replace(o, begun_at=o.begun_at + SKEW, at=o.at + SKEW) for o in outputs]
     assert got == Stepped(tuple(expected))
 
@@ -138,21 +138,21 @@ def summary(id, skew):
     ],
 )
 def test_an_event_arrives_with_the_id_by_which_the_router_knows_the_worker(event, expected):
-    said = wire.encode_event(event, 5.0)
-    assert wire.decode_event(said, "there", Role.BOTH, 5.0 + SKEW) == expected
+    said = codec.encode_event(event, 5.0)
+    assert codec.decode_event(said, "there", Role.BOTH, 5.0 + SKEW) == expected
 
 
 def test_an_error_arrives_by_its_kind_and_text():
-    lost = wire.decode_event(wire.encode_event(Lost("a", KeyError("b")), 0), "p", Role.BOTH, 0)
+    lost = codec.decode_event(codec.encode_event(Lost("a", KeyError("b")), 0), "p", Role.BOTH, 0)
     assert isinstance(lost, Lost)
     assert (lost.id, str(lost.error)) == ("a", "KeyError: 'b'")
-    died = wire.decode_event(wire.encode_event(Died("x", MemoryError()), 0), "p", Role.BOTH, 0)
+    died = codec.decode_event(codec.encode_event(Died("x", MemoryError()), 0), "p", Role.BOTH, 0)
     assert isinstance(died, Died)
     assert (died.instance, str(died.error)) == ("p", "MemoryError")
 
 
 def test_a_welcome_arrives_as_it_was_sent():
-    welcome = wire.Welcome(
+    welcome = codec.Welcome(
         instance="decode-0",
         incarnation="0123",
         role=Role.DECODE,
@@ -166,23 +166,23 @@ def test_a_welcome_arrives_as_it_was_sent():
         kv_address="10.0.0.1:50061",
         prefix_cache=True,
     )
-    assert wire.decode_welcome(wire.encode_welcome(welcome)) == welcome
+    assert codec.decode_welcome(codec.encode_welcome(welcome)) == welcome
 
 
 def test_what_an_instance_holds_arrives_with_the_answer_to_a_ping():
     status = Status(1, 2, 3, 4, 5, 6.5, math.inf, 7, 8.5, 9.5, 10, ("a", "b"))
-    assert wire.decode_pong(wire.encode_pong(status).pong) == status
-    assert wire.decode_pong(pb.Pong()) is None
+    assert codec.decode_pong(codec.encode_pong(status).pong) == status
+    assert codec.decode_pong(pb.Pong()) is None
 
 
 def test_what_is_no_message_is_refused():
     with pytest.raises(ValueError, match="ping is no message"):
-        wire.decode_message(pb.ToWorker(ping=pb.Ping()), 0)
+        codec.decode_message(pb.ToWorker(ping=pb.Ping()), 0)
     with pytest.raises(ValueError, match="None is no event"):
-        wire.decode_event(pb.FromWorker(), "p", Role.BOTH, 0)
+        codec.decode_event(pb.FromWorker(), "p", Role.BOTH, 0)
     with pytest.raises(ValueError, match="answered by pong"):
-        wire.decode_welcome(pb.FromWorker(pong=pb.Pong()))
+        codec.decode_welcome(pb.FromWorker(pong=pb.Pong()))
     with pytest.raises(ValueError, match=r"slo\.ttft must be a positive number"):
-        wire.decode_message(pb.ToWorker(submit=pb.Request(id="a", tpot_s=1)), 0)
+        codec.decode_message(pb.ToWorker(submit=pb.Request(id="a", tpot_s=1)), 0)
     with pytest.raises(TypeError, match="HandBack is not for other processes"):
-        wire.encode_message(HandBack(running=False), 0)
+        codec.encode_message(HandBack(running=False), 0)

@@ -6,8 +6,9 @@ import threading
 import fakes
 import pytest
 
-from kairos_jax.instances import build_policy, build_workers
-from kairos_jax.messages import (
+from kairos_jax.kv.transport import LocalTransport, Ticket
+from kairos_jax.worker.build import build_policy, build_workers
+from kairos_jax.worker.messages import (
     Cancel,
     Died,
     Draining,
@@ -20,11 +21,10 @@ from kairos_jax.messages import (
     Stepped,
     Submit,
 )
-from kairos_jax.transfer import LocalTransport, Ticket
-from schedulers.core import Batch, Role
 from schedulers.cost import CostModel
-from schedulers.journal import Journal, check, replay
-from schedulers.request import Request, Slo
+from schedulers.ledger.instance import Batch, Role
+from schedulers.ledger.journal import Journal, check, replay
+from schedulers.ledger.request import Request, Slo
 
 COST = CostModel.from_profile(fakes.PROFILE)
 

@@ -10,13 +10,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from kairos_jax.messages import Lost, Submit
-from kairos_jax.role_server import Options
-from kairos_jax.tracing import Tracing
-from kairos_jax.transfer import LocalTransport
-from kairos_jax.worker_spans import WorkerSpans
-from schedulers.core import Role
-from schedulers.request import Request, Slo
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.observe.tracing import Tracing
+from kairos_jax.observe.worker_spans import WorkerSpans
+from kairos_jax.worker.messages import Lost, Submit
+from kairos_jax.worker.server import Options
+from schedulers.ledger.instance import Role
+from schedulers.ledger.request import Request, Slo
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}

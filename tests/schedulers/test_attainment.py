@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from schedulers.attainment import STRICT_GRACE_S, Outcome, summarize
-from schedulers.request import Slo
+from schedulers.ledger.request import Slo
+from schedulers.simulation.attainment import STRICT_GRACE_S, Outcome, summarize
 
 SLO = Slo(ttft=1.0, tpot=0.1)
 

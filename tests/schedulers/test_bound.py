@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schedulers.bound import most_on_time
+from schedulers.simulation.bound import most_on_time
 
 Jobs = list[tuple[float, float]]
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from schedulers.colocated import Colocated
-from schedulers.core import Batch, Instance, Limits, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.request import Request, Slo
-from schedulers.scenario import Scenario, simulate
-from schedulers.workload import SloClass, fit_lengths, rescale, synthetic
+from schedulers.ledger.instance import Batch, Instance, Limits, Role
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies.colocated import Colocated
+from schedulers.simulation.scenario import Scenario, simulate
+from schedulers.simulation.workload import SloClass, fit_lengths, rescale, synthetic
 
 # A prompt's step takes 0.1 s and 10 ms a token, a decode step 0.1 s.
 COST = CostModel(PrefillCost(0.1, 0.01, 0), DecodeCost(0.1, 0.0, 0.0), TransferCost(0, 0), 10_000)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schedulers.core import Batch, Instance, Limits, Role
-from schedulers.pages import OutOfPages
-from schedulers.request import Request, Seq, Slo
-from schedulers.rows import Column
+from schedulers.ledger.instance import Batch, Instance, Limits, Role
+from schedulers.ledger.pages import OutOfPages
+from schedulers.ledger.request import Request, Seq, Slo
+from schedulers.ledger.rows import Column
 
 LIMITS = Limits(max_batch=8, max_chunk=16, max_context=26, page_size=2, num_pages=32)
 

@@ -5,11 +5,11 @@ Of kairos_plus, whose admissions depend on how it is tuned, what must hold howev
 
 import pytest
 
-from schedulers import decode
-from schedulers.core import Batch, Instance, Limits, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.request import Request, Slo
-from schedulers.rows import Column
+from schedulers.ledger.instance import Batch, Instance, Limits, Role
+from schedulers.ledger.request import Request, Slo
+from schedulers.ledger.rows import Column
+from schedulers.policies import decode
 
 # A step takes 1 s and 1 ms a token of context.
 COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(1.0, 0.0, 0.001), TransferCost(0, 0), 10_000)

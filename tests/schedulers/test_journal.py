@@ -6,12 +6,12 @@ import random
 
 import pytest
 
-from schedulers import decode, prefill
-from schedulers.core import Batch, Instance, Limits, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.journal import Journal, check, from_lines, replay, to_lines
-from schedulers.request import Request, Slo
-from schedulers.simulator import Fleet, Simulation
+from schedulers.ledger.instance import Batch, Instance, Limits, Role
+from schedulers.ledger.journal import Journal, check, from_lines, replay, to_lines
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies import decode, prefill
+from schedulers.simulation.simulator import Fleet, Simulation
 
 COST = CostModel(
     PrefillCost(5e-3, 150e-6, 2e-9),

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schedulers import decode, prefill
-from schedulers.colocated import Colocated
-from schedulers.core import Instance, Limits, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.request import Request, Slo
+from schedulers.ledger.instance import Instance, Limits, Role
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies import decode, prefill
+from schedulers.policies.colocated import Colocated
 
 LONGEST = 48
 # Decisions in a row that bring nobody a token nearer.

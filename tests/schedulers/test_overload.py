@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.request import Slo
-from schedulers.scenario import Scenario, simulate
-from schedulers.workload import SloClass, synthetic
+from schedulers.ledger.request import Slo
+from schedulers.simulation.scenario import Scenario, simulate
+from schedulers.simulation.workload import SloClass, synthetic
 
 # An 8B model on an H100 by roofline, as in SCHEDULING: not measured. With this TPOT, prefill and
 # decode are both near their capacity.

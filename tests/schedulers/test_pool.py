@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schedulers import decode
-from schedulers.core import Batch, Instance, Limits, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.pages import OutOfPages, PageTable
-from schedulers.request import Request, Seq, Slo
+from schedulers.ledger.instance import Batch, Instance, Limits, Role
+from schedulers.ledger.pages import OutOfPages, PageTable
+from schedulers.ledger.request import Request, Seq, Slo
+from schedulers.policies import decode
 
 COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(0, 0.01, 0), TransferCost(0, 1), 1000)
 LIMITS = Limits(max_batch=8, max_chunk=16, max_context=12, page_size=2, num_pages=12)

@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 
-from schedulers import prefill
-from schedulers.core import Batch, Instance, Limits, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.request import Request, Slo
+from schedulers.ledger.instance import Batch, Instance, Limits, Role
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies import prefill
 
 # A token takes 1 s, a step nothing more: predictions are prompt lengths.
 COST = CostModel(PrefillCost(0.0, 1.0, 0.0), DecodeCost(1, 0, 0), TransferCost(0, 0), 1000)

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from schedulers import routing
-from schedulers.core import Batch, Instance, Limits, Role
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.request import Request, Slo
+from schedulers.ledger.instance import Batch, Instance, Limits, Role
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies import routing
 
 # A prompt takes 1 s a token; a step 1 s, and 0.01 s a token of context.
 COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(1, 0, 0.01), TransferCost(0, 0), 1000)

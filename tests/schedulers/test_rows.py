@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from schedulers.request import Request, Seq, Slo
-from schedulers.rows import Column, Rows
+from schedulers.ledger.request import Request, Seq, Slo
+from schedulers.ledger.rows import Column, Rows
 
 
 def seq(serial, num_prompt=3, tpot=0.5):

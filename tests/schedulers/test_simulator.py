@@ -2,11 +2,11 @@
 
 import pytest
 
-from schedulers import decode, prefill
 from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
-from schedulers.request import Slo
-from schedulers.scenario import Scenario, build, simulate
-from schedulers.workload import Arrival, SloClass, synthetic
+from schedulers.ledger.request import Slo
+from schedulers.policies import decode, prefill
+from schedulers.simulation.scenario import Scenario, build, simulate
+from schedulers.simulation.workload import Arrival, SloClass, synthetic
 
 # A prompt takes 1 s a token, a step 1 s a sequence, a transfer 1 s a token.
 COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(0, 1, 0), TransferCost(0, 1), 10_000)

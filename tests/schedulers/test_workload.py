@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schedulers.request import Slo
-from schedulers.traces import read_azure_csv, read_mooncake_jsonl, read_trace
-from schedulers.workload import (
+from schedulers.ledger.request import Slo
+from schedulers.simulation.traces import read_azure_csv, read_mooncake_jsonl, read_trace
+from schedulers.simulation.workload import (
     Arrival,
     SloClass,
     arrival_times,

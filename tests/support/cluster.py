@@ -9,18 +9,19 @@ from dataclasses import dataclass, field, replace
 
 import fakes
 
-from kairos_jax.channels import Wire
 from kairos_jax.config import ServerConfig
-from kairos_jax.instances import build_worker
-from kairos_jax.links import Links
-from kairos_jax.manifest import Facts
-from kairos_jax.role_server import Options, Prepared, RoleServer
-from kairos_jax.streams import Router, Stream
-from kairos_jax.transfer import LocalTransport
-from kairos_jax.worker import Worker
-from schedulers.core import Limits, Role
+from kairos_jax.kv.manifest import Facts
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.net.credentials import Wire
+from kairos_jax.routing.links import Links
+from kairos_jax.routing.router import Router
+from kairos_jax.routing.stream import Stream
+from kairos_jax.worker.build import build_worker
+from kairos_jax.worker.server import Options, Prepared, RoleServer
+from kairos_jax.worker.worker import Worker
 from schedulers.cost import CostModel
-from schedulers.request import Request
+from schedulers.ledger.instance import Limits, Role
+from schedulers.ledger.request import Request
 
 PLAIN = Wire()
 FACTS = Facts("fake", "f00d", "float32", 8, (), 32)

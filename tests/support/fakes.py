@@ -12,24 +12,25 @@ from dataclasses import dataclass, replace
 import grpc
 import numpy as np
 
-from kairos_jax.calls import PromptLogprobs, Token, wants_prompt_logprobs
+from kairos_jax.api.backend import Backend
+from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.server import Server
+from kairos_jax.api.validator import Edge
 from kairos_jax.config import DecodeConfig, PrefillConfig, ServerConfig, SloConfig
-from kairos_jax.edge import Edge
-from kairos_jax.engine import BLOCK_PAGES, JaxEngine
-from kairos_jax.http_server import HttpOptions
-from kairos_jax.instances import build_workers
+from kairos_jax.engine.calls import PromptLogprobs, Token, wants_prompt_logprobs
+from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.routing.router import Router
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.rpc import kairos_pb2_grpc
-from kairos_jax.service import Backend, Server
-from kairos_jax.streams import Router
-from kairos_jax.tokenizer import Tokenizer
-from kairos_jax.transfer import LocalTransport
-from kairos_jax.worker import Worker
+from kairos_jax.text.tokenizer import Tokenizer
+from kairos_jax.worker.build import build_workers
+from kairos_jax.worker.worker import Worker
 from models.sharding import Rules
-from schedulers.core import Limits
 from schedulers.cost import CostModel
-from schedulers.journal import Journal
-from schedulers.request import Request
+from schedulers.ledger.instance import Limits
+from schedulers.ledger.journal import Journal
+from schedulers.ledger.request import Request
 
 VOCAB = 97
 NONE = -1  # where no token's KV is

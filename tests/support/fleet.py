@@ -5,15 +5,13 @@ import functools
 
 import fakes
 
-from kairos_jax.instances import build_worker
-from kairos_jax.messages import (
-    HandBack,
-)
-from kairos_jax.streams import Router
-from kairos_jax.transfer import LocalTransport
-from schedulers.core import Role
+from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.routing.router import Router
+from kairos_jax.worker.build import build_worker
+from kairos_jax.worker.messages import HandBack
 from schedulers.cost import CostModel
-from schedulers.request import Request, Slo
+from schedulers.ledger.instance import Role
+from schedulers.ledger.request import Request, Slo
 
 COST = CostModel.from_profile(fakes.PROFILE)
 SLO = Slo(30.0, 30.0)

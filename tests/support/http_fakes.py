@@ -14,10 +14,10 @@ import httpx2
 import tokenizers
 from tokenizers import decoders, models
 
+from kairos_jax.api.http.guard import Options
+from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.config import ServerConfig
-from kairos_jax.http_guard import Options
-from kairos_jax.http_server import HttpOptions
-from kairos_jax.tokenizer import Tokenizer
+from kairos_jax.text.tokenizer import Tokenizer
 
 # Id 0 ends an output, id 1 begins a text, and the others are a character each.
 _SPECIAL = ("</s>", "<s>")

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from kairos_jax.manifest import Facts
-from kairos_jax.remote_kv import RemoteTransport, TransferOptions
+from kairos_jax.kv.manifest import Facts
+from kairos_jax.kv.remote import RemoteTransport, TransferOptions
 
 HOST = "127.0.0.1"
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kairos_jax.manifest import Facts
-from kairos_jax.remote_kv import RemoteTransport, TransferOptions
+from kairos_jax.kv.manifest import Facts
+from kairos_jax.kv.remote import RemoteTransport, TransferOptions
 
 TOKENS = 8
 FACTS = Facts("tiny", "f00d", "float32", 2, (2, TOKENS, 4, 2, 8), TOKENS)

@@ -16,15 +16,14 @@ import traceback
 
 import numpy as np
 
-from kairos_jax import launch
-from kairos_jax.engine import JaxEngine, Shapes
-from kairos_jax.followers import follow, lead
-from kairos_jax.launch import Processes
+from kairos_jax.engine.devices import Processes, connect, start_jax
+from kairos_jax.engine.engine import JaxEngine, Shapes
+from kairos_jax.engine.followers import follow, lead
 from models.checkpoint import open_checkpoint
 from models.sampling import SamplingParams
 from models.sharding import Rules, make_mesh
-from schedulers.core import Batch, Instance, Limits, Role
-from schedulers.request import Request, Seq, Slo
+from schedulers.ledger.instance import Batch, Instance, Limits, Role
+from schedulers.ledger.request import Request, Seq, Slo
 
 SLO = Slo(30.0, 30.0)
 LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pages=64)
@@ -118,8 +117,8 @@ def obey(engine, line):
 
 def main(address, count, id, directory, deadline_s):
     processes = Processes(address, int(count), int(id))
-    launch.connect(processes)
-    devices = launch.start_jax(int(count), processes=processes)
+    connect(processes)
+    devices = start_jax(int(count), processes=processes)
     engine = build(directory, devices)
     if not processes.leads:
         follow(engine, processes, float(deadline_s))

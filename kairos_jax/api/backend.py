@@ -1,0 +1,50 @@
+"""What answers the requests of a server: the checks of a request, the router, the model's card."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kairos_jax.api.validator import Edge
+from kairos_jax.config import ServerConfig
+from kairos_jax.engine.model import Model
+from kairos_jax.routing.router import Router
+from kairos_jax.rpc import kairos_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What answers requests, once it is ready. model: what `GetModel` tells of it."""
+
+    edge: Edge
+    router: Router
+    model: pb.Model
+
+    @classmethod
+    def of(
+        cls,
+        config: ServerConfig,
+        model: Model,
+        router: Router,
+        mesh_sizes: tuple[int, int],
+        device_kind: str,
+    ) -> "Backend":
+        """mesh_sizes: devices of an instance that prefills, and of one that decodes."""
+        description, tokenizer = model.checkpoint.config, model.tokenizer
+        name = Path(config.model).name
+        return cls(
+            edge=Edge(name, description.vocab_size, model.eos_ids, config, tokenizer),
+            router=router,
+            model=pb.Model(
+                name=name,
+                max_context=config.max_context,
+                vocab_size=description.vocab_size,
+                max_tokens=config.max_tokens,
+                default_slo=pb.Slo(ttft_s=config.slo.ttft, tpot_s=config.slo.tpot),
+                prefill_policy=config.prefill.policy,
+                decode_policy=config.decode.policy,
+                prefill_mesh_size=mesh_sizes[0],
+                decode_mesh_size=mesh_sizes[1],
+                device_kind=device_kind,
+                has_tokenizer=tokenizer is not None,
+                has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
+            ),
+        )

@@ -1,0 +1,160 @@
+"""OpenAI's HTTP API over the router of this process: what is at which path, and what answers it."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from kairos_jax.api.backend import Backend
+from kairos_jax.api.gate import Closed, Gate
+from kairos_jax.api.http.errors import ApiError, on_error
+from kairos_jax.api.http.fields import read_object, shown
+from kairos_jax.api.http.guard import Guard, Options, read_body
+from kairos_jax.api.http.request import Ask, read, slo_of_headers
+from kairos_jax.api.http.run import Answering
+from kairos_jax.api.http.tokens import detokenized, tokenized
+from kairos_jax.api.validator import BadField, UnknownModel
+from kairos_jax.routing.fleet import Full, WorkerLost
+
+_FORESEEN: Sequence[type[Exception]] = (
+    HTTPException,
+    ApiError,
+    BadField,
+    UnknownModel,
+    Closed,
+    Full,
+    WorkerLost,
+)
+
+
+def make_app(gate: Gate, options: Options, routes: Sequence[BaseRoute] = ()) -> Starlette:
+    """The ASGI app. routes: others beside those of the API."""
+    middleware = [Middleware(Guard, keys=options.keys)]
+    if options.cors_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=options.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+        middleware.insert(0, cors)  # before keys are asked for: a browser's first call has none
+    handlers: dict[Any, Any] = dict.fromkeys((Exception, *_FORESEEN), on_error)
+    own = Api(gate, options.max_body_bytes).routes()
+    return Starlette(routes=[*own, *routes], middleware=middleware, exception_handlers=handlers)
+
+
+class Api:
+    """The endpoints. Each raises what `openai_errors` describes."""
+
+    def __init__(self, gate: Gate, max_body_bytes: int):
+        self._gate, self._max_body_bytes = gate, max_body_bytes
+        self._created = int(time.time())
+
+    def routes(self) -> list[BaseRoute]:
+        """What is at which path."""
+        return [
+            Route("/health", self.health),
+            Route("/version", self.version),
+            Route("/metrics", self.metrics),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{id:path}", self.model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+        ]
+
+    async def health(self, request: Request) -> Response:
+        """Whether requests are served now."""
+        self._gate.enter()
+        return Response()
+
+    async def version(self, request: Request) -> Response:
+        """Of this package."""
+        return JSONResponse({"version": version("kairos_jax")})
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus; also while no requests are taken any more."""
+        backend = self._gate.backend or self._gate.enter()
+        accept = request.headers.get("accept", "")
+        # In a thread: it takes longer than a token should wait.
+        text, kind = await asyncio.to_thread(backend.router.metrics.render, accept)
+        return Response(text, headers={"content-type": kind})
+
+    async def models(self, request: Request) -> Response:
+        """The one model that is served."""
+        return JSONResponse({"object": "list", "data": [self._model(self._gate.enter())]})
+
+    async def model(self, request: Request) -> Response:
+        """The model of this id."""
+        backend, id = self._gate.enter(), request.path_params["id"]
+        if id != backend.edge.model:
+            raise UnknownModel(f"model {shown(id)} is not served; {shown(backend.edge.model)} is")
+        return JSONResponse(self._model(backend))
+
+    def _model(self, backend: Backend) -> dict[str, Any]:
+        return {
+            "id": backend.edge.model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "kairos_jax",
+            "root": backend.edge.model,
+            "parent": None,
+            "max_model_len": backend.edge.config.max_context,
+        }
+
+    async def completions(self, request: Request) -> Answering:
+        """Goes on with prompts."""
+        return await self._generate(request, chat=False)
+
+    async def chat_completions(self, request: Request) -> Answering:
+        """Answers a conversation."""
+        return await self._generate(request, chat=True)
+
+    async def _generate(self, request: Request, chat: bool) -> Answering:
+        arrival, backend = self._gate.clock(), self._gate.admit()
+        backend.router.check_room()
+        raw = await read_body(request, self._max_body_bytes)
+        headers = request.headers
+
+        def ask() -> Ask:
+            slo = slo_of_headers(headers)
+            body, name = read_object(raw), headers.get("x-request-id", "")
+            return read(body, backend.edge, arrival, slo, name, chat)
+
+        try:
+            # In a thread: a long text takes the tokenizer longer than others should wait.
+            asked = await asyncio.to_thread(ask)
+        except UnknownModel:
+            backend.router.metrics.rejected("unknown_model")
+            raise
+        except BadField:
+            backend.router.metrics.rejected("bad_request")
+            raise
+        self._gate.admit()  # it may have closed meanwhile
+        return Answering(asked, backend)
+
+    async def tokenize(self, request: Request) -> Response:
+        """The token ids of a text, or of a conversation."""
+        backend = self._gate.enter()
+        raw = await read_body(request, self._max_body_bytes)
+        ids = await asyncio.to_thread(tokenized, backend.edge, raw)
+        limit = backend.edge.config.max_context
+        return JSONResponse({"count": len(ids), "max_model_len": limit, "tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids."""
+        backend = self._gate.enter()
+        raw = await read_body(request, self._max_body_bytes)
+        text = await asyncio.to_thread(detokenized, backend.edge, raw)
+        return JSONResponse({"prompt": text})

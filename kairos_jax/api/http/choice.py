@@ -1,0 +1,139 @@
+"""One choice of an answer: tokens in, text out, up to where it ends."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kairos_jax.engine.calls import PromptLogprobs, Token
+from kairos_jax.routing.stream import Stream
+from kairos_jax.text.detokenizer import Detokenizer
+from kairos_jax.text.tokenizer import Tokenizer
+from kairos_jax.worker.messages import Output
+
+
+class StopTexts:
+    """Ends a growing text where one of some texts begins in it. What may become one of them is held
+    back until it is known.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Takes more text; returns what is certain now, and whether the text has ended by it."""
+        text = self._held + text
+        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self._held = ""
+            return text[: min(ends)], True
+        certain = min((_begins(text, stop) for stop in self._stops), default=len(text))
+        self._held = text[certain:]
+        return text[:certain], False
+
+    def flush(self) -> str:
+        """Returns what was held back, at the end of the output."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _begins(text: str, stop: str) -> int:
+    """Where at the end of a text another one may have begun."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return at if at >= 0 else len(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What came of some outputs. finish_reason: of the last piece alone."""
+
+    text: str
+    tokens: Sequence[Token]
+    finish_reason: str | None
+
+
+@dataclass(slots=True)
+class Choice:
+    """One stream as one of an answer's choices.
+
+    late_stops: token ids that end it from `min_tokens` on; texts do so from there on too. silent:
+    its one token is not shown. num_tokens: shown so far. prompt: log-probabilities of its prompt,
+    if they were asked for, from the first token on.
+    """
+
+    index: int
+    stream: Stream
+    detokenizer: Detokenizer | None
+    stops: StopTexts | None = None
+    min_tokens: int = 0
+    late_stops: frozenset[int] = frozenset()
+    silent: bool = False
+    num_tokens: int = 0
+    finish_reason: str | None = None
+    text_length: int = field(default=0)  # of its tokens, for their offsets
+    prompt: PromptLogprobs | None = None
+
+    async def next(self) -> Piece:
+        """What is there now, and at least one token. Raises WorkerLost."""
+        outputs = await self.stream.take()
+        self.prompt = self.prompt or outputs[0].token.prompt
+        if self.silent:
+            self.finish_reason = "length"
+            return Piece("", (), "length")
+        if self.stops is None and not self.late_stops:
+            return self._whole(outputs)
+        return self._until_stop(outputs)
+
+    def _whole(self, outputs: Sequence[Output]) -> Piece:
+        tokens = [output.token for output in outputs]
+        self.num_tokens += len(tokens)
+        self.finish_reason = outputs[-1].finish_reason
+        text = self._detokenized(tokens)
+        if self.finish_reason and self.detokenizer:
+            text += self.detokenizer.flush()
+        return Piece(text, tokens, self.finish_reason)
+
+    def _until_stop(self, outputs: Sequence[Output]) -> Piece:
+        texts, tokens = [], []
+        for output in outputs:
+            tokens.append(output.token)
+            self.num_tokens += 1
+            text, stopped = self._stopped(self._detokenized([output.token]))
+            texts.append(text)
+            late = self.num_tokens >= self.min_tokens and output.token.id in self.late_stops
+            self.finish_reason = "stop" if stopped or late else output.finish_reason
+            if self.finish_reason:
+                if not stopped:
+                    texts.append(self._rest())
+                break
+        return Piece("".join(texts), tokens, self.finish_reason)
+
+    def _stopped(self, text: str) -> tuple[str, bool]:
+        if self.stops is None or self.num_tokens < self.min_tokens:
+            return text, False
+        return self.stops.push(text)
+
+    def _rest(self) -> str:
+        """What was held back, at the end of the output."""
+        text = self.detokenizer.flush() if self.detokenizer else ""
+        if self.stops is None:
+            return text
+        certain, stopped = self.stops.push(text)
+        if stopped:
+            self.finish_reason = "stop"
+            return certain
+        return certain + self.stops.flush()
+
+    def _detokenized(self, tokens: Iterable[Token]) -> str:
+        if self.detokenizer is None:
+            return ""
+        return self.detokenizer.push([token.id for token in tokens])
+
+
+def token_text(tokenizer: Tokenizer | None, id: int) -> str:
+    """A token by itself; bytes that are no character show as U+FFFD."""
+    if tokenizer is None:
+        return f"token_id:{id}"
+    return tokenizer.backend.decode([id], skip_special_tokens=False)

@@ -1,0 +1,121 @@
+"""What stands before every HTTP request: API keys, a name for it, a limit for its body."""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kairos_jax.api.http.errors import ApiError, error_response
+from kairos_jax.api.validator import MAX_REQUEST_ID
+
+# How long a body that was refused is still read, and forgotten: closing with bytes unread resets
+# the connection, and the client might never see why.
+_LINGER_S = 1.0
+# What a client may take to send its body.
+_BODY_TIMEOUT_S = 60.0
+# What spends the server's time is for who has a key; probes and scrapers have none.
+_KEPT = ("/v1/", "/tokenize", "/detokenize", "/live", "/debug/")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """keys: SHA-256 of those that are let in; none: all are. cors_origins: whose pages may read
+    answers, "*" for all. max_body_bytes: of one request.
+    """
+
+    keys: Sequence[bytes] = field(default=(), repr=False)
+    cors_origins: Sequence[str] = ()
+    max_body_bytes: int = 8 << 20
+
+
+def digest(key: bytes) -> bytes:
+    """By which keys are known: of one length, so that comparing them does not tell theirs."""
+    return hashlib.sha256(key).digest()
+
+
+class Guard:
+    """ASGI middleware: lets in who has a key, and gives each answer its X-Request-ID."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[bytes]):
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        name = headers.get("x-request-id", "")
+
+        refused = False
+
+        async def named(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start":
+                refused = message["status"] == 413
+                if name:
+                    MutableHeaders(scope=message)["x-request-id"] = name
+            elif refused:
+                await send({**message, "more_body": True})
+                await _linger(receive)
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        try:
+            if len(name) > MAX_REQUEST_ID:
+                limit, got, name = MAX_REQUEST_ID, len(name), ""
+                raise ApiError(400, f"x-request-id must have at most {limit} characters, got {got}")
+            if self._keys and scope["path"].startswith(_KEPT):
+                self._check(headers.get("authorization", ""))
+        except ApiError as error:
+            await error_response(error)(scope, receive, named)
+        else:
+            await self._app(scope, receive, named)
+
+    def _check(self, given: str) -> None:
+        scheme, _, key = given.partition(" ")
+        found = digest(key.strip().encode("latin-1"))
+        # All are compared, in a time that does not tell how much of which was right.
+        right = [hmac.compare_digest(found, key) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(right):
+            error = ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
+            error.headers["www-authenticate"] = "Bearer"
+            raise error
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body of a request. Raises ApiError for one that is too long, as soon as that is known, or
+    too slow, and ClientDisconnect.
+    """
+    length = request.headers.get("content-length", "0")
+    if int(length) > limit:  # the parser has seen to it that it is a number
+        raise _too_large(limit)
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > limit:
+                    raise _too_large(limit)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {_BODY_TIMEOUT_S:g} s") from None
+    return b"".join(parts)
+
+
+async def _linger(receive: Receive) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_S):
+            while (await receive()).get("more_body"):
+                pass
+
+
+def _too_large(limit: int) -> ApiError:
+    error = ApiError(413, f"the body must have at most {limit} bytes")
+    error.headers["connection"] = "close"  # the rest of it is not read
+    return error

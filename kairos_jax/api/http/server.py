@@ -1,0 +1,150 @@
+"""The HTTP server: uvicorn on the event loop of this process, beside gRPC."""
+
+import asyncio
+import contextlib
+import ssl
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from absl import flags
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from kairos_jax.api.http.guard import Options, digest
+from kairos_jax.net.address import join_address, listen
+from kairos_jax.net.credentials import Wire
+from kairos_jax.process.command import UsageError
+
+_DEFAULT_PORT = 8000
+_MAX_HEADER_BYTES = 64 << 10
+
+
+def define_flags() -> None:
+    """Not at import: other binaries have flags of the same names."""
+    flags.DEFINE_integer(
+        "http_port",
+        None,
+        f"Port of the HTTP API, on --host; 0: any free one, -1: none. Left out: {_DEFAULT_PORT}, "
+        "or any free one with --port=0.",
+        -1,
+        65535,
+    )
+    flags.DEFINE_string("api_keys_file", None, "File of keys, one a line, that HTTP clients need.")
+    flags.DEFINE_list("cors_origins", [], "Whose pages may read answers of the HTTP API; *: all.")
+    flags.DEFINE_integer("http_max_body_mb", 8, "MiB that one HTTP request may have.", 1, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpOptions:
+    """port: 0 for any free one."""
+
+    port: int
+    app: Options = field(default_factory=Options)
+
+    @classmethod
+    def from_flags(cls) -> "HttpOptions | None":
+        """None: there is to be no HTTP. Raises UsageError."""
+        values = flags.FLAGS
+        port = values.http_port
+        if port is None:
+            port = _DEFAULT_PORT if values.port else 0
+        if port < 0:
+            return None
+        keys = _keys(values.api_keys_file) if values.api_keys_file else ()
+        return cls(port, Options(keys, tuple(values.cors_origins), values.http_max_body_mb << 20))
+
+
+def _keys(path: str) -> tuple[bytes, ...]:
+    try:
+        keys = Path(path).read_bytes().split()
+    except OSError as error:
+        raise UsageError(f"--api_keys_file {path}: {error.strerror}") from error
+    if not keys:
+        raise UsageError(f"--api_keys_file {path} is empty")
+    return tuple(digest(key) for key in keys)
+
+
+class HttpServer:
+    """An ASGI app on an address. It listens from the beginning, and answers from `start` on."""
+
+    def __init__(self, app: Any, host: str, port: int, net: Wire):
+        """Raises UsageError if the address cannot be listened on."""
+        try:
+            self._socket = listen(host, port)
+        except OSError as error:
+            raise UsageError(f"--http_port={port}: {error}") from error
+        self.port = self._socket.getsockname()[1]
+        self.address = join_address(host, self.port)
+        context = _tls(net)
+        config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ssl_context_factory=(lambda config, default: context) if context else None,
+        )
+        self._server = _Server(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begins to answer."""
+        self._serving = asyncio.ensure_future(self._server.serve([self._socket]))
+
+    async def stop(self, grace_s: int) -> None:
+        """Stops listening; answers under way have `grace_s` seconds to end in."""
+        if self._serving is None:
+            self._socket.close()
+            return
+        self._server.config.timeout_graceful_shutdown = grace_s
+        self._server.should_exit = True
+        await self._serving
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Protocol(HttpToolsProtocol):
+    """Bounds the headers of a request, which the parser would gather without end."""
+
+    _num_header_bytes = 0
+
+    def on_message_begin(self) -> None:
+        self._num_header_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(name + value)
+        super().on_header(name, value)
+
+    def _count(self, data: bytes) -> None:
+        self._num_header_bytes += len(data)
+        if self._num_header_bytes > _MAX_HEADER_BYTES:
+            raise ValueError(f"the headers have more than {_MAX_HEADER_BYTES} bytes")
+
+
+def _tls(net: Wire) -> ssl.SSLContext | None:
+    if net.cert is None or net.key is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.NamedTemporaryFile() as file:  # for its owner alone; SSL reads from files only
+        file.write(net.cert + b"\n" + net.key)
+        file.flush()
+        context.load_cert_chain(file.name)
+    return context

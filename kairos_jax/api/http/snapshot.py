@@ -1,0 +1,168 @@
+"""What a server is at, for the live page: what waits by laxity, what runs by slack, how many met
+their SLO in the last minutes, and how the instances are.
+
+However much there is, a snapshot has so many rows and counts for the rest. It may be made on
+another thread than the event loop's: each number is right, but they may be of moments some
+microseconds apart.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from kairos_jax.api.backend import Backend
+from kairos_jax.routing.peer import Peer
+from kairos_jax.routing.router import Router
+from kairos_jax.routing.stream import Stream
+from kairos_jax.worker.status import Status
+from schedulers.ledger.instance import Role
+
+# Rows of the most urgent that are told one by one, and instances.
+MAX_ROWS = 12
+MAX_INSTANCES = 64
+# Request ids are the clients' own, and may be longer.
+MAX_NAME = 64
+# Requests are counted below the first, between each two, and from the last on; seconds.
+LAXITY_BOUNDS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+SLACK_BOUNDS = (-1.0, -0.1, 0.0, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+def snapshot(backend: Backend, now: float) -> dict[str, Any]:
+    """Ready for JSON. Times are seconds; `now` is on the router's clock."""
+    router, edge = backend.router, backend.edge
+    config, tokenizer = edge.config, edge.tokenizer
+    peers = sorted(router.peers, key=lambda peer: (peer.role is Role.DECODE, peer.id))
+    statuses = {peer.id: peer.look() for peer in peers}
+    waiting, running = [], []
+    for stream in router.streams:
+        (waiting if stream.last_token_at is None else running).append(stream)
+    judged = router.metrics.judged
+    return {
+        "at": round(now, 4),
+        "model": edge.model,
+        "text": tokenizer is not None,
+        "chat": tokenizer is not None and tokenizer.chat_template is not None,
+        "max_tokens": config.max_tokens,
+        "slo": {"ttft_s": config.slo.ttft, "tpot_s": config.slo.tpot},
+        "policies": [config.prefill.policy, config.decode.policy],
+        "tokens": len(router.metrics.gaps),
+        "judged": {"slot_s": judged.slot_s, "slots": judged.slots(now)},
+        "queued": _queued(waiting, router, statuses, now),
+        "running": _running(running, now),
+        "instances": [_instance(peer, statuses[peer.id], now) for peer in peers[:MAX_INSTANCES]],
+        "num_instances": len(peers),
+    }
+
+
+def _queued(
+    streams: Sequence[Stream], router: Router, statuses: dict[str, Status | None], now: float
+) -> dict[str, Any]:
+    """Those without a token: first who is being computed, then by laxity those that can be in time,
+    and then those that cannot.
+    """
+    begun = {id for status in statuses.values() if status for id in status.begun}
+    pace = {peer.id: peer.summary(now).pace for peer in router.peers}
+    where = [_where(stream) for stream in streams]
+    prompt = np.array([len(stream.request.prompt) for stream in streams], dtype=float)
+    paces = np.array([pace.get(id, 1.0) for id in where])
+    due_s = np.array([stream.request.deadline for stream in streams]) - now
+    # A router that has met no worker yet knows of no step times.
+    laxity = due_s - paces * np.nan_to_num(router.cost.prefill_s(prompt))
+    waits = np.array([stream.request.id not in begun for stream in streams], dtype=bool)
+    first = np.lexsort((laxity, laxity < 0, waits))[:MAX_ROWS].tolist()
+    return _counted(laxity, LAXITY_BOUNDS) | {
+        "begun": int((~waits).sum()),
+        "rows": [
+            {
+                "name": streams[row].name[:MAX_NAME],
+                "state": "queued" if waits[row] else "prefill",
+                "prompt": int(prompt[row]),
+                "waited_s": round(now - streams[row].request.arrival, 4),
+                "laxity_s": round(laxity.item(row), 4),
+                "due_s": round(due_s.item(row), 4),
+                "at": _shown(where[row]),
+            }
+            for row in first
+        ],
+    }
+
+
+def _running(streams: Sequence[Stream], now: float) -> dict[str, Any]:
+    """Those with a token, by slack: until the next is due on the line of the TPOT."""
+    slack = np.array(
+        [
+            (each.first_token_at or now) + len(each.tokens) * each.request.slo.tpot - now
+            for each in streams
+        ]
+    )
+    first = slack.argsort(kind="stable")[:MAX_ROWS].tolist()
+    return _counted(slack, SLACK_BOUNDS) | {
+        "rows": [
+            _progress(streams[row], now) | {"slack_s": round(slack.item(row), 4)} for row in first
+        ]
+    }
+
+
+def _progress(stream: Stream, now: float) -> dict[str, Any]:
+    request, timing = stream.request, stream.timing()
+    moving = len(stream.peers) > 1  # its KV is still with another
+    return {
+        "name": stream.name[:MAX_NAME],
+        "state": "transfer" if moving else "decode",
+        "prompt": len(request.prompt),
+        "tokens": len(stream.tokens),
+        "max_tokens": request.max_tokens,
+        "queue_s": round(timing.queue_s, 4),
+        "prefill_s": round(timing.prefill_s, 4),
+        "transfer_s": None if timing.transfer_s is None else round(timing.transfer_s, 4),
+        "ttft_s": round(timing.ttft_s, 4),
+        "ttft_met": timing.ttft_met,
+        "tpot_s": None if timing.tpot_s is None else round(timing.tpot_s, 5),
+        "at": _shown(_where(stream)),
+    }
+
+
+def _counted(values: np.ndarray, bounds: Sequence[float]) -> dict[str, Any]:
+    """How many there are, below zero and between any two bounds."""
+    places = np.searchsorted(bounds, values, side="right")
+    counts = np.bincount(places, minlength=len(bounds) + 1).tolist()
+    late = int((values < 0).sum())
+    return {"count": values.size, "late": late, "bounds": list(bounds), "counts": counts}
+
+
+def _instance(peer: Peer, status: Status | None, now: float) -> dict[str, Any]:
+    summary = peer.summary(now)
+    told: dict[str, Any] = {
+        "id": _shown(peer.id),
+        "role": peer.role.value,
+        "taking": not peer.draining,
+        "queue_s": _finite(summary.work_s),
+        "load": _finite(summary.load),
+        "pace": _finite(summary.pace),
+        "status": None,
+    }
+    if status:
+        shown = asdict(status) | {"parked_limit": _finite(status.parked_limit)}
+        del shown["begun"]  # told with the requests themselves
+        told["status"] = shown
+    return told
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _where(stream: Stream) -> str:
+    """The id of the worker that has it in hand; none for a moment while it is sent elsewhere."""
+    for peer in stream.peers[-1:]:
+        return peer.id
+    return ""
+
+
+def _shown(id: str) -> str:
+    """A worker's name, without which start of it this is."""
+    return id.partition("@")[0][:MAX_NAME]

@@ -1,0 +1,112 @@
+"""The server of one process: gRPC with health and reflection, and HTTP beside it."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import grpc
+from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection
+from starlette.routing import BaseRoute
+
+from kairos_jax.api.backend import Backend
+from kairos_jax.api.gate import Gate
+from kairos_jax.api.http.app import make_app
+from kairos_jax.api.http.live import Live
+from kairos_jax.api.http.server import HttpOptions, HttpServer
+from kairos_jax.api.servicer import MAX_MESSAGE_BYTES, SERVICE, Servicer
+from kairos_jax.net.address import join_address
+from kairos_jax.net.credentials import PLAIN, Wire
+from kairos_jax.net.health import Health
+from kairos_jax.process.command import UsageError
+from kairos_jax.rpc import kairos_pb2_grpc
+
+
+class Server:
+    """The gRPC server, and the HTTP server beside it. Health says NOT_SERVING until `open`, and
+    again from `drain` on. http: None where there is none.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        clock: Callable[[], float],
+        net: Wire = PLAIN,
+        health_port: int = 0,
+        http: HttpOptions | None = None,
+        routes: Sequence[BaseRoute] = (),
+    ):
+        """Raises UsageError if an address cannot be listened on.
+
+        port: 0 for any free one. health_port: for health alone, without TLS; 0 for none. routes: of
+        HTTP, beside those of the API and the live page.
+        """
+        options = [
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
+        ]
+        self._grpc = grpc.aio.server(options=options)
+        self.gate, self._draining = Gate(clock), False
+        kairos_pb2_grpc.add_KairosServicer_to_server(Servicer(self.gate), self._grpc)
+        try:  # first: what is wrong with the host is wrong with all the ports
+            self.port = net.add_port(self._grpc, host, port)
+        except OSError as error:
+            raise UsageError(f"--host={host} --port={port}: {error}") from error
+        self._health = Health(self._grpc, SERVICE, host, health_port)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._grpc)
+        self.address = join_address(host, self.port)
+        self._live = Live(self.gate)
+        self.http = None
+        if http:
+            app = make_app(self.gate, http.app, [*self._live.routes(), *routes])
+            self.http = HttpServer(app, host, http.port, net)
+
+    @property
+    def addresses(self) -> str:
+        """Where it listens, in words; gRPC last."""
+        http = f"HTTP on {self.http.address}, " if self.http else ""
+        return f"{http}gRPC on {self.address}"
+
+    async def start(self) -> None:
+        """Listens; requests are answered UNAVAILABLE until `open`."""
+        await self._health.say(serving=False)
+        await self._grpc.start()
+        await self._health.listen()
+        if self.http:
+            await self.http.start()
+
+    async def open(self, backend: Backend) -> None:
+        """Serves, until `shut`, and again after; not any more once it drains."""
+        if self._draining:
+            return
+        self.gate.backend, self.gate.closed = backend, None
+        await self._health.say(serving=True)
+
+    async def shut(self, reason: str) -> None:
+        """Answers UNAVAILABLE with this reason; requests in progress go on."""
+        if self._draining:
+            return
+        self.gate.closed = reason
+        await self._health.say(serving=False)
+
+    async def drain(self, grace_s: float) -> bool:
+        """Takes no new requests, waits for those in progress, and stops listening. After `grace_s`
+        seconds it ends those that are left. True if there were none.
+        """
+        self._draining, self.gate.closed = True, "the server is draining"
+        await self._health.say(serving=False)
+        drained = True
+        if self.gate.backend and self.gate.backend.router.num_streams:
+            try:
+                await asyncio.wait_for(self.gate.backend.router.drained(), grace_s)
+            except TimeoutError:
+                drained = False
+        self._live.close()
+        # The last answers may still be on their way out.
+        stops = [self._grpc.stop(grace=1.0 if drained else 0.0)]
+        if self.http:
+            stops.append(self.http.stop(grace_s=1 if drained else 0))
+        await asyncio.gather(*stops)
+        await self._health.close()
+        return drained

@@ -1,0 +1,153 @@
+"""The gRPC service kairos.v1.Kairos: reads requests, and writes answers."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import grpc
+
+from kairos_jax.api.backend import Backend
+from kairos_jax.api.gate import Closed, Gate
+from kairos_jax.api.validator import BadField, UnknownModel
+from kairos_jax.engine.calls import PromptLogprobs, Token
+from kairos_jax.observe.tracing import trace_of
+from kairos_jax.routing.fleet import Full, WorkerLost
+from kairos_jax.routing.router import IdInUse
+from kairos_jax.routing.stream import Stream
+from kairos_jax.rpc import kairos_pb2 as pb
+from kairos_jax.rpc import kairos_pb2_grpc
+from kairos_jax.text.detokenizer import Detokenizer
+from kairos_jax.worker.messages import Output
+
+SERVICE = "kairos.v1.Kairos"
+
+
+MAX_MESSAGE_BYTES = 4 << 20
+
+
+# Prompt tokens a message: with 20 alternatives each, 250 KB of the 4 MiB that clients take.
+_PROMPT_PART = 1000
+
+
+_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+
+
+class Servicer(kairos_pb2_grpc.KairosServicer):
+    """Reads requests and writes answers; the backend's router does the rest."""
+
+    def __init__(self, gate: Gate):
+        self.gate = gate
+
+    async def GetModel(self, request: pb.GetModelRequest, context) -> pb.Model:
+        """See kairos.proto."""
+        return (await self._entered(context, self.gate.enter)).model
+
+    async def Generate(self, request: pb.GenerateRequest, context) -> None:
+        """See kairos.proto."""
+        arrival = self.gate.clock()
+        backend = await self._entered(context, self.gate.admit)
+        try:
+            backend.router.check_room()
+            # In a thread: a long text takes the tokenizer longer than others should wait.
+            checked = await asyncio.to_thread(backend.edge.request, request, arrival)
+            await self._entered(context, self.gate.admit)  # it may have closed meanwhile
+            trace = trace_of(context.invocation_metadata() or ())
+            stream = backend.router.submit(checked, trace)
+        except UnknownModel as error:
+            backend.router.metrics.rejected("unknown_model")
+            await context.abort(grpc.StatusCode.NOT_FOUND, _cut(error))
+        except BadField as error:
+            backend.router.metrics.rejected("bad_request")
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _cut(error))
+        except IdInUse as error:
+            backend.router.metrics.rejected("id_in_use")
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, _cut(error))
+        except Full as error:
+            retry = (("retry-after-s", f"{error.retry_after_s:.3g}"),)
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _cut(error), retry)
+        except WorkerLost as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(error))
+        else:
+            await _answer(backend, stream, context)
+
+    async def _entered(self, context, enter: Callable[[], Backend]) -> Backend:
+        try:
+            return enter()
+        except Closed as error:
+            return await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+
+
+async def _answer(backend: Backend, stream: Stream, context) -> None:
+    tokenizer = backend.edge.tokenizer
+    detokenizer = Detokenizer(tokenizer) if tokenizer else None
+    ended = False
+    try:
+        while not ended:
+            # All that wait go out together: a message costs far more than a token.
+            outputs = await stream.take()
+            ended = outputs[-1].finish_reason is not None
+            if (prompt := outputs[0].token.prompt) is not None:
+                for part in _of_prompt(stream, prompt):
+                    await context.write(part)
+            response = _response(stream, outputs, detokenizer)
+            if ended:
+                _finish(response, stream)
+            await context.write(response)
+    except WorkerLost as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(error))
+    finally:
+        # Where the client went away, or its deadline passed, this task was cancelled.
+        backend.router.cancel(stream)
+
+
+def _cut(error: Exception) -> str:
+    """The message, which may quote the client, within what gRPC carries in a status."""
+    text = str(error)
+    return text if len(text) <= 1000 else text[:1000] + "..."
+
+
+def _of_prompt(stream: Stream, logprobs: PromptLogprobs) -> Iterator[pb.GenerateResponse]:
+    tokens = logprobs.tokens(stream.request.prompt)
+    while part := list(itertools.islice(tokens, _PROMPT_PART)):
+        entries = [_logprobs(token) for token in part]
+        yield pb.GenerateResponse(request_id=stream.name, prompt_logprobs=entries)
+
+
+def _response(
+    stream: Stream, outputs: Sequence[Output], detokenizer: Detokenizer | None
+) -> pb.GenerateResponse:
+    ids = [output.token.id for output in outputs]
+    response = pb.GenerateResponse(request_id=stream.name, token_ids=ids)
+    if detokenizer:
+        response.text_delta = detokenizer.push(ids)
+        if outputs[-1].finish_reason:
+            response.text_delta += detokenizer.flush()
+    if outputs[0].token.logprob is not None:
+        response.logprobs.extend(_logprobs(output.token) for output in outputs)
+    return response
+
+
+def _logprobs(token: Token) -> pb.TokenLogprobs:
+    top = [pb.Alternative(token_id=id, logprob=value) for id, value in token.top]
+    return pb.TokenLogprobs(token_id=token.id, logprob=token.logprob, top=top)
+
+
+def _finish(response: pb.GenerateResponse, stream: Stream) -> None:
+    timing = stream.timing()
+    assert stream.finish_reason is not None
+    response.finish_reason = _FINISH[stream.finish_reason]
+    response.usage.prompt_tokens = len(stream.request.prompt)
+    response.usage.completion_tokens = len(stream.tokens)
+    response.usage.cached_tokens = stream.cached_tokens
+    response.timing.CopyFrom(
+        pb.Timing(
+            queue_s=timing.queue_s,
+            prefill_s=timing.prefill_s,
+            transfer_s=timing.transfer_s or 0.0,
+            ttft_s=timing.ttft_s,
+            tpot_s=timing.tpot_s or 0.0,
+            total_s=timing.total_s,
+            ttft_met=timing.ttft_met,
+            tpot_met=timing.tpot_met,
+        )
+    )

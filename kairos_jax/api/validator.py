@@ -1,0 +1,183 @@
+"""From a client's message to a `Request`: everything is checked here, once.
+
+Each refusal is a `BadField`, whose message names the field, the value and the limit.
+"""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kairos_jax.config import ServerConfig
+from kairos_jax.rpc import kairos_pb2 as pb
+from kairos_jax.text.tokenizer import Tokenizer
+from models.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from schedulers.ledger.request import Request, Slo
+
+MAX_REQUEST_ID = 256
+# Log-probabilities of one prompt: they go over the wire, and to the client, all at once.
+MAX_PROMPT_LOGPROBS = 1 << 18
+_SEED_BITS = 32
+
+
+class BadField(ValueError):
+    """A field of a request that cannot be served.
+
+    field: its name. problem: what is wrong with it, with the value and the limit.
+    """
+
+    def __init__(self, field: str, problem: str):
+        super().__init__(f"{field} {problem}")
+        self.field, self.problem = field, problem
+
+
+class UnknownModel(ValueError):
+    """The request asks for a model that is not served here."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What requests are checked against. tokenizer: None if the model came without one."""
+
+    model: str
+    vocab_size: int
+    eos_ids: frozenset[int]
+    config: ServerConfig
+    tokenizer: Tokenizer | None
+
+    def request(self, message: pb.GenerateRequest, arrival: float) -> Request:
+        """The request that `message` asks for.
+
+        Raises:
+            BadField, UnknownModel: it cannot be served.
+        """
+        if message.HasField("model") and message.model != self.model:
+            raise UnknownModel(f"model {message.model!r} is not served here; {self.model!r} is")
+        if len(message.request_id) > MAX_REQUEST_ID:
+            raise BadField(
+                "request_id",
+                f"must have at most {MAX_REQUEST_ID} characters, got {len(message.request_id)}",
+            )
+        prompt, sampling = self._prompt(message), _sampling(message.sampling)
+        _check_prompt_logprobs(len(prompt), sampling.prompt_logprobs)
+        return Request(
+            id=message.request_id,
+            arrival=arrival,
+            prompt=prompt,
+            max_tokens=self._max_tokens(message, len(prompt)),
+            slo=self._slo(message.slo),
+            stop=self._stop(message.sampling),
+            sampling=sampling,
+        )
+
+    def _prompt(self, message: pb.GenerateRequest) -> Sequence[int]:
+        kind = message.WhichOneof("prompt")
+        if kind is None:
+            raise BadField("prompt", "is missing: give text, token_ids or chat")
+        if kind == "token_ids":
+            ids = list(message.token_ids.ids)
+            self.check_ids(ids, "prompt.token_ids")
+        else:
+            ids = self.encode(message, kind)
+        if not ids:
+            raise BadField(f"prompt.{kind}", "is empty: at least 1 token is needed")
+        if len(ids) >= self.config.max_context:
+            raise BadField(
+                f"prompt.{kind}",
+                f"has {len(ids)} tokens; with at least 1 token of output it must "
+                f"fit the context of {self.config.max_context}",
+            )
+        return ids
+
+    def encode(self, message: pb.GenerateRequest, kind: str) -> list[int]:
+        """The ids of a message's text or chat. Raises BadField."""
+        if self.tokenizer is None:
+            raise BadField(f"prompt.{kind}", "needs a tokenizer, and this model has none: send ids")
+        if kind == "text":
+            return self.tokenizer.encode(message.text)
+        if not message.chat.messages:
+            raise BadField("prompt.chat", "is empty: at least 1 message is needed")
+        turns = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
+        try:
+            text = self.tokenizer.render_chat(turns)
+        except ValueError as error:
+            raise BadField("prompt.chat", f"cannot be rendered: {error}") from error
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def check_ids(self, ids: Sequence[int], field: str) -> None:
+        """Raises BadField for an id out of the vocabulary."""
+        for index, id in enumerate(ids):
+            if not 0 <= id < self.vocab_size:
+                raise BadField(
+                    f"{field}[{index}]", f"must be from 0 to {self.vocab_size - 1}, got {id}"
+                )
+
+    def _max_tokens(self, message: pb.GenerateRequest, num_prompt: int) -> int:
+        room = self.config.max_context - num_prompt
+        if not message.HasField("max_tokens"):
+            return min(self.config.max_tokens, room)
+        value = message.max_tokens
+        if not 1 <= value <= self.config.max_tokens:
+            raise BadField("max_tokens", f"must be from 1 to {self.config.max_tokens}, got {value}")
+        if value > room:
+            raise BadField(
+                "max_tokens",
+                f"must be at most {room} after a prompt of {num_prompt} tokens in a "
+                f"context of {self.config.max_context}, got {value}",
+            )
+        return value
+
+    def _slo(self, slo: pb.Slo) -> Slo:
+        default = self.config.default_slo
+        values = {
+            "slo.ttft_s": slo.ttft_s if slo.HasField("ttft_s") else default.ttft,
+            "slo.tpot_s": slo.tpot_s if slo.HasField("tpot_s") else default.tpot,
+        }
+        for name, value in values.items():
+            if not (math.isfinite(value) and value > 0):
+                raise BadField(name, f"must be a positive number of seconds, got {value:g}")
+        return Slo(*values.values())
+
+    def _stop(self, sampling: pb.Sampling) -> frozenset[int]:
+        self.check_ids(sampling.stop_token_ids, "sampling.stop_token_ids")
+        eos = frozenset() if sampling.ignore_eos else self.eos_ids
+        return eos | frozenset(sampling.stop_token_ids)
+
+
+def _check_prompt_logprobs(num_prompt: int, count: int | None) -> None:
+    if count is not None and (total := num_prompt * (1 + count)) > MAX_PROMPT_LOGPROBS:
+        raise BadField(
+            "sampling.prompt_logprobs",
+            f"of {num_prompt} tokens and {count} alternatives each make {total} numbers; at most "
+            f"{MAX_PROMPT_LOGPROBS} are served",
+        )
+
+
+def _sampling(message: pb.Sampling) -> SamplingParams:
+    def given(name, default):
+        return getattr(message, name) if message.HasField(name) else default
+
+    seed = given("seed", secrets.randbits(_SEED_BITS))
+    params = SamplingParams(
+        temperature=given("temperature", 1.0),
+        top_k=given("top_k", 0),
+        top_p=given("top_p", 1.0),
+        min_p=given("min_p", 0.0),
+        # Any 64-bit seed will do; those that differ in the upper half alone must differ too.
+        seed=(seed ^ (seed >> _SEED_BITS)) & (2**_SEED_BITS - 1),
+        logprobs=given("logprobs", None),
+        prompt_logprobs=given("prompt_logprobs", None),
+    )
+    top = f"0 to {MAX_TOP_LOGPROBS}"
+    limits = {
+        "temperature": (math.isfinite(params.temperature) and params.temperature >= 0, "0 or more"),
+        "top_k": (params.top_k >= 0, "0 (off) or more"),
+        "top_p": (0 < params.top_p <= 1, "above 0 and at most 1"),
+        "min_p": (0 <= params.min_p <= 1, "from 0 to 1"),
+        "logprobs": (0 <= (params.logprobs or 0) <= MAX_TOP_LOGPROBS, top),
+        "prompt_logprobs": (0 <= (params.prompt_logprobs or 0) <= MAX_TOP_LOGPROBS, top),
+    }
+    for name, (holds, limit) in limits.items():
+        if not holds:
+            raise BadField(f"sampling.{name}", f"must be {limit}, got {getattr(params, name):g}")
+    return params

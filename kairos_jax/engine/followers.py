@@ -1,0 +1,334 @@
+"""One engine on a mesh that spans processes: the first one leads, the others follow.
+
+JAX asks that every process of a mesh run the same programs in the same order. The leader alone has
+a ledger, a policy and a worker; each call of its engine, as arrays, is first sent to the followers,
+which do nothing but run what comes. A step costs them a few kilobytes: the arrays of a `Step`.
+
+The calls go over a TCP connection to each follower (kairos_jax.engine.connection). The leader
+listens for them on the host of the coordinator's address, on a free port, until all have come. It
+tells them the port, and a secret that they must show, through a collective of the mesh itself. What
+is sent is not encrypted, and neither is what JAX sends between these processes: their network must
+be a trusted one.
+
+Each end shows a sign of life several times within a deadline. A process that the others lose ends
+all of them: a mesh with a hole can compute nothing, and may hang in the attempt.
+"""
+
+import contextlib
+import hashlib
+import hmac
+import logging
+import os
+import queue
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from kairos_jax.engine.calls import Call, Read, Score, Step, Write
+from kairos_jax.engine.connection import Kind, Line, Message
+from kairos_jax.engine.devices import Processes, agree
+from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine
+from kairos_jax.net.address import split_address
+
+log = logging.getLogger(__name__)
+
+# Silence after which a process counts as lost; it shows a sign of life four times as often, from a
+# thread of its own, which no step keeps waiting. A compilation does: what it does within Python's
+# lock kept such a thread away for 2.0 s, on a machine that others used too.
+DEADLINE_S = 2.0
+_COMPILING_S = 30.0
+# For all followers to come, once each has its weights.
+_MEET_S = 60.0
+# For a call, from its dispatch to its result; the first of each shape compiles.
+_CALL_S = 30.0
+_COMPILE_S = 1800.0
+# For the followers to end, once told to.
+_CLOSE_S = 5.0
+
+_SECRET_BYTES = 32
+_HELLO = struct.Struct(f"!{_SECRET_BYTES}sI")  # the secret, and which process it is
+
+
+class FollowerLost(ConnectionError):
+    """A process of the mesh has ended, or is silent, or hangs."""
+
+
+def end_process(error: Exception) -> None:
+    """Ends this process at once: one of its threads may hang in a collective for ever."""
+    log.critical("this process ends: %s", error)
+    logging.shutdown()
+    os._exit(1)
+
+
+OnLost = Callable[[Exception], None]
+
+
+class Leader:
+    """Has every process of a mesh run what its engine runs. See `lead`."""
+
+    def __init__(self, engine: JaxEngine, lines: list[Line], on_lost: OnLost):
+        self._engine, self._lines, self._on_lost = engine, lines, on_lost
+        self._compiled: set[tuple[Kind, int, int]] = set()
+        # By when the call under way must end; of a step, the result that shows it.
+        self._last: tuple[float, Any] = (float("inf"), None)
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._readers = [_thread(self._listen, line) for line in lines]
+        _thread(self._watch)
+
+    def dispatch(self, call: Call) -> jax.Array | None:
+        """Runs a call on all processes; its result lies whole on a device of this one."""
+        shape = _shape(call)
+        by = time.monotonic() + (_CALL_S if shape in self._compiled else _COMPILE_S)
+        self._compiled.add(shape)
+        self._last = by, None
+        for line in self._lines:
+            arrays = _arrays(self._engine, call, line.process)
+            line.send(Message(*shape, b"".join(array.tobytes() for array in arrays)))
+        if isinstance(call, Write):
+            _, *shards = _arrays(self._engine, call, 0)
+            call = Write(call.pages, _join(self._engine, shards))
+        result = self._engine.run(call)
+        if result is not None:
+            result = result.addressable_data(0)
+        # A block belongs to whoever reads it, and may be deleted; a step after it hangs as well.
+        samples = isinstance(call, Step | Score)
+        self._last = (by, result) if samples else (float("inf"), None)
+        return result
+
+    def close(self) -> None:
+        """Lets the followers end, and waits for that a little."""
+        self._closing.set()
+        for line in self._lines:
+            with contextlib.suppress(OSError):
+                line.send(Message(Kind.END))
+        for reader in self._readers:
+            reader.join(_CLOSE_S)
+
+    def _listen(self, line: Line) -> None:
+        try:
+            for _ in line:
+                pass  # a follower sends nothing but beats
+        except OSError as error:
+            self._lose(FollowerLost(f"process {line.process} of the mesh was lost: {error}"))
+
+    def _watch(self) -> None:
+        """Shows the followers signs of life, and looks whether the call under way hangs."""
+        while not self._closing.wait(min(line.beat_s for line in self._lines)):
+            for line in self._lines:
+                with contextlib.suppress(OSError):  # its reader tells
+                    line.send(Message(Kind.BEAT))
+            by, result = self._last
+            if time.monotonic() > by and not (result is not None and result.is_ready()):
+                self._lose(FollowerLost("a call hangs on the mesh: it is beyond its deadline"))
+
+    def _lose(self, error: Exception) -> None:
+        with self._lock:  # once
+            if not self._closing.is_set():
+                self._closing.set()
+                self._on_lost(error)
+
+
+def lead(
+    engine: JaxEngine,
+    processes: Processes,
+    on_lost: OnLost = end_process,
+    deadline_s: float = DEADLINE_S,
+) -> Leader:
+    """Waits for the followers; then whatever `engine` runs, its warm-up too, runs on all.
+
+    on_lost: called once, on a thread of the leader's, when a process is lost or a call hangs. A
+    step may hang then: the process is to end.
+
+    Raises:
+        UsageError: a follower has another model.
+        OSError, FollowerLost: it cannot listen, or a follower did not come.
+    """
+    agree(processes, _model(engine))
+    host = _host(processes)
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    secret = os.urandom(_SECRET_BYTES)
+    with socket.create_server((host, 0), family=family, backlog=processes.count) as listener:
+        _meet(listener.getsockname()[1], secret)
+        lines = _accept(listener, processes, secret, deadline_s)
+    leader = Leader(engine, lines, on_lost)
+    engine.dispatch = leader.dispatch
+    return leader
+
+
+def follow(engine: JaxEngine, processes: Processes, deadline_s: float = DEADLINE_S) -> None:
+    """Runs what the leader says, until it ends; then this process is to end at once.
+
+    Ends the process with code 1 if the leader is lost, or a call fails. Signals that ask it to end
+    pass it by: the leader, which gets its own, still needs it to drain.
+
+    Raises UsageError if the leader has another model.
+    """
+    agree(processes, _model(engine))
+    if threading.current_thread() is threading.main_thread():
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, signal.SIG_IGN)
+    port, secret = _meet(0, bytes(_SECRET_BYTES))
+    connection = socket.create_connection((_host(processes), port), _MEET_S)
+    connection.sendall(_HELLO.pack(secret, processes.id))
+    line = Line(connection, 0, deadline_s, max(deadline_s, _COMPILING_S))
+    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    _thread(_receive, line, messages)
+    _thread(_beat, line)
+    try:
+        while (message := messages.get()).kind is not Kind.END:
+            engine.run(_call(engine, message))
+    except Exception as error:
+        log.exception("a call of the leader's failed")
+        end_process(error)
+
+
+def _model(engine: JaxEngine) -> dict[str, Any]:
+    """Its description, and a hash of the weights that every process holds whole, which are the
+    norms: of the others none has what another has.
+    """
+    digest = hashlib.sha256()
+    for path, weight in sorted(engine.params.items()):
+        if weight.is_fully_replicated:
+            digest.update(f"{path} {weight.dtype}".encode())
+            digest.update(np.asarray(weight.addressable_data(0)).tobytes())
+    return {"model": asdict(engine.config), "hash of the norms": digest.hexdigest()[:32]}
+
+
+def _receive(line: Line, messages: queue.SimpleQueue[Message]) -> None:
+    """On a thread of its own: the one that runs the calls may hang when the leader is lost."""
+    try:
+        for message in line:
+            messages.put(message)
+            if message.kind is Kind.END:
+                time.sleep(_CLOSE_S)
+                end_process(TimeoutError("a call hangs on the mesh, whose leader has ended"))
+    except OSError as error:
+        end_process(ConnectionError(f"the leader of the mesh was lost: {error}"))
+
+
+def _beat(line: Line) -> None:
+    pause = threading.Event()
+    with contextlib.suppress(OSError):  # `_receive` tells
+        while not pause.wait(line.beat_s):
+            line.send(Message(Kind.BEAT))
+
+
+def _meet(port: int, secret: bytes) -> tuple[int, bytes]:
+    """Tells the followers the leader's port and secret; returns them, in every process."""
+    mine = np.frombuffer(port.to_bytes(2, "big") + secret, np.uint8).astype(np.int32)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.uint8).tobytes()
+    return int.from_bytes(told[:2], "big"), told[2:]
+
+
+def _accept(
+    listener: socket.socket, processes: Processes, secret: bytes, deadline_s: float
+) -> list[Line]:
+    """A line to each follower. Whoever does not know the secret is sent away."""
+    lines: dict[int, Line] = {}
+    by = time.monotonic() + _MEET_S
+    while missing := set(range(1, processes.count)) - set(lines):
+        listener.settimeout(max(by - time.monotonic(), 0.001))
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            raise FollowerLost(f"processes {sorted(missing)} of the mesh did not come") from None
+        process = _greet(connection, secret)
+        if process in missing:
+            lines[process] = Line(connection, process, deadline_s, max(deadline_s, _COMPILING_S))
+        else:
+            connection.close()
+    return list(lines.values())
+
+
+def _greet(connection: socket.socket, secret: bytes) -> int | None:
+    """Which process has come, if it is one of ours."""
+    connection.settimeout(1.0)
+    try:
+        hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
+    except OSError:
+        return None
+    if len(hello) < _HELLO.size:
+        return None
+    shown, process = _HELLO.unpack(hello)
+    return process if hmac.compare_digest(shown, secret) else None
+
+
+# Calls as bytes, and back.
+
+
+def _shape(call: Call) -> tuple[Kind, int, int]:
+    if isinstance(call, Step):
+        return Kind.STEP, *call.rows.shape
+    if isinstance(call, Score):
+        return Kind.SCORE, *call.targets.shape
+    return Kind.READ if isinstance(call, Read) else Kind.WRITE, 0, 0
+
+
+def _arrays(engine: JaxEngine, call: Call, process: int) -> list[np.ndarray]:
+    """What a process needs of a call: of a block, the shards that lie there."""
+    if not isinstance(call, Write):
+        return jax.tree.leaves(call)
+    whole = np.asarray(call.block)
+    return [call.pages, *(whole[index] for _, index in _shards(engine, process))]
+
+
+def _call(engine: JaxEngine, message: Message) -> Call:
+    """The call that a message tells this process of."""
+    if message.kind in (Kind.STEP, Kind.SCORE):
+        like = np.empty((message.rows, message.columns), np.int32)
+        of = Step if message.kind is Kind.STEP else Score
+        return of(*_unpack(message.payload, [like]))
+    ids = np.empty(BLOCK_PAGES, np.int32)
+    if message.kind is Kind.READ:
+        return Read(*_unpack(message.payload, [ids]))
+    block = engine.block
+    shard = np.empty(block.sharding.shard_shape(block.shape), block.dtype)
+    mine = [shard] * len(_shards(engine, jax.process_index()))
+    ids, *shards = _unpack(message.payload, [ids, *mine])
+    return Write(ids, _join(engine, shards))
+
+
+def _unpack(payload: bytes, like: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """Arrays of these shapes and dtypes that lie one after the other."""
+    arrays, offset = [], 0
+    for each in like:
+        arrays.append(np.frombuffer(payload, each.dtype, each.size, offset).reshape(each.shape))
+        offset += each.nbytes
+    if offset != len(payload):
+        raise ValueError(f"a call of {offset} bytes was expected, {len(payload)} came")
+    return arrays
+
+
+def _shards(engine: JaxEngine, process: int) -> list[tuple[Any, tuple[slice, ...]]]:
+    """The devices of a process, and what part of a block each holds."""
+    indices = engine.block.sharding.devices_indices_map(engine.block.shape)
+    return [each for each in indices.items() if each[0].process_index == process]
+
+
+def _join(engine: JaxEngine, shards: Iterable[np.ndarray]) -> jax.Array:
+    """The block of which this process has these shards."""
+    devices = [device for device, _ in _shards(engine, jax.process_index())]
+    placed = [jax.device_put(*each) for each in zip(shards, devices, strict=True)]
+    block = engine.block
+    return jax.make_array_from_single_device_arrays(block.shape, block.sharding, placed)
+
+
+def _host(processes: Processes) -> str:
+    return split_address(processes.address)[0]
+
+
+def _thread(target: Callable[..., None], *args: Any) -> threading.Thread:
+    """Daemons: none of them is to keep a process alive."""
+    thread = threading.Thread(target=target, args=args, name="followers", daemon=True)
+    thread.start()
+    return thread

@@ -1,0 +1,48 @@
+"""Reads profiles: files that `kairos_jax.profile` measured, or ones that come with the package."""
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from kairos_jax.process.command import UsageError
+from schedulers.cost import KINDS, CostModel
+
+
+def define_flags() -> None:
+    """Of servers. Not at import: other binaries have flags of the same names."""
+    flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
+
+
+def read(path: str | Path, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+    """The profile in a file, or of that name among `packaged()`, with times of these kinds at
+    least.
+
+    Raises UsageError if there is none, or a cost model cannot use it.
+    """
+    try:
+        named = packaged().get(str(path))
+        if named is None and not Path(path).exists():
+            raise ValueError(
+                f"no such file, nor a profile of the package ({', '.join(packaged())})"
+            )
+        profile = json.loads((named or Path(path)).read_text(encoding="utf-8"))
+        if not isinstance(profile, dict):
+            raise ValueError(f"must be a JSON object, got {type(profile).__name__}")
+        CostModel.from_profile(profile, kinds)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"profile {path}: {error}") from error
+    return profile
+
+
+def packaged() -> dict[str, Any]:
+    """Where the profiles that come with the package are, by name."""
+    files = (resources.files("schedulers") / "profiles").iterdir()
+    return {
+        file.name.removesuffix(".json"): file
+        for file in sorted(files, key=lambda file: file.name)
+        if file.name.endswith(".json")
+    }

@@ -1,0 +1,396 @@
+"""KV between processes: offers kept for whoever claims them, and fetches of what others offer.
+
+All of it happens on one event loop; what may block, on threads beside it. A fetch claims the offer
+over gRPC, compares its manifest, and takes its parts as they come: by the transfer server (`jax`)
+or in the claim's own stream (`grpc`). The KV that a process fetches back from itself takes the way
+of `LocalTransport`.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import jax
+from absl import flags
+from jax.sharding import Sharding
+
+from kairos_jax.engine.engine import KV
+from kairos_jax.kv.client import KVClient, Wanted, arrived
+from kairos_jax.kv.in_flight import Priority
+from kairos_jax.kv.jax_transfer import TransferPort
+from kairos_jax.kv.leases import Claimant, Leases
+from kairos_jax.kv.manifest import Facts
+from kairos_jax.kv.servicer import KVServicer
+from kairos_jax.kv.transport import Done, Ticket
+from kairos_jax.net.address import is_wildcard, split_address
+from kairos_jax.rpc import kv_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_MIB = 1 << 20
+
+
+def define_flags() -> None:
+    """Not at import: other binaries have flags of the same names."""
+    default = TransferOptions()
+    flags.DEFINE_enum("kv_transport", default.kind, ["jax", "grpc"], "How KV comes from others.")
+    flags.DEFINE_string("kv_host", "", "Address the transfer server listens on; else --host.")
+    flags.DEFINE_float("kv_lease_s", default.lease_s, "KV that nobody claims is freed then.", 0.1)
+    flags.DEFINE_float("kv_claim_s", default.claim_s, "KV not fetched then is freed.", 0.1)
+    flags.DEFINE_float(
+        "kv_fetch_s", default.fetch_s, "A fetch of which nothing comes for so long fails.", 0.1
+    )
+    for name, text in (
+        ("in_flight", "Most MiB on their way from one peer at once."),
+        ("staged", "Most MiB brought over before there is room for them in the pool."),
+        ("urgent", "KV of at most so many MiB goes ahead of what is larger."),
+        ("transfer", "MiB in one piece of the transfer server's."),
+    ):
+        value = getattr(default, f"{name}_bytes") // _MIB
+        flags.DEFINE_integer(f"kv_{name}_mib", value, text, 0 if name == "staged" else 1)
+    flags.DEFINE_integer("kv_parallel_copies", default.parallel_copies, "Of such pieces.", 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """kind: "jax" or "grpc". host: where the transfer server listens; "", or one that stands for
+    all addresses: the host by which peers reach this process.
+
+    lease_s: how long an offer is kept that nobody claims; one that is claimed, `claim_s` from the
+    last that was added to it. fetch_s: fails a fetch of which nothing comes for so long.
+    in_flight_bytes: from one peer.
+    staged_bytes: brought over ahead of fetches, from all peers. urgent_bytes: fetches of no more
+    than that go before others. transfer_bytes, parallel_copies: the transfer server's pieces; their
+    product is host memory that it sets aside.
+    """
+
+    kind: str = "jax"
+    host: str = ""
+    lease_s: float = 600.0
+    claim_s: float = 120.0
+    fetch_s: float = 10.0
+    in_flight_bytes: int = 256 * _MIB
+    staged_bytes: int = 1024 * _MIB
+    urgent_bytes: int = 8 * _MIB
+    transfer_bytes: int = 4 * _MIB
+    parallel_copies: int = 8
+
+    def listens_on(self, address: str) -> str:
+        """The transfer server's host, in a process that peers reach at `address`."""
+        host = self.host.strip("[]")
+        return split_address(address)[0] if not host or is_wildcard(host) else host
+
+    @classmethod
+    def from_flags(cls, host: str) -> "TransferOptions":
+        """host: where the process listens."""
+        values = flags.FLAGS
+        return cls(
+            values.kv_transport,
+            values.kv_host or host,
+            values.kv_lease_s,
+            values.kv_claim_s,
+            values.kv_fetch_s,
+            values.kv_in_flight_mib * _MIB,
+            values.kv_staged_mib * _MIB,
+            values.kv_urgent_mib * _MIB,
+            values.kv_transfer_mib * _MIB,
+            values.kv_parallel_copies,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Arrival:
+    """KV on its way here, or here already. done: None while nobody has asked for it. first: the
+    block with which it begins. wanted: the block with which it was asked for.
+    """
+
+    ticket: Ticket
+    sharding: Sharding | None
+    claimant: Claimant
+    num_bytes: int
+    small: bool
+    first: int
+    wanted: int = 0
+    done: Done | None = None
+    task: asyncio.Task[KV] | None = None
+    stopped_by: Exception | None = None
+
+    @property
+    def priority(self) -> Priority:
+        if self.done is None:
+            return Priority.PREFETCH
+        return Priority.URGENT if self.small else Priority.BULK
+
+
+class RemoteTransport:
+    """A `KVTransport` between processes. See the module's docstring.
+
+    facts: what the KV of this process is. address: "host:port" where peers reach its KV service.
+    channel, metadata: how peers are called. on_expired: told, on the event loop, the request whose
+    offer ran out; the ledger must then forget it.
+    """
+
+    overlaps = True
+
+    def __init__(
+        self,
+        facts: Facts,
+        address: str,
+        loop: asyncio.AbstractEventLoop,
+        channel: Callable[[str], grpc.aio.Channel],
+        metadata: Sequence[tuple[str, str]] = (),
+        options: TransferOptions | None = None,
+        on_expired: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Raises OSError if the transfer server cannot listen."""
+        self.facts, self.address, self.clock = facts, address, clock
+        self.options = options = options or TransferOptions()
+        self._loop, self._on_expired = loop, on_expired
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="kv-transfer")
+        self._identity = secrets.randbits(64)
+        self._leases = Leases(options.lease_s, options.claim_s)
+        self._port = None
+        if options.kind == "jax":
+            self._port = TransferPort(
+                options.listens_on(address),
+                options.transfer_bytes,
+                options.parallel_copies,
+                self._in_thread,
+            )
+        self._servicer = KVServicer(
+            self._leases, facts, self._identity, self._port, self._in_thread, clock
+        )
+        self._client = KVClient(
+            facts,
+            channel,
+            tuple(metadata),
+            self._port,
+            options.in_flight_bytes,
+            options.fetch_s,
+            self._in_thread,
+        )
+        self._arrivals: dict[int, _Arrival] = {}
+        self._tasks: set[asyncio.Task] = set()
+        self._on_loop(lambda: self._start(self._reap()))
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Has a server answer those who claim what is offered here."""
+        kv_pb2_grpc.add_KVServicer_to_server(self._servicer, server)
+
+    @property
+    def num_offers(self) -> int:
+        """Prompts whose KV is held here for others."""
+        return len(self._leases)
+
+    @property
+    def num_fetches(self) -> int:
+        """Prompts whose KV is on its way here, or staged."""
+        return len(self._arrivals)
+
+    @property
+    def received_bytes(self) -> int:
+        """See `KVTransport`; what a process fetches from itself does not count."""
+        return self._client.received_bytes
+
+    @property
+    def staged_bytes(self) -> int:
+        """Room that prefetches have taken."""
+        staged = (each for each in self._arrivals.values() if each.done is None)
+        return sum(each.num_bytes for each in staged if each.task and not _failed(each.task))
+
+    # What a worker calls, from its own thread.
+
+    def offer(self, request_id: str, num_tokens: int, kv: KV) -> Ticket:
+        """See `KVTransport.offer`."""
+        ticket = self.open(request_id, num_tokens)
+        self.extend(ticket, kv, last=True)
+        return ticket
+
+    def open(self, request_id: str, num_tokens: int) -> Ticket:
+        """See `KVTransport.open`."""
+        ticket = Ticket(request_id, num_tokens, address=self.address)
+        self._on_loop(self._leases.open, ticket)
+        return ticket
+
+    def extend(self, ticket: Ticket, kv: KV, last: bool = False) -> None:
+        """See `KVTransport.extend`."""
+        self._on_loop(self._leases.extend, ticket, kv, last, self.clock())
+
+    def prefetch(self, ticket: Ticket, sharding: Sharding | None, first: int = 0) -> None:
+        """See `KVTransport.prefetch`."""
+        self._on_loop(self._prefetch, ticket, sharding, first)
+
+    def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done, first: int = 0) -> None:
+        """See `KVTransport.fetch`. `done` is called on the event loop.
+
+        It is given a LookupError if the offer has ended, PermissionError if someone else has
+        claimed it, ManifestMismatch if it does not fit, TimeoutError, or ConnectionError.
+        """
+        self._on_loop(self._fetch, ticket, sharding, done, first)
+
+    def release(self, ticket: Ticket) -> None:
+        """See `KVTransport.release`."""
+        self._on_loop(self._release, ticket)
+
+    def close(self) -> None:
+        """See `KVTransport.close`."""
+        self._on_loop(self._close)
+
+    def _on_loop(self, call: Callable[..., object], *args: Any) -> None:
+        """In the order of the calls, whatever thread they come from."""
+        try:
+            self._loop.call_soon_threadsafe(call, *args)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+    # The rest is on the event loop.
+
+    def _start(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _in_thread(self, call: Callable[..., Any], *args: Any) -> Any:
+        return await self._loop.run_in_executor(self._threads, call, *args)
+
+    async def _reap(self) -> None:
+        period = min(self.options.lease_s, self.options.claim_s, 4.0) / 4
+        while True:
+            await asyncio.sleep(period)
+            self._client.forget_lost()
+            for lease in self._leases.expire(self.clock()):
+                id = lease.ticket.request_id
+                whose = "that nobody claimed" if lease.claimant is None else "not fetched in time"
+                log.warning("the KV of request %r, %s, is freed", id, whose)
+                if self._on_expired:
+                    self._on_expired(id)
+
+    def _prefetch(self, ticket: Ticket, sharding: Sharding | None, first: int) -> None:
+        arrival = self._expect(ticket, sharding, first)
+        room = self.options.staged_bytes - self.staged_bytes
+        known = self._is_own(ticket) or ticket.uuid in self._arrivals
+        if not known and arrival.num_bytes <= room:
+            self._arrivals[ticket.uuid] = arrival
+            self._bring(arrival)
+
+    def _fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done, first: int) -> None:
+        arrival = self._arrivals.get(ticket.uuid)
+        if arrival is None:
+            arrival = self._arrivals[ticket.uuid] = self._expect(ticket, sharding, first)
+        elif arrival.done is not None:
+            done(PermissionError(f"the KV of request {ticket.request_id!r} is being fetched"))
+            return
+        arrival.done, arrival.wanted = done, first
+        if arrival.task is None or _failed(arrival.task):  # a prefetch may be tried again
+            arrival.first = first
+            self._bring(arrival)
+        elif arrival.task.done():
+            self._deliver(arrival)
+
+    def _expect(self, ticket: Ticket, sharding: Sharding | None, first: int) -> _Arrival:
+        num_bytes = (self.facts.num_blocks(ticket.num_tokens) - first) * self.facts.block_bytes
+        claimant = Claimant(self._identity, secrets.randbits(64))
+        small = num_bytes <= self.options.urgent_bytes
+        return _Arrival(ticket, sharding, claimant, num_bytes, small, first)
+
+    def _is_own(self, ticket: Ticket) -> bool:
+        return ticket.address in ("", self.address)
+
+    def _release(self, ticket: Ticket) -> None:
+        if self._is_own(ticket):
+            self._leases.release(ticket.uuid)
+        arrival = self._arrivals.get(ticket.uuid)
+        if arrival is not None:
+            _stop(arrival, LookupError(f"request {ticket.request_id!r} was given up"))
+            if arrival.done is None:
+                del self._arrivals[ticket.uuid]
+
+    def _close(self) -> None:
+        for arrival in list(self._arrivals.values()):
+            self._release(arrival.ticket)
+        for lease in self._leases:
+            self._leases.release(lease.ticket.uuid)
+        for task in self._tasks:
+            task.cancel()
+        self._client.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _bring(self, arrival: _Arrival) -> None:
+        way = self._copy if self._is_own(arrival.ticket) else self._take
+        arrival.task = self._loop.create_task(way(arrival))
+        arrival.task.add_done_callback(lambda _: self._deliver(arrival))
+
+    def _deliver(self, arrival: _Arrival) -> None:
+        """Gives what has come, or why it has not, to who asked; otherwise it stays."""
+        task = arrival.task
+        assert task is not None
+        if not task.done():  # it was begun again
+            return
+        if arrival.done is None:
+            if not task.cancelled():
+                task.exception()  # looked at: it is not to be logged
+            return
+        if self._arrivals.get(arrival.ticket.uuid) is not arrival:
+            return
+        if task.cancelled():
+            result = arrival.stopped_by or ConnectionError("the transport was closed")
+        elif (result := task.exception()) is None:
+            if arrival.wanted < arrival.first:
+                # What made the first ones needless when it was sent ahead is gone since.
+                arrival.first = arrival.wanted
+                self._bring(arrival)
+                return
+            result = task.result()[arrival.wanted - arrival.first :]
+            if arrival.first:
+                self._taken(arrival)
+        del self._arrivals[arrival.ticket.uuid]
+        arrival.done(result)  # type: ignore[arg-type]
+
+    async def _copy(self, arrival: _Arrival) -> KV:
+        """From an offer of this process."""
+        ticket = arrival.ticket
+        lease = self._leases.claim(ticket.uuid, ticket.request_id, arrival.claimant, self.clock())
+        if not lease.complete:
+            raise LookupError(f"the KV of request {ticket.request_id!r} is not all there yet")
+        kv = lease.kv[arrival.first :]
+        if arrival.sharding is not None:
+            kv = await self._in_thread(jax.device_put, kv, arrival.sharding)
+            await arrived(kv)
+        return kv
+
+    async def _take(self, arrival: _Arrival) -> KV:
+        """From an offer of another process."""
+        wanted = Wanted(
+            arrival.ticket,
+            arrival.first,
+            arrival.sharding,
+            arrival.claimant,
+            lambda: arrival.priority,
+        )
+        kv = await self._client.take(wanted)
+        if not arrival.first:  # else those before may yet be asked for
+            self._taken(arrival)
+        return kv
+
+    def _taken(self, arrival: _Arrival) -> None:
+        """Nothing more will be asked for of an offer."""
+        if not self._is_own(arrival.ticket):
+            self._client.delivered(arrival.ticket, arrival.claimant)
+
+
+def _stop(arrival: _Arrival, error: Exception) -> None:
+    if arrival.task is not None:
+        arrival.stopped_by = error
+        arrival.task.cancel()
+
+
+def _failed(task: asyncio.Task[KV]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

@@ -1,0 +1,284 @@
+"""The router's side of the wire: a link to each worker that discovery lists.
+
+A link attaches to its worker, joins it to the router as a peer, and keeps listening for its pulse.
+When the worker is lost, whether its connection ended or nothing comes from it any more, the router
+hears that the peer died, and the link tries again for as long as the worker is listed. A process
+that was started anew is another peer. Everything here lives on the event loop.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kairos_jax.config import ServerConfig
+from kairos_jax.net.credentials import Wire
+from kairos_jax.net.heartbeat import Pulse, first_of
+from kairos_jax.routing.peer import Peer
+from kairos_jax.routing.router import Router
+from kairos_jax.rpc import internal_pb2 as pb
+from kairos_jax.rpc import internal_pb2_grpc
+from kairos_jax.worker import codec
+from kairos_jax.worker.messages import Died, Draining, Message, Outlined
+from kairos_jax.worker.status import Status
+from schedulers.cost import CostModel
+from schedulers.ledger.instance import Role
+
+log = logging.getLogger(__name__)
+
+# What a worker is given to answer a Hello: it may be in the midst of a compilation.
+_WELCOME_S = 5.0
+_LEAST_BACKOFF_S, _MOST_BACKOFF_S = 0.1, 2.0
+_OPTIONS = (
+    ("grpc.max_receive_message_length", codec.MAX_MESSAGE_BYTES),
+    # Each try connects by itself, rather than when gRPC's own, longer backoff has passed.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+# How a worker, or the way to it, is known to fail.
+_KNOWN = (grpc.aio.AioRpcError, OSError, ValueError, codec.RemoteError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ping:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """A worker that is attached to. cost: of its own kind of step."""
+
+    address: str
+    welcome: codec.Welcome
+    cost: CostModel
+
+    @property
+    def id(self) -> str:
+        """Of its peer: another for each start of its process."""
+        return f"{self.welcome.instance}@{self.welcome.incarnation}"
+
+
+class Links:
+    """Keeps a router linked to its workers.
+
+    workers: those that take requests, by the ids of their peers. heartbeat_s: between two pings.
+    hang_s: a worker from whom nothing comes for so long is lost. on_change: called when `workers`
+    has changed.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        config: ServerConfig,
+        net: Wire,
+        on_change: Callable[[], None] = lambda: None,
+        heartbeat_s: float = 0.25,
+        hang_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.router, self.net, self.clock = router, net, clock
+        self.heartbeat_s, self.hang_s = heartbeat_s, hang_s
+        self.workers: dict[str, Linked] = {}
+        self.identity = secrets.token_hex(8)
+        self._config, self._on_change = config, on_change
+        self._listed: dict[Role, frozenset[str]] = {}
+        self._tasks: dict[tuple[Role, str], asyncio.Task[None]] = {}
+
+    def found(self, role: Role, addresses: frozenset[str]) -> None:
+        """Takes the addresses at which workers of a role are to be had now. A link to another goes
+        on until its worker ends it: one that drains is listed no more.
+        """
+        self._listed[role] = addresses
+        for address in sorted(addresses):
+            key = role, address
+            if key not in self._tasks or self._tasks[key].done():
+                self._tasks[key] = asyncio.ensure_future(self._keep(role, address))
+
+    def of(self, role: Role) -> list[Linked]:
+        """The workers of a role that take requests."""
+        return [linked for linked in self.workers.values() if linked.welcome.role is role]
+
+    async def close(self) -> None:
+        """Leaves all workers; they cancel what they still have of this router."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _keep(self, role: Role, address: str) -> None:
+        """Attaches to the worker there, again and again."""
+        delay, said = _LEAST_BACKOFF_S, ""
+        while address in self._listed[role]:
+            link = _Link(self, role, address)
+            error = await link.attach()
+            reason = _reason(error)
+            if link.linked is not None:
+                delay, said = _LEAST_BACKOFF_S, ""
+            if reason != said:  # once, not at every try
+                # That a worker is not there yet, or has left, is no error.
+                away = link.linked is None and isinstance(error, grpc.aio.AioRpcError)
+                mild = away or isinstance(error, ConnectionError)
+                log.log(
+                    logging.WARNING if mild else logging.ERROR,
+                    *("%s worker at %s: %s", role.value, address, reason),
+                    exc_info=None if isinstance(error, _KNOWN) else error,
+                )
+            said = reason
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _MOST_BACKOFF_S)
+
+    # What a link tells.
+
+    def join(self, peer: Peer, linked: Linked) -> None:
+        """The worker takes requests from now on."""
+        self.router.join(peer)
+        self.workers[linked.id] = linked
+        if (prefill := self.of(Role.PREFILL)) and (decode := self.of(Role.DECODE)):
+            self.router.cost = replace(prefill[0].cost, decode=decode[0].cost.decode)
+        self._on_change()
+
+    def part(self, id: str) -> None:
+        """The worker takes no more requests."""
+        if self.workers.pop(id, None):
+            self._on_change()
+
+    def check(self, welcome: codec.Welcome, role: Role, address: str) -> None:
+        """Raises ValueError that says what of a worker does not fit, and to what."""
+        config, limits = self._config, welcome.limits
+        for what, theirs, ours in (
+            ("role", welcome.role.value, role.value),
+            ("model", welcome.model, Path(config.model).name),
+            ("dtype", welcome.dtype, config.dtype),
+            ("page_size", limits.page_size, config.page_size),
+        ):
+            if theirs != ours:
+                raise ValueError(f"its {what} is {theirs!r}, and this router is for {ours!r}")
+        if limits.max_context < config.max_context:
+            raise ValueError(
+                f"its max_context is {limits.max_context}, below this router's {config.max_context}"
+            )
+        for other in self.workers.values():
+            if other.welcome.incarnation == welcome.incarnation:
+                raise ValueError(f"it is linked already, at {other.address}")
+            if other.welcome.fingerprint != welcome.fingerprint:
+                raise ValueError(
+                    f"its weights ({welcome.fingerprint}) are others than those of "
+                    f"{other.welcome.instance} at {other.address} ({other.welcome.fingerprint})"
+                )
+
+
+class _Link:
+    """One call to one worker: from Hello until either side is gone."""
+
+    def __init__(self, links: Links, role: Role, address: str):
+        self.linked: Linked | None = None
+        self.status: Status | None = None
+        self._links, self._role, self._address = links, role, address
+        self._outbox: asyncio.Queue[Message | _Ping] = asyncio.Queue()
+
+    async def attach(self) -> Exception:
+        """Returns why it could not be, or why it is over; a peer that had joined has died then."""
+        net = self._links.net
+        async with net.channel(self._address, _OPTIONS) as channel:
+            call = internal_pb2_grpc.WorkerStub(channel).Attach(metadata=net.metadata)
+            try:
+                await self._go_on(call, await self._greet(call))
+            except Exception as error:
+                self._lost(error)
+                return error
+            finally:
+                call.cancel()
+        raise AssertionError("it goes on until it fails")
+
+    async def _greet(self, call: Any) -> Linked:
+        """Hello, Welcome, and the first outline; then the worker joins."""
+        links = self._links
+        async with asyncio.timeout(_WELCOME_S):
+            hello = pb.Hello(router=links.identity, version=codec.VERSION)
+            await call.write(pb.ToWorker(hello=hello))
+            welcome = codec.decode_welcome(await _read(call))
+            links.check(welcome, self._role, self._address)
+            cost = CostModel.from_profile(welcome.profile, (self._role.value,))
+            linked = Linked(self._address, welcome, cost)
+            said = await _read(call)
+        now = links.clock()
+        first = codec.decode_event(said, linked.id, self._role, now)
+        if not isinstance(first, Outlined):
+            raise ValueError(f"its Welcome was followed by {type(first).__name__}")
+        limits = linked.welcome.limits
+        peer = Peer(
+            linked.id,
+            self._role,
+            self._outbox.put_nowait,
+            cost,
+            first.summary,
+            now,
+            limits.kv_tokens,
+            limits.page_size if linked.welcome.prefix_cache else 0,
+            lambda: self.status,
+        )
+        self.linked = linked
+        links.join(peer, linked)
+        return linked
+
+    async def _go_on(self, call: Any, linked: Linked) -> None:
+        pulse = Pulse(self._links.heartbeat_s, self._links.hang_s)
+        await first_of(
+            self._listen(call, linked, pulse),
+            self._speak(call),
+            pulse.lost(lambda: self._outbox.put_nowait(_Ping())),
+        )
+
+    async def _listen(self, call: Any, linked: Linked, pulse: Pulse) -> None:
+        """Passes events on to the router until there are no more."""
+        links = self._links
+        while (said := await call.read()) is not codec.EOF:
+            pulse.heard()
+            if said.WhichOneof("kind") == "pong":
+                self.status = codec.decode_pong(said.pong)
+                continue
+            event = codec.decode_event(said, linked.id, self._role, links.clock())
+            if isinstance(event, Died):
+                raise codec.RemoteError(event.error)
+            if isinstance(event, Draining):
+                links.part(linked.id)
+            links.router.emit(event)
+        raise ConnectionError("it has left")
+
+    async def _speak(self, call: Any) -> None:
+        while True:
+            message = await self._outbox.get()
+            if isinstance(message, _Ping):
+                sent = pb.ToWorker(ping=pb.Ping())
+            else:
+                sent = codec.encode_message(message, self._links.clock())
+            try:
+                await call.write(sent)
+            except asyncio.InvalidStateError:  # the call is over: its reader learns why
+                await asyncio.Event().wait()
+
+    def _lost(self, error: Exception) -> None:
+        if self.linked is not None:
+            self._links.part(self.linked.id)
+            self._links.router.emit(Died(self.linked.id, error))
+
+
+async def _read(call: Any) -> pb.FromWorker:
+    said = await call.read()
+    if said is codec.EOF:
+        raise ConnectionError("it has left")
+    return said
+
+
+def _reason(error: Exception) -> str:
+    """One line of a call's error, which would be a page."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    if isinstance(error, TimeoutError):
+        return str(error) or f"it did not answer within {_WELCOME_S:g} s"
+    return str(error) or type(error).__name__

@@ -1,0 +1,154 @@
+"""What is said to a worker, and what it says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kairos_jax.engine.calls import Token
+from kairos_jax.kv.transport import Ticket
+from schedulers.ledger.request import Request
+from schedulers.policies.routing import Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A request to prefill here. trace: W3C headers of the trace that it is a part of, if any."""
+
+    request: Request
+    trace: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A request whose prefill was done elsewhere; `ticket` is for its KV. trace: as of Submit."""
+
+    request: Request
+    tokens: tuple[int, ...]
+    first_token_at: float
+    ticket: Ticket
+    trace: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetch:
+    """A request whose KV is being offered elsewhere, and which will come here by a Handover: what
+    there is of it may be brought over meanwhile. prompt: its token ids, as of the Handover.
+    """
+
+    ticket: Ticket
+    prompt: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The decode side has the KV of this request."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody waits for this request any more."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandBack:
+    """Give back what waits and has not begun, and with `running` all there is; from now on, take
+    nothing new.
+    """
+
+    running: bool
+
+
+Message = Submit | Handover | Prefetch | Release | Cancel | HandBack
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One new token of one request. ticket: set where it goes on elsewhere, good for its KV.
+
+    begun_at, at: when its first step here began, and when this token was there, in seconds.
+    cached: tokens of its prompt that were not computed for it, but were in the prefix cache.
+    """
+
+    id: str
+    token: Token
+    begun_at: float
+    at: float
+    finish_reason: str | None = None
+    ticket: Ticket | None = None
+    cached: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """All tokens of one step."""
+
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The first KV of this request is on offer, while the rest of its prompt is still computed."""
+
+    id: str
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The KV of this request has come over, at `at`; where it came from may drop it. asked_at: when
+    it was asked for, which other processes are not told.
+    """
+
+    id: str
+    at: float
+    asked_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """This one request failed here, and is forgotten here."""
+
+    id: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """This request is to go on elsewhere; it is forgotten here. ticket: of its KV, if that was
+    handed over and not asked for yet, so that another may.
+    """
+
+    id: str
+    ticket: Ticket | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """This instance takes no new requests; it gives them back."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """The step loop has ended by an error; nothing on this instance will go on."""
+
+    instance: str
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Outlined:
+    """What a router is to know of this instance, the first `num_received` requests sent here
+    included.
+    """
+
+    instance: str
+    summary: Summary
+    num_received: int
+
+
+Event = Stepped | Offered | Moved | Lost | Returned | Draining | Died | Outlined

@@ -1,0 +1,189 @@
+"""The gRPC server of a process of one role: what routers attach to, and health."""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from absl import flags
+
+from kairos_jax.config import ServerConfig
+from kairos_jax.engine.engine import Engine
+from kairos_jax.engine.followers import Leader
+from kairos_jax.kv.manifest import Facts
+from kairos_jax.net.address import is_wildcard, join_address
+from kairos_jax.net.credentials import Wire
+from kairos_jax.net.health import Health
+from kairos_jax.observe import otlp
+from kairos_jax.observe.worker_spans import WorkerSpans
+from kairos_jax.process.command import UsageError
+from kairos_jax.rpc import internal_pb2_grpc
+from kairos_jax.worker import codec
+from kairos_jax.worker.messages import HandBack
+from kairos_jax.worker.service import Attachments
+from kairos_jax.worker.worker import Worker
+from schedulers.ledger.instance import Role
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+# What routers are given to take back what has not ended by itself.
+_RETURN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that takes long to get. facts: of its KV; measured: its profile. leader: of a mesh that
+    spans processes.
+    """
+
+    engine: Engine
+    facts: Facts
+    measured: dict[str, Any]
+    mesh_size: int
+    device_kind: str
+    leader: Leader | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Where a role listens, and how it ends. host, port: as bound. advertise: the host by which
+    peers reach it. health_port, metrics_port: 0 for none. traces: where its spans go, if anywhere.
+    """
+
+    host: str
+    port: int
+    advertise: str
+    name: str = ""
+    health_port: int = 0
+    grace_s: float = 30.0
+    router_hang_s: float = 10.0
+    stuck_s: float = 30.0
+    metrics_port: int = 0
+    traces: "TracerProvider | None" = None
+
+    @classmethod
+    def from_flags(cls, role: Role) -> "Options":
+        """Raises UsageError where peers would be told an address that is none, or traces go
+        nowhere.
+        """
+        values = flags.FLAGS
+        advertise = values.advertise or values.host
+        if is_wildcard(advertise):
+            raise UsageError(f"--advertise is missing: peers cannot reach this host as {advertise}")
+        return cls(
+            values.host,
+            values.port,
+            advertise,
+            values.name or "",
+            values.health_port,
+            values.grace_s,
+            values.router_hang_s,
+            values.stuck_s,
+            values.metrics_port,
+            otlp.from_flags(f"kairos-{role.value}"),
+        )
+
+
+class RoleServer:
+    """The gRPC server of one role. Health says NOT_SERVING until `open`, and again from `drain`."""
+
+    def __init__(self, role: Role, options: Options, net: Wire):
+        """Raises UsageError if an address cannot be listened on."""
+        self.role, self.options = role, options
+        self.attachments = Attachments(
+            asyncio.get_running_loop(), options.stuck_s, options.router_hang_s
+        )
+        self.grpc = grpc.aio.server(
+            interceptors=net.interceptors(),
+            options=[
+                ("grpc.max_receive_message_length", codec.MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
+            ],
+        )
+        internal_pb2_grpc.add_WorkerServicer_to_server(self.attachments, self.grpc)
+        host, port = options.host, options.port
+        try:  # first: what is wrong with the host is wrong with all the ports
+            port = net.add_port(self.grpc, host, port)
+        except OSError as error:
+            raise UsageError(f"--host={host} --port={port}: {error}") from error
+        self._health = Health(self.grpc, codec.SERVICE, host, options.health_port)
+        self.address = join_address(options.advertise, port)
+        self.name = options.name or f"{role.value}-{self.address}"
+        if options.traces:
+            self.attachments.spans = WorkerSpans(options.traces, role, self.name)
+
+    def add_late(self, add: Callable[[Any], None]) -> None:
+        """Adds a service, by its `add_to`, to the server that has started."""
+        add(_Late(self.grpc))
+
+    async def start(self) -> None:
+        """Listens; routers are answered UNAVAILABLE until `open`."""
+        await self._health.say(serving=False)
+        await self.grpc.start()
+        await self._health.listen()
+
+    async def open(self, worker: Worker, config: ServerConfig, prepared: Prepared) -> None:
+        """Starts the worker, and takes routers for it."""
+        welcome = codec.Welcome(
+            instance=self.name,
+            incarnation=secrets.token_hex(8),
+            role=self.role,
+            model=prepared.facts.model,
+            fingerprint=prepared.facts.fingerprint,
+            dtype=config.dtype,
+            limits=prepared.engine.limits,
+            profile=prepared.measured,
+            mesh_size=prepared.mesh_size,
+            device_kind=prepared.device_kind,
+            kv_address=self.address,
+            prefix_cache=worker.page_keys is not None,
+        )
+        self.attachments.open(worker, welcome)
+        worker.start()
+        await self._health.say(serving=True)
+
+    async def drain(self, worker: Worker) -> bool:
+        """Gives back what waits, lets the rest end, and after the grace gives that back too. True
+        if nothing outlasted it.
+        """
+        await self._health.say(serving=False)
+        self.attachments.drain()
+        worker.post(HandBack(running=False))
+        if await self._drained(self.options.grace_s):
+            return True
+        worker.post(HandBack(running=True))
+        await self._drained(_RETURN_S)
+        return False
+
+    async def close(self) -> None:
+        """Ends the routers' calls, each once it has been told all, and stops listening."""
+        self.attachments.close()
+        await self.grpc.stop(grace=1.0)
+        await self._health.close()
+        if self.options.traces:
+            await asyncio.to_thread(otlp.flush, self.options.traces)
+
+    async def _drained(self, timeout_s: float) -> bool:
+        """Whether no router has a request here in time; where the worker died, none will have."""
+        drained = asyncio.ensure_future(self.attachments.drained())
+        await asyncio.wait(
+            {drained, self.attachments.died}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        done = drained.done()
+        drained.cancel()
+        return done
+
+
+class _Late:
+    """A server that has started, for whoever adds a service. What generated code registers besides
+    its generic handler is not looked up any more then, and gRPC warns of it.
+    """
+
+    def __init__(self, server: grpc.aio.Server):
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        """Does without."""

@@ -1,0 +1,184 @@
+"""One instance that does both jobs: a prefill and a decode policy share its steps.
+
+Decode goes first; what it may be slowed down by, its slack, sets how large a chunk of prompts fits
+between two of its steps. So under overload prompts wait, rather than that all answers grow slow.
+Each of the two policies sees the ledger as if its own sequences were all there is, but that the
+late of one job stand back for those of the other that are not.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from schedulers.cost import CostModel
+from schedulers.ledger.instance import Batch, Instance, Policy, Role
+from schedulers.ledger.rows import Rows
+from schedulers.policies import decode, prefill
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Pages that a half may use, as if none were shared. See `PageTable`."""
+
+    num_free: int
+    num_shared: int = 0
+
+
+class Colocated:
+    """A prefill and a decode policy, by name, on one instance.
+
+    A prompt gets all its pages when it begins, and begins only while fewer than max_batch
+    sequences are here.
+
+    Where both policies know who is late: late prompts stand back while a sequence decodes that can
+    keep its TPOT, and late sequences while a prompt waits that can keep its TTFT. Either would take
+    time from whom it could still help. So that they come to their end in a lasting overload, nobody
+    stands back in the first `late_share` of every `period_s`.
+
+    worth: a chunk takes at least so many times the base cost of its step, unless it is all that a
+    prompt lacks; once, where the decode policy does not let slack gather until then.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        prefill_policy: str,
+        decode_policy: str,
+        pack: float = 0.0,
+        worth: float = 6.0,
+        late_share: float = 0.01,
+        period_s: float = 2.0,
+    ):
+        self.cost = cost
+        self.prefill: Policy = prefill.POLICIES[prefill_policy](cost, pack)
+        self.decode = decode.POLICIES[decode_policy](cost)
+        self.late_share, self.period_s = late_share, period_s
+        knows = isinstance(self.decode, decode.KairosPlus)
+        self.worth = worth if knows else 1.0
+        self._demotes = knows and prefill_policy in prefill.DEMOTING
+
+    def __call__(self, instance: Instance, now: float) -> Batch:
+        decoding, prompts = _half(instance, Role.DECODE), _half(instance, Role.PREFILL)
+        places = instance.limits.max_batch - len(instance.running) - len(decoding.waiting)
+        if places <= 0:
+            prompts.waiting = Rows()
+        if not (prompts.waiting or prompts.running):
+            return self.decode(decoding, now)
+        turn = now % self.period_s < self.late_share * self.period_s
+        if self._demotes and not turn:
+            halves = self._in_time(decoding, prompts, now)
+            batch = self._decide(instance, *halves, places, now)
+            if batch.work and not batch.evict:
+                return batch
+        return self._decide(instance, decoding, prompts, places, now)
+
+    def verdict(self, instance: Instance, now: float, id: str) -> str:
+        """What the policy of its job thinks of a request, in words, if that one says anything."""
+        seq = instance.get(id)
+        if seq is None:
+            return ""
+        role = Role.DECODE if seq.num_tokens else Role.PREFILL
+        policy = self.decode if seq.num_tokens else self.prefill
+        verdict = getattr(policy, "verdict", None)
+        return verdict(_half(instance, role), now, id) if verdict else ""
+
+    def _in_time(
+        self, decoding: Instance, prompts: Instance, now: float
+    ) -> tuple[Instance, Instance]:
+        """Each half without those of it that are late, if the other has some that are not."""
+        assert isinstance(self.decode, decode.KairosPlus)
+        feasible = self.decode.feasible(decoding, now)
+        live = prefill.live(self.cost, prompts, now)
+        return (
+            _only(decoding, feasible) if live.any() else decoding,
+            _only(prompts, live) if feasible.any() else prompts,
+        )
+
+    def _decide(
+        self, instance: Instance, decoding: Instance, prompts: Instance, places: int, now: float
+    ) -> Batch:
+        batch = self.decode(decoding, now)
+        if batch.evict or not (prompts.waiting or prompts.running):
+            return batch
+        limit_s = math.inf
+        if batch.work:
+            limit_s = self.decode.limit_s(decoding, batch, now) / instance.pace
+        chunk = self._chunk(prompts, limit_s - batch.predicted_s)
+        beside = instance.limits.max_batch - len(batch.work)
+        if places > 0:
+            beside = min(beside, places)
+        if not chunk or beside <= 0:
+            return batch
+        taken = sum(instance.pages_needed(instance.waiting[id]) for id in batch.fetch)
+        # Whoever runs may need a page more, those that stand back too.
+        free = instance.pages.num_free - taken - int(np.count_nonzero(instance.running.count))
+        prompts = copy.copy(prompts)
+        prompts.pages = Free(max(free, 0))  # type: ignore[assignment]
+        prompts.limits = replace(instance.limits, max_chunk=chunk, max_batch=beside)
+        if limit_s < math.inf:
+            # A prompt has only the time that decode leaves it.
+            prompts.pace = instance.pace / max(1 - batch.predicted_s / limit_s, 0.1)
+        more = self.prefill(prompts, now)
+        return Batch(
+            {**batch.work, **more.work}, batch.fetch, (), batch.predicted_s + more.predicted_s
+        )
+
+    def _chunk(self, prompts: Instance, spare_s: float) -> int:
+        """Prompt tokens that fit into `spare_s`; none, if they are not worth the step's base."""
+        limit, cost = prompts.limits.max_chunk, self.cost.prefill
+        spare_s -= cost.base_s
+        if math.isinf(spare_s) or spare_s <= 0:
+            return limit if spare_s > 0 else 0
+        # The most that n tokens after `computed` others cost: a n + b n^2.
+        computed = float(prompts.running.computed.max(initial=0.0))
+        linear = cost.per_token_s + 2 * cost.per_token_sq_s * computed
+        root = math.sqrt(linear * linear + 4 * cost.per_token_sq_s * spare_s)
+        fits = 2 * spare_s / (linear + root) if linear + root else math.inf
+        count = int(min(fits, limit)) // cost.row_tokens * cost.row_tokens
+        places = [place for place in (prompts.running, prompts.waiting) if place]
+        least = min(float((place.length - place.computed).min()) for place in places)
+        worth = count == limit or spare_s >= self.worth * cost.base_s
+        return count if worth or count >= least else 0
+
+
+def _half(instance: Instance, role: Role) -> Instance:
+    """The ledger as the policy of one of the two jobs sees it."""
+    half = copy.copy(instance)
+    half.role = role
+    half.waiting = _of(instance.waiting, role)
+    half.running = _of(instance.running, role)
+    return half
+
+
+def _only(half: Instance, which: np.ndarray) -> Instance:
+    """Of a half's sequences, running ones first, those that `which` [S] says."""
+    some, count = copy.copy(half), len(half.running)
+    some.running = _where(half.running, which[:count])
+    some.waiting = _where(half.waiting, which[count:])
+    # The others may need a page more each, although they do not step.
+    others = count - len(some.running)
+    some.pages = Free(max(half.pages.num_free - others, 0))  # type: ignore[assignment]
+    return some
+
+
+def _of(rows: Rows, role: Role) -> Rows:
+    begun = rows.count > 0
+    which = begun if role is Role.DECODE else ~begun
+    return _where(rows, which)
+
+
+def _where(rows: Rows, which: np.ndarray) -> Rows:
+    return rows if which.all() else rows.select(which.nonzero()[0])
+
+
+def policy_for(
+    role: Role, cost: CostModel, prefill_policy: str, decode_policy: str, pack: float = 0.0
+) -> Policy:
+    """Who decides on an instance of this role, given the names of both policies."""
+    if role is Role.BOTH:
+        return Colocated(cost, prefill_policy, decode_policy, pack)
+    if role is Role.PREFILL:
+        return prefill.POLICIES[prefill_policy](cost, pack)
+    return decode.POLICIES[decode_policy](cost)

@@ -1,0 +1,258 @@
+"""Which instance a request goes to, by what each would make of its SLO; and whether to any.
+
+A router may be far from the ledgers, so it decides on summaries of them. What it has sent since the
+last summary came, it adds itself (`with_prompt`, `with_context`).
+"""
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from schedulers.cost import CostModel, Number
+from schedulers.ledger.instance import Instance, Role
+from schedulers.ledger.request import Request, Slo
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a router knows of one instance.
+
+    free_s: seconds until the step under way is over. deadline, ahead_s: of the prompts that count
+    [Q], by deadline: when each is due, and the seconds that it and those due before it need. pace:
+    see `Instance`. load: the share of its time that its sequences need to keep their TPOT. room:
+    tokens whose KV it could still take in. end_s: seconds until, as expected, the first of its
+    sequences has ended. parked_room: tokens of prompts that it should still be sent: without a
+    bound, unless it has to wait until parked KV is fetched; then as many wait as may be parked.
+    """
+
+    id: str
+    role: Role
+    free_s: float
+    deadline: list[float]
+    ahead_s: list[float]
+    pace: float
+    load: float
+    room: float
+    end_s: float = math.inf
+    parked_room: float = math.inf
+
+    @property
+    def work_s(self) -> float:
+        """Seconds that all its prompts need."""
+        return self.free_s + (self.ahead_s[-1] if self.ahead_s else 0.0)
+
+    def finish_s(self, deadline: float, seconds: float) -> float:
+        """Seconds until a prompt of so many seconds, due then, would have its first token."""
+        before = bisect.bisect_right(self.deadline, deadline)
+        return self.free_s + (self.ahead_s[before - 1] if before else 0.0) + seconds
+
+    def with_prompt(self, deadline: float, seconds: float) -> "Summary":
+        """The summary with a further prompt."""
+        at = bisect.bisect_right(self.deadline, deadline)
+        before = self.ahead_s[at - 1] if at else 0.0
+        return replace(
+            self,
+            deadline=[*self.deadline[:at], deadline, *self.deadline[at:]],
+            ahead_s=[
+                *self.ahead_s[:at],
+                before + seconds,
+                *(ahead + seconds for ahead in self.ahead_s[at:]),
+            ],
+        )
+
+    def with_context(self, length: int, slo: Slo, cost: CostModel) -> "Summary":
+        """The summary with a further sequence to decode."""
+        load = self.load + self.pace * share(length, slo.tpot, cost)
+        return replace(self, load=load, room=self.room - length)
+
+
+def outline(instance: Instance, cost: CostModel, now: float, demotes: bool = True) -> Summary:
+    """Sums up a ledger. demotes: its policy puts hopeless prompts behind all others, so that they
+    are in nobody's way.
+    """
+    due: list[float] = []
+    ahead_s: list[float] = []
+    if instance.role is not Role.DECODE and (instance.running or instance.waiting):
+        deadline, seconds = _prompts(instance, cost)
+        if demotes:
+            live = now + seconds <= deadline
+            seconds, deadline = seconds[live], deadline[live]
+        order = deadline.argsort(kind="stable")
+        due, ahead_s = deadline[order].tolist(), seconds[order].cumsum().tolist()
+    load = room = 0.0
+    end_s = parked_room = math.inf
+    if instance.role is Role.PREFILL:
+        parked_room = _parked_room(instance)
+    else:
+        load, room = _decode_state(instance, cost)
+        end_s = _end_s(instance, cost)
+    free_s = max(instance.busy_until - now, 0.0)
+    return Summary(
+        instance.id,
+        instance.role,
+        free_s,
+        due,
+        ahead_s,
+        instance.pace,
+        load,
+        room,
+        end_s,
+        parked_room,
+    )
+
+
+def route_prefill(
+    request: Request,
+    summaries: Sequence[Summary],
+    cost: CostModel,
+    now: float,
+    cached: Sequence[int] = (),
+) -> int:
+    """The instance on which the first token comes soonest; if it comes too late on each, the one
+    that has the least to do then. One that may park no more comes behind all others.
+
+    cached: tokens of the prompt that each has in its prefix cache; left out, none.
+    """
+    if len(summaries) == 1:
+        return 0
+    best, best_key = 0, (math.inf, math.inf, math.inf, math.inf)
+    for index, summary in enumerate(summaries):
+        found = cached[index] if cached else 0
+        own_s = cost.prefill_s(len(request.prompt) - found, found)
+        finish_s = _first_token_s(request, summary, own_s)
+        late = now + finish_s > request.deadline
+        key = (
+            float(summary.parked_room < math.inf),
+            float(late),
+            _stretch(summary) * (summary.work_s + summary.pace * own_s) if late else finish_s,
+            summary.load,
+        )
+        if key < best_key:
+            best, best_key = index, key
+    return best
+
+
+def route_decode(
+    length: int, slo: Slo, summaries: Sequence[Summary], cost: CostModel, now: float
+) -> int:
+    """The instance with room for its KV whose sequences need the least of its time."""
+    keys = [
+        (summary.room < length, summary.load + summary.pace * share(length, slo.tpot, cost))
+        for summary in summaries
+    ]
+    return keys.index(min(keys))
+
+
+def always(request: Request, summaries: Sequence[Summary], cost: CostModel, now: float) -> float:
+    """Takes every request."""
+    return 0.0
+
+
+def late_s(request: Request, summaries: Sequence[Summary], cost: CostModel, now: float) -> float:
+    """By how many seconds its first token would be late on the instance where it comes soonest."""
+    base = cost.prefill_s(len(request.prompt))
+    soonest_s = min(_first_token_s(request, summary, base) for summary in summaries)
+    return max(now + soonest_s - request.deadline, 0.0)
+
+
+Admission = Callable[[Request, Sequence[Summary], CostModel, float], float]
+"""(request, instances that prefill, cost, now): seconds after which it might be taken; 0: now."""
+
+ADMISSION: dict[str, Admission] = {
+    "none": always,
+    "predicted": late_s,
+}
+
+
+def is_full(num_tokens: int, summaries: Sequence[Summary]) -> bool:
+    """Whether no instance that prefills may park the KV of so many tokens more."""
+    return all(summary.parked_room < num_tokens for summary in summaries)
+
+
+def relief_s(prefill: Sequence[Summary], decode: Sequence[Summary]) -> float:
+    """Seconds until, as predicted, something of what is in progress has ended: all prompts of one
+    instance, and the output of one sequence.
+    """
+    prompts_s = min((summary.work_s for summary in prefill), default=0.0)
+    output_s = min((summary.end_s for summary in (*prefill, *decode)), default=math.inf)
+    return max(prompts_s, output_s if output_s < math.inf else 0.0)
+
+
+def prompt_s(request: Request, summary: Summary, cost: CostModel, cached: int = 0) -> float:
+    """Seconds that the prompt takes on an instance which has so many tokens of it cached."""
+    return summary.pace * cost.prefill_s(len(request.prompt) - cached, cached)
+
+
+def share(length: Number, tpot: Number, cost: CostModel) -> Number:
+    """Share of an instance's time that a sequence needs beside others, at a step a TPOT."""
+    decode = cost.decode
+    return (decode.per_seq_s + decode.per_context_token_s * length) / tpot
+
+
+def _first_token_s(request: Request, summary: Summary, prefill_s: float) -> float:
+    """Seconds until its first token, if its prompt takes so many at a pace of 1."""
+    return _stretch(summary) * summary.finish_s(request.deadline, summary.pace * prefill_s)
+
+
+def _stretch(summary: Summary) -> float:
+    """By how much prompts take longer for the sequences that an instance also decodes."""
+    return 1 / max(1.0 - summary.load, 0.05) if summary.role is Role.BOTH else 1.0
+
+
+def _prompts(instance: Instance, cost: CostModel) -> tuple[np.ndarray, np.ndarray]:
+    """Of all prompts, when each is due, and the seconds it needs after the step under way."""
+    chunk = instance.limits.max_chunk
+    waiting, under_way = instance.waiting, instance.under_way
+    deadline, seconds = [], []
+    for seq in instance.running.seqs if instance.role is Role.PREFILL else instance.unbegun():
+        done = under_way.work.get(seq.request.id, 0) if under_way else 0
+        if seq.remaining > done:
+            rest_s = cost.prompt_s(seq.remaining - done, seq.computed + done, chunk)
+            deadline.append(seq.request.deadline)
+            seconds.append(instance.pace * rest_s)
+    if not waiting:
+        return np.array(deadline), np.array(seconds)
+    prompts = waiting.count == 0
+    computed = waiting.computed[prompts]
+    rest_s = cost.prompt_s(waiting.length[prompts] - computed, computed, chunk)
+    return (
+        np.concatenate([deadline, waiting.deadline[prompts]]),
+        np.concatenate([seconds, instance.pace * rest_s]),
+    )
+
+
+def _decode_state(instance: Instance, cost: CostModel) -> tuple[float, float]:
+    """Load and room (tokens); the prompts of a colocated instance count in both."""
+    own, least, needed = 0.0, math.inf, 0.0
+    for rows in (instance.running, instance.waiting):
+        if rows:
+            own += float(share(rows.length, rows.tpot, cost).sum())
+            least = min(least, float(rows.tpot.min()))
+            needed += float((rows.length * (rows.capacity == 0)).sum())
+    base = cost.decode.base_s / least
+    room = instance.pages.num_free * instance.limits.page_size - needed
+    return instance.pace * (base + own), room
+
+
+def _end_s(instance: Instance, cost: CostModel) -> float:
+    """Seconds until the first of the running sequences ends, if all of them step at once."""
+    running = instance.running
+    begun = running.count > 0 if running else None
+    if begun is None or not begun.any():
+        return math.inf
+    steps = (running.expected - running.count)[begun].min()
+    return float(instance.pace * steps * cost.decode_of(running.length[begun]))
+
+
+def _parked_room(instance: Instance) -> float:
+    """See `Summary`."""
+    bound, waiting = instance.limits.parked_tokens, instance.waiting
+    if math.isinf(bound):
+        return math.inf
+    next_one = float(waiting.length.min()) if waiting else instance.limits.page_size
+    if instance.parked_room >= next_one:
+        return math.inf
+    return bound - (float(waiting.length.sum()) if waiting else 0.0)
