@@ -19,10 +19,10 @@ def lint(directory):
 @pytest.mark.parametrize(
     ("file", "breach", "contract"),
     [
-        ("schedulers/decode.py", "import time", "integers in, integers out"),
-        ("schedulers/core.py", "import jax", "integers in, integers out"),
+        ("schedulers/policies/decode.py", "import time", "integers in, integers out"),
+        ("schedulers/ledger/instance.py", "import jax", "integers in, integers out"),
         ("models/sampling.py", "import schedulers.ledger.instance", "arrays in, arrays out"),
-        ("kairos_jax/engine.py", "import kairos_jax.worker.worker", "never upward"),
+        ("kairos_jax/engine/engine.py", "import kairos_jax.worker.worker", "never upward"),
     ],
 )
 def test_a_planted_breach_is_found(tmp_path, file, breach, contract):

@@ -23,7 +23,7 @@ from schedulers.simulation.workload import (
 
 LINE = '{"timestamp": %s, "input_length": %s, "output_length": %s}\n'
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-AZURE = Path(__file__).parents[3] / "shared" / "data" / "AzureLLMInferenceTrace_conv.csv"
+AZURE = Path(__file__).parents[4] / "shared" / "data" / "AzureLLMInferenceTrace_conv.csv"
 
 
 def test_synthetic_is_long_tailed_and_repeats():

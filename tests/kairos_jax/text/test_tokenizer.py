@@ -12,7 +12,7 @@ from kairos_jax.process.hub import DEFAULT_MODEL, PACKAGED_MODELS, cached_path
 from kairos_jax.text.detokenizer import Detokenizer
 from kairos_jax.text.tokenizer import Tokenizer, load_tokenizer
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "smollm2.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "smollm2.json"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{{ eos_token }}\n"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -20,7 +20,7 @@ from kairos_jax.net.credentials import PLAIN, Wire
 from kairos_jax.net.health import ALIVE, Health
 from kairos_jax.process.command import UsageError
 
-TLS = Path(__file__).parents[1] / "support" / "tls"
+TLS = Path(__file__).parents[2] / "support" / "tls"
 CA = (TLS / "ca.pem").read_bytes()
 
 
@@ -349,7 +349,7 @@ def test_flags_make_a_wire(from_flags, tmp_path):
         ({"tls_name": "kairos"}, "--tls_ca is missing, which --tls_name needs"),
         ({"tls_ca": "no/such.pem"}, "--tls_ca no/such.pem: No such file"),
         ({"tls_ca": str(TLS / "peer.key")}, "--tls_ca .*peer.key: NO_CERT"),
-        ({"tls_ca": __file__}, "--tls_ca .*test_channels.py: "),
+        ({"tls_ca": __file__}, "--tls_ca .*test_credentials.py: "),
         ({"token_file": "no/such"}, "--token_file no/such: No such file"),
         ({"token_file": "/dev/null"}, "--token_file /dev/null is empty"),
         ({"token_file": str(TLS / "README.md")}, "must hold one word of printable ASCII"),

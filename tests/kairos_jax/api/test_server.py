@@ -9,7 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from kairos_jax.api import server
+from kairos_jax.api import servicer
 from kairos_jax.api.servicer import SERVICE
 from kairos_jax.rpc import kairos_pb2 as pb
 from schedulers.policies import decode, prefill
@@ -77,7 +77,7 @@ async def test_logprobs_of_a_prompt_come_before_its_first_token(harness):
     request = fakes.ask(prompt, 3)
     request.sampling.prompt_logprobs = 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "_PROMPT_PART", 20)
+        patch.setattr(servicer, "_PROMPT_PART", 20)
         answer = [response async for response in harness.stub.Generate(request, timeout=30)]
     parts = [part for part in answer if part.prompt_logprobs]
     assert answer[: len(parts)] == parts

@@ -31,7 +31,7 @@ from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Slo
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 CLASS = "ttft=30s tpot=30s"
 served = fakes.served_as(fakes.CONFIG)

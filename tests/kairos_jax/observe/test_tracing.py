@@ -18,7 +18,7 @@ from kairos_jax.api.http.app import make_app
 from kairos_jax.api.http.guard import Options
 from kairos_jax.observe.tracing import Tracing
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 

@@ -16,7 +16,7 @@ from kairos_jax.api.server import Server
 from kairos_jax.net.credentials import PLAIN, Wire
 from kairos_jax.process.command import UsageError
 
-TLS = Path(__file__).parents[1] / "support" / "tls"
+TLS = Path(__file__).parents[3] / "support" / "tls"
 
 
 @pytest.fixture
