@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import grpc
 from absl import app, flags
@@ -31,8 +30,9 @@ import fakes
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.api.server import Server
-from kairos_jax.api.validator import Edge
+from kairos_jax.api.validator import Validator
 from kairos_jax.engine.calls import Token
+from kairos_jax.observe.metrics import Metrics
 from kairos_jax.process.hub import DEFAULT_MODEL, resolve_model
 from kairos_jax.routing.stream import Stream
 from kairos_jax.rpc import kairos_pb2 as pb
@@ -81,7 +81,6 @@ class Feed:
     def __init__(self, ids: Sequence[int], num_streams: int, rate: int):
         self._ids, self._wanted, self._tick_s = ids, num_streams, num_streams / rate
         self._streams: dict[int, Stream] = {}
-        self.metrics = SimpleNamespace(rejected=lambda *_: None)
         self.begun_at = 0.0  # in CPU seconds of this process
         self._num_tokens = 0
 
@@ -91,6 +90,9 @@ class Feed:
 
     def check_room(self) -> None:
         """There always is."""
+
+    def rejected(self, reason: str, slo: object = None) -> None:
+        """Not counted here."""
 
     def submit(self, request: Request, trace: object = None) -> Stream:
         """Begins to tick when all are there."""
@@ -129,10 +131,10 @@ async def measure(api: str, streams: int, tokenizer: Tokenizer) -> Row:
     limits = {"max_context": tokens + 1024, "max_tokens": tokens, "max_requests": streams}
     config = fakes.altered(**limits)
     feed = Feed(tokenizer.encode(_TEXT), streams, _RATE.value)
-    edge = Edge("edge", tokenizer.vocab_size, frozenset(), config, tokenizer)
+    validator = Validator("edge", tokenizer.vocab_size, frozenset(), config, tokenizer)
     server = Server("127.0.0.1", 0, time.monotonic, http=HttpOptions(0))
     await server.start()
-    await server.open(Backend(edge, feed, pb.Model(name="edge")))  # type: ignore[arg-type]
+    await server.open(Backend(validator, feed, Metrics(), pb.Model(name="edge")))  # type: ignore
     assert server.http
     port = server.http.port if api == "http" else server.port
     client = await asyncio.create_subprocess_exec(

@@ -22,7 +22,7 @@ from google.protobuf.json_format import MessageToDict
 
 from kairos_jax.lab.replay import Received, Record, error_line, fit_to_model, replay
 from kairos_jax.net import credentials
-from kairos_jax.net.credentials import Wire
+from kairos_jax.net.credentials import Credentials
 from kairos_jax.process.command import UsageError, list_flags
 from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
@@ -120,7 +120,11 @@ def build_request(values: Any) -> kairos_pb2.GenerateRequest:
 
 
 async def generate(
-    address: str, net: Wire, request: kairos_pb2.GenerateRequest, timeout_s: float, stream: bool
+    address: str,
+    net: Credentials,
+    request: kairos_pb2.GenerateRequest,
+    timeout_s: float,
+    stream: bool,
 ) -> dict[str, Any]:
     """Sends one request; with `stream`, prints its text as it comes.
 
@@ -161,7 +165,7 @@ async def generate(
     return answer
 
 
-async def run_workload(values: Any, net: Wire) -> None:
+async def run_workload(values: Any, net: Credentials) -> None:
     """Replays --trace, then prints the summary."""
     arrivals = _read_arrivals(values)
     # Matplotlib comes with it: not worth the wait for a single prompt.
@@ -236,7 +240,7 @@ def _to_dict(message: Any) -> dict[str, Any]:
 
 
 async def _run(values: Any) -> None:
-    net = Wire.caller_from_flags(values)
+    net = Credentials.caller_from_flags(values)
     if values.trace is not None:
         _refuse(values, _PROMPT_ONLY, "--trace makes its own, greedy requests; leave --{} out")
         return await run_workload(values, net)

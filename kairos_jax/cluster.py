@@ -128,7 +128,7 @@ async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Plan:
     """counts: workers of each role. host, port: where the router listens. common,
     of_workers, of_router: arguments for all processes, for the workers alone, and for the router.
     """
@@ -142,12 +142,12 @@ class Layout:
     of_router: list[str]
 
 
-async def run(layout: Layout) -> int:
+async def run(plan: Plan) -> int:
     """Runs a cluster until it is asked to stop. Returns the exit code."""
     stopping = lifecycle.asked_to_stop()
     members: list[Member] = []
     try:
-        starting = asyncio.ensure_future(_start(members, layout))
+        starting = asyncio.ensure_future(_start(members, plan))
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             print(f"ready: {starting.result()}", flush=True)
@@ -168,25 +168,25 @@ async def run(layout: Layout) -> int:
     finally:
         # The router first: it drains, and then nothing is left for the workers to wait for.
         for member in [each for each in members if each.name == _ROUTER]:
-            await member.end(layout.grace_s)
-        await asyncio.gather(*(member.end(layout.grace_s) for member in members))
+            await member.end(plan.grace_s)
+        await asyncio.gather(*(member.end(plan.grace_s) for member in members))
 
 
-async def _start(members: list[Member], layout: Layout) -> str:
+async def _start(members: list[Member], plan: Plan) -> str:
     """Starts all, and adds them to `members`. Returns where the router listens. Raises Ended."""
-    common = [f"--grace_s={layout.grace_s:g}", *layout.common]
-    of_role: dict[str, list[Member]] = {role: [] for role in layout.counts}
-    for role, count in layout.counts.items():
+    common = [f"--grace_s={plan.grace_s:g}", *plan.common]
+    of_role: dict[str, list[Member]] = {role: [] for role in plan.counts}
+    for role, count in plan.counts.items():
         for index in range(count):
             name = f"{role}-{index}"
-            own = ["--port=0", f"--name={name}", *layout.of_workers]
+            own = ["--port=0", f"--name={name}", *plan.of_workers]
             of_role[role].append(await Member.start(name, role, [*own, *common]))
             members.append(of_role[role][-1])
     workers = list(members)
     targets = [
         f"--{role}={','.join([await each.started() for each in of_role[role]])}" for role in of_role
     ]
-    where = [f"--host={layout.host}", f"--port={layout.port}", *layout.of_router]
+    where = [f"--host={plan.host}", f"--port={plan.port}", *plan.of_router]
     router = await Member.start(_ROUTER, _ROUTER, [*where, *targets, *common])
     members.append(router)
     for member in workers:
@@ -228,8 +228,8 @@ def main(argv: list[str]) -> int:
             of_router += _said(name)
     counts = {"prefill": values.num_prefill, "decode": values.num_decode}
     where = values.host, values.port
-    layout = Layout(counts, *where, values.grace_s, common, of_workers, of_router)
-    return asyncio.run(run(layout))
+    plan = Plan(counts, *where, values.grace_s, common, of_workers, of_router)
+    return asyncio.run(run(plan))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from absl import flags
@@ -34,20 +35,24 @@ from kairos_jax.engine.model import open_model
 from kairos_jax.kv import remote
 from kairos_jax.kv.manifest import facts
 from kairos_jax.net import address, credentials, health
-from kairos_jax.net.credentials import Wire
+from kairos_jax.net.credentials import Credentials
 from kairos_jax.observe import metrics_port, otlp, recording
+from kairos_jax.observe.worker_spans import WorkerSpans
 from kairos_jax.process import command, launch, lifecycle
 from kairos_jax.process.hub import ModelNotAvailable
 from kairos_jax.process.progress import bars
 from kairos_jax.worker.build import build_worker
 from kairos_jax.worker.messages import Cancel
-from kairos_jax.worker.server import Options, Prepared, RoleServer
+from kairos_jax.worker.server import PreparedRole, RoleOptions, RoleServer
 from kairos_jax.worker.worker import Worker
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
 from schedulers.ledger.journal import Journal
 
 log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 # What a step under way is given to end in.
 _STOP_TIMEOUT_S = 5.0
@@ -72,7 +77,7 @@ def define_flags(port: int) -> None:
     flags.DEFINE_float("stuck_s", 30.0, "By so much later than predicted, a step hangs.", 0.1)
 
 
-def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> Prepared:
+def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> PreparedRole:
     """Loads, compiles and measures one instance; a process that follows another of its mesh ends
     here. Raises UsageError or ModelNotAvailable.
     """
@@ -96,25 +101,28 @@ def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> Prep
         del weights  # the engine may have them in another form
         warm_up(engine, role.value, progress)
         measured = profiling.load_or_measure(profile_path, config, model, [engine], progress)
-    return Prepared(engine, known, measured, len(devices), devices[0].device_kind, leader)
+    return PreparedRole(engine, known, measured, len(devices), devices[0].device_kind, leader)
 
 
 async def serve(
     config: ServerConfig,
     role: Role,
-    options: Options,
-    net: Wire,
+    options: RoleOptions,
+    net: Credentials,
     carried: remote.TransferOptions,
-    prepare: Callable[[], Prepared],
+    prepare: Callable[[], PreparedRole],
     journal: Journal | None = None,
     debugging: Debug | None = None,
+    traces: "TracerProvider | None" = None,
 ) -> int:
-    """Serves until a signal, or until the instance dies. debugging: answers beside metrics. Returns
-    the exit code.
+    """Serves until a signal, or until the instance dies. debugging: answers beside metrics. traces:
+    exports the worker's spans. Returns the exit code.
     """
     stopping = lifecycle.asked_to_stop()
     workers: list[Worker] = []
     server = RoleServer(role, options, net)
+    if traces:
+        server.service.spans = WorkerSpans(traces, role, server.name)
     if options.metrics_port:
         port = metrics_port.serve_workers(options.host, options.metrics_port, workers)
         if debugging:
@@ -127,7 +135,7 @@ async def serve(
     prepared = await lifecycle.prepared(prepare, stopping, server.close)
     if prepared is None:
         return 1
-    engine, emit = prepared.engine, server.attachments.emit
+    engine, emit = prepared.engine, server.service.emit
     transport = remote.RemoteTransport(
         prepared.facts,
         server.address,
@@ -146,11 +154,13 @@ async def serve(
         signal.SIGUSR1, _print_state, server, worker, transport
     )
     print(_ready_line(config, server, prepared), flush=True)
-    died = server.attachments.died
+    died = server.service.died
     await asyncio.wait({died, stopping}, return_when=asyncio.FIRST_COMPLETED)
     print("the instance died: ending" if died.done() else "draining", flush=True)
     drained = not died.done() and await server.drain(worker)
     await server.close()
+    if traces:
+        await asyncio.to_thread(otlp.flush, traces)
     if died.done():
         return 1
     await asyncio.to_thread(worker.stop, _STOP_TIMEOUT_S)
@@ -182,13 +192,13 @@ def _print_state(server: RoleServer, worker: Worker, transport: remote.RemoteTra
         "parked": len(ledger.parked),
         "offers": transport.num_offers,
         "fetches": transport.num_fetches,
-        "requests": server.attachments.num_requests,
-        "routers": server.attachments.num_routers,
+        "requests": server.service.num_requests,
+        "routers": server.service.num_routers,
     }
     print(f"state: {json.dumps(state)}", flush=True)
 
 
-def _ready_line(config: ServerConfig, server: RoleServer, prepared: Prepared) -> str:
+def _ready_line(config: ServerConfig, server: RoleServer, prepared: PreparedRole) -> str:
     policy = config.prefill.policy if server.role is Role.PREFILL else config.decode.policy
     measured = prepared.measured
     return (
@@ -215,10 +225,10 @@ def main(role: Role) -> None:
 
 def _run(role: Role) -> int:
     """Returns the exit code. Raises ConfigError, ModelNotAvailable or UsageError."""
-    config, options, net = launch.read_config(), Options.from_flags(role), Wire.from_flags()
+    config, options, net = launch.read_config(), RoleOptions.from_flags(), Credentials.from_flags()
     if config.colocated:
         raise command.UsageError(f"config.colocated must be False for a process of {role.value}")
-    values = flags.FLAGS
+    values, traces = flags.FLAGS, otlp.from_flags(f"kairos-{role.value}")
     path = Path(values.profile) if values.profile else None
     if values.process_id > 0:  # it follows, and has no service of its own
         prepare(config, role, path)
@@ -234,4 +244,5 @@ def _run(role: Role) -> int:
         raise command.UsageError("--debug_dir needs --metrics_port, where it is answered")
     with recording.from_flags(debugging and debugging.watch) as journal:
         ready = functools.partial(prepare, config, role, path)
-        return asyncio.run(serve(config, role, options, net, carried, ready, journal, debugging))
+        process = serve(config, role, options, net, carried, ready, journal, debugging, traces)
+        return asyncio.run(process)

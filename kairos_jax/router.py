@@ -28,7 +28,7 @@ from kairos_jax.api.server import Server
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine.model import Model, open_model
 from kairos_jax.net import credentials, health
-from kairos_jax.net.credentials import Wire
+from kairos_jax.net.credentials import Credentials
 from kairos_jax.observe import otlp
 from kairos_jax.observe.metrics import Metrics
 from kairos_jax.observe.tracing import Tracing
@@ -63,7 +63,7 @@ def define_flags() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RouterOptions:
     """targets: where the workers of each role are, as `discovery.watch` takes it."""
 
     host: str
@@ -79,7 +79,7 @@ class Options:
     tracing: Tracing | None = None
 
     @classmethod
-    def from_flags(cls) -> "Options":
+    def from_flags(cls) -> "RouterOptions":
         """Raises UsageError."""
         values = flags.FLAGS
         targets: dict[Role, list[str]] = {
@@ -114,7 +114,10 @@ class Options:
 
 
 async def serve(
-    config: ServerConfig, options: Options, net: Wire, public: Wire = credentials.PLAIN
+    config: ServerConfig,
+    options: RouterOptions,
+    net: Credentials,
+    public: Credentials = credentials.PLAIN,
 ) -> int:
     """Serves until a signal. net: to workers; public: from clients. Returns the exit code."""
     stopping = lifecycle.asked_to_stop()
@@ -131,20 +134,23 @@ async def serve(
     changed = asyncio.Event()
     # What steps cost, it learns from its workers.
     cost = CostModel.from_profile(_NOTHING, ())
+    metrics = Metrics(Path(config.model).name, config.default_slo)
     router = Router(
         asyncio.get_running_loop(),
         config.max_requests,
         cost,
         admission=options.admission,
-        metrics=Metrics(Path(config.model).name, config.default_slo),
-        tracing=options.tracing,
+        observers=[metrics, options.tracing] if options.tracing else [metrics],
     )
+    metrics.watch(router)
     links = Links(router, config, net, changed.set, options.heartbeat_s, options.hang_s)
     tasks = [
         asyncio.ensure_future(_watch(links, role, targets, options.resolve_s))
         for role, targets in options.targets.items()
     ]
-    tasks.append(asyncio.ensure_future(_keep_open(server, config, model, router, links, changed)))
+    tasks.append(
+        asyncio.ensure_future(_keep_open(server, config, model, router, metrics, links, changed))
+    )
     await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         if task.done():
@@ -173,6 +179,7 @@ async def _keep_open(
     config: ServerConfig,
     model: Model,
     router: Router,
+    metrics: Metrics,
     links: Links,
     changed: asyncio.Event,
 ) -> None:
@@ -189,7 +196,7 @@ async def _keep_open(
         else:
             first, last = (of[0].welcome for of in workers)
             meshes = first.mesh_size, last.mesh_size
-            await server.open(Backend.of(config, model, router, meshes, last.device_kind))
+            await server.open(Backend.of(config, model, router, metrics, meshes, last.device_kind))
             if not said:
                 print(_ready_line(config, links, server.addresses), flush=True)
             said = True
@@ -207,8 +214,12 @@ def _ready_line(config: ServerConfig, links: Links, addresses: str) -> str:
 def main(argv: list[str]) -> None:
     """Serves, and ends the process."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    config, options, net = launch.read_config(), Options.from_flags(), Wire.from_flags()
-    public = Wire.public_from_flags()
+    config, options, net = (
+        launch.read_config(),
+        RouterOptions.from_flags(),
+        Credentials.from_flags(),
+    )
+    public = Credentials.public_from_flags()
     lifecycle.end(asyncio.run(serve(config, options, net, public)))
 
 

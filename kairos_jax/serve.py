@@ -33,7 +33,7 @@ from kairos_jax.engine.engine import JaxEngine
 from kairos_jax.engine.model import Model, open_model
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.net import credentials
-from kairos_jax.net.credentials import Wire
+from kairos_jax.net.credentials import Credentials
 from kairos_jax.observe import otlp, recording
 from kairos_jax.observe.metrics import Metrics
 from kairos_jax.observe.tracing import Tracing
@@ -91,7 +91,7 @@ async def serve(
     prepare: Callable[[], Prepared],
     journal: Journal | None = None,
     admission: str = "none",
-    public: Wire = credentials.PLAIN,
+    public: Credentials = credentials.PLAIN,
     http: HttpOptions | None = None,
     tracing: Tracing | None = None,
     debugging: Debug | None = None,
@@ -109,11 +109,13 @@ async def serve(
         return 1
     cost, loop = prepared.cost, asyncio.get_running_loop()
     metrics = Metrics(Path(config.model).name, config.default_slo)
-    router = Router(loop, config.max_requests, cost, time.monotonic, admission, metrics, tracing)
+    observers = [metrics, tracing] if tracing else [metrics]
+    router = Router(loop, config.max_requests, cost, time.monotonic, admission, observers)
+    metrics.watch(router)
     workers = build_workers(config, prepared.engines, cost, LocalTransport(), router.emit, journal)
     if debugging:
         debugging.workers = workers
-    code = await _serve_until(stopping, config, server, grace_s, prepared, router, workers)
+    code = await _serve_until(stopping, config, server, grace_s, prepared, router, metrics, workers)
     if debugging:
         debugging.close()
     if tracing:
@@ -128,14 +130,16 @@ async def _serve_until(
     grace_s: float,
     prepared: Prepared,
     router: Router,
+    metrics: Metrics,
     workers: Sequence[Worker],
 ) -> int:
     router.connect(workers)
+    metrics.watch_workers(workers)
     for worker in workers:
         worker.start()
     meshes = config.prefill.devices, config.devices(config.roles[-1])
     kind = jax.devices()[0].device_kind
-    await server.open(Backend.of(config, prepared.model, router, meshes, kind))
+    await server.open(Backend.of(config, prepared.model, router, metrics, meshes, kind))
     print(_ready_line(config, prepared, server.addresses), flush=True)
     await asyncio.wait({router.died, stopping}, return_when=asyncio.FIRST_COMPLETED)
     print("an instance died: ending" if router.died.done() else "draining", flush=True)
@@ -163,7 +167,7 @@ def _ready_line(config: ServerConfig, prepared: Prepared, addresses: str) -> str
 def main(argv: list[str]) -> None:
     """Serves, and ends the process."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    config, public = launch.read_config(), Wire.public_from_flags()
+    config, public = launch.read_config(), Credentials.public_from_flags()
     values, http, traced = flags.FLAGS, HttpOptions.from_flags(), Tracing.from_flags()
     path = Path(values.profile) if values.profile else None
     debugging = Debug.from_flags()

@@ -3,19 +3,23 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kairos_jax.api.validator import Edge
+from kairos_jax.api.validator import Validator
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine.model import Model
+from kairos_jax.observe.metrics import Metrics
 from kairos_jax.routing.router import Router
 from kairos_jax.rpc import kairos_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What answers requests, once it is ready. model: what `GetModel` tells of it."""
+    """What answers requests, once it is ready. metrics: those of its router. model: what `GetModel`
+    tells of it.
+    """
 
-    edge: Edge
+    validator: Validator
     router: Router
+    metrics: Metrics
     model: pb.Model
 
     @classmethod
@@ -24,6 +28,7 @@ class Backend:
         config: ServerConfig,
         model: Model,
         router: Router,
+        metrics: Metrics,
         mesh_sizes: tuple[int, int],
         device_kind: str,
     ) -> "Backend":
@@ -31,8 +36,9 @@ class Backend:
         description, tokenizer = model.checkpoint.config, model.tokenizer
         name = Path(config.model).name
         return cls(
-            edge=Edge(name, description.vocab_size, model.eos_ids, config, tokenizer),
+            validator=Validator(name, description.vocab_size, model.eos_ids, config, tokenizer),
             router=router,
+            metrics=metrics,
             model=pb.Model(
                 name=name,
                 max_context=config.max_context,

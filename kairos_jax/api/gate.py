@@ -27,5 +27,5 @@ class Gate:
     def admit(self) -> Backend:
         """As `enter`, for a request to generate: one that is turned away is counted."""
         if self.closed is not None and self.backend is not None:
-            self.backend.router.metrics.rejected("closed")
+            self.backend.router.rejected("closed")
         return self.enter()

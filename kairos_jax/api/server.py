@@ -15,7 +15,7 @@ from kairos_jax.api.http.live import Live
 from kairos_jax.api.http.server import HttpOptions, HttpServer
 from kairos_jax.api.servicer import MAX_MESSAGE_BYTES, SERVICE, Servicer
 from kairos_jax.net.address import join_address
-from kairos_jax.net.credentials import PLAIN, Wire
+from kairos_jax.net.credentials import PLAIN, Credentials
 from kairos_jax.net.health import Health
 from kairos_jax.process.command import UsageError
 from kairos_jax.rpc import kairos_pb2_grpc
@@ -31,7 +31,7 @@ class Server:
         host: str,
         port: int,
         clock: Callable[[], float],
-        net: Wire = PLAIN,
+        net: Credentials = PLAIN,
         health_port: int = 0,
         http: HttpOptions | None = None,
         routes: Sequence[BaseRoute] = (),
@@ -59,7 +59,7 @@ class Server:
         self._live = Live(self.gate)
         self.http = None
         if http:
-            app = make_app(self.gate, http.app, [*self._live.routes(), *routes])
+            app = make_app(self.gate, http, [*self._live.routes(), *routes])
             self.http = HttpServer(app, host, http.port, net)
 
     @property

@@ -49,18 +49,18 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
         try:
             backend.router.check_room()
             # In a thread: a long text takes the tokenizer longer than others should wait.
-            checked = await asyncio.to_thread(backend.edge.request, request, arrival)
+            checked = await asyncio.to_thread(backend.validator.request, request, arrival)
             await self._entered(context, self.gate.admit)  # it may have closed meanwhile
             trace = trace_of(context.invocation_metadata() or ())
             stream = backend.router.submit(checked, trace)
         except UnknownModel as error:
-            backend.router.metrics.rejected("unknown_model")
+            backend.router.rejected("unknown_model")
             await context.abort(grpc.StatusCode.NOT_FOUND, _cut(error))
         except BadField as error:
-            backend.router.metrics.rejected("bad_request")
+            backend.router.rejected("bad_request")
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _cut(error))
         except IdInUse as error:
-            backend.router.metrics.rejected("id_in_use")
+            backend.router.rejected("id_in_use")
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, _cut(error))
         except Full as error:
             retry = (("retry-after-s", f"{error.retry_after_s:.3g}"),)
@@ -78,7 +78,7 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
 
 
 async def _answer(backend: Backend, stream: Stream, context) -> None:
-    tokenizer = backend.edge.tokenizer
+    tokenizer = backend.validator.tokenizer
     detokenizer = Detokenizer(tokenizer) if tokenizer else None
     ended = False
     try:

@@ -36,7 +36,7 @@ class UnknownModel(ValueError):
 
 
 @dataclass(frozen=True)
-class Edge:
+class Validator:
     """What requests are checked against. tokenizer: None if the model came without one."""
 
     model: str

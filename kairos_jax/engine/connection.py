@@ -24,7 +24,7 @@ class Kind(enum.IntEnum):
     SCORE = 5
 
 
-class Message(NamedTuple):
+class Frame(NamedTuple):
     """rows, columns: of the array of a STEP or SCORE. payload: arrays, one after the other."""
 
     kind: Kind
@@ -33,7 +33,7 @@ class Message(NamedTuple):
     payload: bytes = b""
 
 
-class Line:
+class Connection:
     """A connection between the leader and a follower.
 
     process: which one is at the other end. deadline_s: silence after which it counts as lost.
@@ -41,48 +41,46 @@ class Line:
     until one of a shape that they know.
     """
 
-    def __init__(
-        self, connection: socket.socket, process: int, deadline_s: float, compiling_s: float
-    ):
-        connection.settimeout(compiling_s)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, sock: socket.socket, process: int, deadline_s: float, compiling_s: float):
+        sock.settimeout(compiling_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.process, self.beat_s = process, deadline_s / 4
         self._deadline_s, self._compiling_s = deadline_s, compiling_s
-        self._connection, self._reader = connection, connection.makefile("rb")
+        self._socket, self._reader = sock, sock.makefile("rb")
         self._shapes: set[tuple[int, ...]] = set()
         self._lock = threading.Lock()
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Frame) -> None:
         """From any thread. Raises OSError if the other end is gone or does not read."""
         kind, rows, columns, payload = message
         self._passes(kind, rows, columns)
         header = HEADER.pack(kind, rows, columns, len(payload))
         with self._lock:
-            self._connection.sendall(header + payload)
+            self._socket.sendall(header + payload)
 
-    def __iter__(self) -> Iterator[Message]:
+    def __iter__(self) -> Iterator[Frame]:
         """All messages but beats. Ends with an OSError when the other end is gone or silent."""
         while True:
             kind, rows, columns, size = HEADER.unpack(self._read(HEADER.size))
             payload = self._read(size)
             self._passes(kind, rows, columns)
             if kind != Kind.BEAT:
-                yield Message(Kind(kind), rows, columns, payload)
+                yield Frame(Kind(kind), rows, columns, payload)
 
     def close(self) -> None:
         """Closes the connection."""
         self._reader.close()
-        self._connection.close()
+        self._socket.close()
 
     def _passes(self, *shape: int) -> None:
         """Sets how long the other end may be silent, beginning with the next message from there."""
         if shape[0] != Kind.BEAT:
             known = shape in self._shapes
             self._shapes.add(shape)
-            self._connection.settimeout(self._deadline_s if known else self._compiling_s)
+            self._socket.settimeout(self._deadline_s if known else self._compiling_s)
 
     def _read(self, size: int) -> bytes:
-        allowed_s = self._connection.gettimeout()
+        allowed_s = self._socket.gettimeout()
         try:
             data = self._reader.read(size)
         except TimeoutError:

@@ -34,7 +34,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kairos_jax.engine.calls import Call, Read, Score, Step, Write
-from kairos_jax.engine.connection import Kind, Line, Message
+from kairos_jax.engine.connection import Connection, Frame, Kind
 from kairos_jax.engine.devices import Processes, agree
 from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine
 from kairos_jax.net.address import split_address
@@ -75,14 +75,14 @@ OnLost = Callable[[Exception], None]
 class Leader:
     """Has every process of a mesh run what its engine runs. See `lead`."""
 
-    def __init__(self, engine: JaxEngine, lines: list[Line], on_lost: OnLost):
-        self._engine, self._lines, self._on_lost = engine, lines, on_lost
+    def __init__(self, engine: JaxEngine, connections: list[Connection], on_lost: OnLost):
+        self._engine, self._connections, self._on_lost = engine, connections, on_lost
         self._compiled: set[tuple[Kind, int, int]] = set()
         # By when the call under way must end; of a step, the result that shows it.
         self._last: tuple[float, Any] = (float("inf"), None)
         self._closing = threading.Event()
         self._lock = threading.Lock()
-        self._readers = [_thread(self._listen, line) for line in lines]
+        self._readers = [_thread(self._listen, connection) for connection in connections]
         _thread(self._watch)
 
     def dispatch(self, call: Call) -> jax.Array | None:
@@ -91,9 +91,9 @@ class Leader:
         by = time.monotonic() + (_CALL_S if shape in self._compiled else _COMPILE_S)
         self._compiled.add(shape)
         self._last = by, None
-        for line in self._lines:
-            arrays = _arrays(self._engine, call, line.process)
-            line.send(Message(*shape, b"".join(array.tobytes() for array in arrays)))
+        for connection in self._connections:
+            arrays = _arrays(self._engine, call, connection.process)
+            connection.send(Frame(*shape, b"".join(array.tobytes() for array in arrays)))
         if isinstance(call, Write):
             _, *shards = _arrays(self._engine, call, 0)
             call = Write(call.pages, _join(self._engine, shards))
@@ -108,25 +108,25 @@ class Leader:
     def close(self) -> None:
         """Lets the followers end, and waits for that a little."""
         self._closing.set()
-        for line in self._lines:
+        for connection in self._connections:
             with contextlib.suppress(OSError):
-                line.send(Message(Kind.END))
+                connection.send(Frame(Kind.END))
         for reader in self._readers:
             reader.join(_CLOSE_S)
 
-    def _listen(self, line: Line) -> None:
+    def _listen(self, connection: Connection) -> None:
         try:
-            for _ in line:
+            for _ in connection:
                 pass  # a follower sends nothing but beats
         except OSError as error:
-            self._lose(FollowerLost(f"process {line.process} of the mesh was lost: {error}"))
+            self._lose(FollowerLost(f"process {connection.process} of the mesh was lost: {error}"))
 
     def _watch(self) -> None:
         """Shows the followers signs of life, and looks whether the call under way hangs."""
-        while not self._closing.wait(min(line.beat_s for line in self._lines)):
-            for line in self._lines:
+        while not self._closing.wait(min(connection.beat_s for connection in self._connections)):
+            for connection in self._connections:
                 with contextlib.suppress(OSError):  # its reader tells
-                    line.send(Message(Kind.BEAT))
+                    connection.send(Frame(Kind.BEAT))
             by, result = self._last
             if time.monotonic() > by and not (result is not None and result.is_ready()):
                 self._lose(FollowerLost("a call hangs on the mesh: it is beyond its deadline"))
@@ -159,8 +159,8 @@ def lead(
     secret = os.urandom(_SECRET_BYTES)
     with socket.create_server((host, 0), family=family, backlog=processes.count) as listener:
         _meet(listener.getsockname()[1], secret)
-        lines = _accept(listener, processes, secret, deadline_s)
-    leader = Leader(engine, lines, on_lost)
+        connections = _accept(listener, processes, secret, deadline_s)
+    leader = Leader(engine, connections, on_lost)
     engine.dispatch = leader.dispatch
     return leader
 
@@ -178,12 +178,12 @@ def follow(engine: JaxEngine, processes: Processes, deadline_s: float = DEADLINE
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, signal.SIG_IGN)
     port, secret = _meet(0, bytes(_SECRET_BYTES))
-    connection = socket.create_connection((_host(processes), port), _MEET_S)
-    connection.sendall(_HELLO.pack(secret, processes.id))
-    line = Line(connection, 0, deadline_s, max(deadline_s, _COMPILING_S))
-    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    _thread(_receive, line, messages)
-    _thread(_beat, line)
+    sock = socket.create_connection((_host(processes), port), _MEET_S)
+    sock.sendall(_HELLO.pack(secret, processes.id))
+    connection = Connection(sock, 0, deadline_s, max(deadline_s, _COMPILING_S))
+    messages: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+    _thread(_receive, connection, messages)
+    _thread(_beat, connection)
     try:
         while (message := messages.get()).kind is not Kind.END:
             engine.run(_call(engine, message))
@@ -204,10 +204,10 @@ def _model(engine: JaxEngine) -> dict[str, Any]:
     return {"model": asdict(engine.config), "hash of the norms": digest.hexdigest()[:32]}
 
 
-def _receive(line: Line, messages: queue.SimpleQueue[Message]) -> None:
+def _receive(connection: Connection, messages: queue.SimpleQueue[Frame]) -> None:
     """On a thread of its own: the one that runs the calls may hang when the leader is lost."""
     try:
-        for message in line:
+        for message in connection:
             messages.put(message)
             if message.kind is Kind.END:
                 time.sleep(_CLOSE_S)
@@ -216,11 +216,11 @@ def _receive(line: Line, messages: queue.SimpleQueue[Message]) -> None:
         end_process(ConnectionError(f"the leader of the mesh was lost: {error}"))
 
 
-def _beat(line: Line) -> None:
+def _beat(connection: Connection) -> None:
     pause = threading.Event()
     with contextlib.suppress(OSError):  # `_receive` tells
-        while not pause.wait(line.beat_s):
-            line.send(Message(Kind.BEAT))
+        while not pause.wait(connection.beat_s):
+            connection.send(Frame(Kind.BEAT))
 
 
 def _meet(port: int, secret: bytes) -> tuple[int, bytes]:
@@ -232,29 +232,31 @@ def _meet(port: int, secret: bytes) -> tuple[int, bytes]:
 
 def _accept(
     listener: socket.socket, processes: Processes, secret: bytes, deadline_s: float
-) -> list[Line]:
-    """A line to each follower. Whoever does not know the secret is sent away."""
-    lines: dict[int, Line] = {}
+) -> list[Connection]:
+    """A connection to each follower. Whoever does not know the secret is sent away."""
+    connections: dict[int, Connection] = {}
     by = time.monotonic() + _MEET_S
-    while missing := set(range(1, processes.count)) - set(lines):
+    while missing := set(range(1, processes.count)) - set(connections):
         listener.settimeout(max(by - time.monotonic(), 0.001))
         try:
-            connection, _ = listener.accept()
+            sock, _ = listener.accept()
         except TimeoutError:
             raise FollowerLost(f"processes {sorted(missing)} of the mesh did not come") from None
-        process = _greet(connection, secret)
+        process = _greet(sock, secret)
         if process in missing:
-            lines[process] = Line(connection, process, deadline_s, max(deadline_s, _COMPILING_S))
+            connections[process] = Connection(
+                sock, process, deadline_s, max(deadline_s, _COMPILING_S)
+            )
         else:
-            connection.close()
-    return list(lines.values())
+            sock.close()
+    return list(connections.values())
 
 
-def _greet(connection: socket.socket, secret: bytes) -> int | None:
+def _greet(sock: socket.socket, secret: bytes) -> int | None:
     """Which process has come, if it is one of ours."""
-    connection.settimeout(1.0)
+    sock.settimeout(1.0)
     try:
-        hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
+        hello = sock.recv(_HELLO.size, socket.MSG_WAITALL)
     except OSError:
         return None
     if len(hello) < _HELLO.size:
@@ -282,7 +284,7 @@ def _arrays(engine: JaxEngine, call: Call, process: int) -> list[np.ndarray]:
     return [call.pages, *(whole[index] for _, index in _shards(engine, process))]
 
 
-def _call(engine: JaxEngine, message: Message) -> Call:
+def _call(engine: JaxEngine, message: Frame) -> Call:
     """The call that a message tells this process of."""
     if message.kind in (Kind.STEP, Kind.SCORE):
         like = np.empty((message.rows, message.columns), np.int32)

@@ -54,7 +54,7 @@ class Wanted:
 
 
 @dataclass(slots=True)
-class _Peer:
+class _Source:
     """A process that offers KV. in_flight: on its way from it. as_bytes: its transfer server cannot
     be reached.
     """
@@ -86,7 +86,7 @@ class KVClient:
         self._in_flight_bytes, self._silence_s = in_flight_bytes, silence_s
         self._in_thread = in_thread
         self.received_bytes = 0
-        self._peers: dict[str, _Peer] = {}  # by address
+        self._sources: dict[str, _Source] = {}  # by address
         self._telling: set[asyncio.Task] = set()
 
     async def take(self, wanted: Wanted) -> KV:
@@ -100,29 +100,29 @@ class KVClient:
             TimeoutError, ConnectionError: it did not come.
         """
         address = wanted.ticket.address
-        peer = self._peer(address)
-        peer.num_takes += 1
+        source = self._source(address)
+        source.num_takes += 1
         try:
-            if self._port is not None and not peer.as_bytes:
+            if self._port is not None and not source.as_bytes:
                 try:
                     return await self._take(wanted, as_bytes=False)
                 except Unreachable as error:
                     log.warning("KV from %s comes as bytes from now on: %s", address, error)
-                    peer.as_bytes = True
+                    source.as_bytes = True
             return await self._take(wanted, as_bytes=True)
         except grpc.aio.AioRpcError as error:
             kind = _ERRORS.get(error.code(), ConnectionError)
             raise kind(f"KV from {address}: {error.code().name}: {error.details()}") from error
         finally:
-            peer.num_takes -= 1
+            source.num_takes -= 1
             self.forget_lost()
 
     def forget_lost(self) -> None:
         """Frees what is kept for peers from which nothing is taken and to which no channel is up:
-        they may never come back. A channel goes down with its peer, and after 30 minutes unused.
+        they may never come back. A channel goes down with its source, and after 30 minutes unused.
         """
-        for address, peer in list(self._peers.items()):
-            if not peer.num_takes and peer.channel.get_state() is not _UP:
+        for address, source in list(self._sources.items()):
+            if not source.num_takes and source.channel.get_state() is not _UP:
                 self._forget(address)
 
     def delivered(self, ticket: Ticket, claimant: Claimant) -> None:
@@ -131,17 +131,19 @@ class KVClient:
 
     def close(self) -> None:
         """Ends what is under way."""
-        for address in list(self._peers):
+        for address in list(self._sources):
             self._forget(address)
 
-    def _peer(self, address: str) -> _Peer:
-        if address not in self._peers:
-            self._peers[address] = _Peer(self._channel(address), InFlight(self._in_flight_bytes))
-        return self._peers[address]
+    def _source(self, address: str) -> _Source:
+        if address not in self._sources:
+            self._sources[address] = _Source(
+                self._channel(address), InFlight(self._in_flight_bytes)
+            )
+        return self._sources[address]
 
     async def _take(self, wanted: Wanted, as_bytes: bool) -> KV:
         ticket = wanted.ticket
-        stub = kv_pb2_grpc.KVStub(self._peer(ticket.address).channel)
+        stub = kv_pb2_grpc.KVStub(self._source(ticket.address).channel)
         request = pb.ClaimRequest(
             uuid=ticket.uuid,
             request_id=ticket.request_id,
@@ -187,7 +189,7 @@ class KVClient:
         self, part: pb.Part, wanted: Wanted, take: Callable[[], Awaitable[Any]]
     ) -> Any:
         """Takes one part when there is room for it."""
-        in_flight = self._peer(wanted.ticket.address).in_flight
+        in_flight = self._source(wanted.ticket.address).in_flight
         num_bytes = part.num_blocks * self._facts.block_bytes
         async with in_flight.admit(num_bytes, wanted.priority):
             try:
@@ -223,13 +225,13 @@ class KVClient:
         )
 
     async def _tell(self, ticket: Ticket, claimant: Claimant) -> None:
-        stub = kv_pb2_grpc.KVStub(self._peer(ticket.address).channel)
+        stub = kv_pb2_grpc.KVStub(self._source(ticket.address).channel)
         message = pb.DeliveredRequest(uuid=ticket.uuid, claimant=_claimant(claimant))
         with contextlib.suppress(grpc.aio.AioRpcError):  # the offer runs out by itself
             await stub.Delivered(message, metadata=self._metadata, timeout=_DELIVERED_S)
 
     def _forget(self, address: str) -> None:
-        self._start(self._peers.pop(address).channel.close())
+        self._start(self._sources.pop(address).channel.close())
         if self._port is not None:
             self._port.drop(address)
 

@@ -40,7 +40,7 @@ class Unreachable(ConnectionError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Peer:
+class _Connection:
     """A connection is first in, first out, so the urgent have one of their own.
 
     address: of its KV service, at which it is another incarnation when it has started again.
@@ -68,7 +68,7 @@ class TransferPort:
         address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][4]
         where = join_address(str(address[0]), 0)
         self._in_thread = in_thread
-        self._connections: dict[_Peer, Any] = {}
+        self._connections: dict[_Connection, Any] = {}
         try:
             self._server = transfer.start_transfer_server(
                 jax.local_devices()[0].client,
@@ -128,7 +128,7 @@ class TransferPort:
             Exception: what `arrived` raised.
         """
         plan = _plan(manifest.shards, manifest.block_shape, sharding)
-        peer = _Peer(address, manifest.incarnation, urgent)
+        peer = _Connection(address, manifest.incarnation, urgent)
         connection = await self._connect(peer, manifest.transfer_address)
         dtype = jnp.dtype(manifest.dtype)
         specs = [
@@ -147,7 +147,7 @@ class TransferPort:
             raise
         return blocks
 
-    async def _connect(self, peer: _Peer, where: str) -> Any:
+    async def _connect(self, peer: _Connection, where: str) -> Any:
         connection = self._connections.get(peer)
         if connection is not None:
             return connection

@@ -105,7 +105,7 @@ class TransferOptions:
 
 
 @dataclass(slots=True, eq=False)
-class _Arrival:
+class _Fetch:
     """KV on its way here, or here already. done: None while nobody has asked for it. first: the
     block with which it begins. wanted: the block with which it was asked for.
     """
@@ -176,7 +176,7 @@ class RemoteTransport:
             options.fetch_s,
             self._in_thread,
         )
-        self._arrivals: dict[int, _Arrival] = {}
+        self._fetches: dict[int, _Fetch] = {}
         self._tasks: set[asyncio.Task] = set()
         self._on_loop(lambda: self._start(self._reap()))
 
@@ -192,7 +192,7 @@ class RemoteTransport:
     @property
     def num_fetches(self) -> int:
         """Prompts whose KV is on its way here, or staged."""
-        return len(self._arrivals)
+        return len(self._fetches)
 
     @property
     def received_bytes(self) -> int:
@@ -202,7 +202,7 @@ class RemoteTransport:
     @property
     def staged_bytes(self) -> int:
         """Room that prefetches have taken."""
-        staged = (each for each in self._arrivals.values() if each.done is None)
+        staged = (each for each in self._fetches.values() if each.done is None)
         return sum(each.num_bytes for each in staged if each.task and not _failed(each.task))
 
     # What a worker calls, from its own thread.
@@ -274,32 +274,32 @@ class RemoteTransport:
                     self._on_expired(id)
 
     def _prefetch(self, ticket: Ticket, sharding: Sharding | None, first: int) -> None:
-        arrival = self._expect(ticket, sharding, first)
+        fetch = self._expect(ticket, sharding, first)
         room = self.options.staged_bytes - self.staged_bytes
-        known = self._is_own(ticket) or ticket.uuid in self._arrivals
-        if not known and arrival.num_bytes <= room:
-            self._arrivals[ticket.uuid] = arrival
-            self._bring(arrival)
+        known = self._is_own(ticket) or ticket.uuid in self._fetches
+        if not known and fetch.num_bytes <= room:
+            self._fetches[ticket.uuid] = fetch
+            self._bring(fetch)
 
     def _fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done, first: int) -> None:
-        arrival = self._arrivals.get(ticket.uuid)
-        if arrival is None:
-            arrival = self._arrivals[ticket.uuid] = self._expect(ticket, sharding, first)
-        elif arrival.done is not None:
+        fetch = self._fetches.get(ticket.uuid)
+        if fetch is None:
+            fetch = self._fetches[ticket.uuid] = self._expect(ticket, sharding, first)
+        elif fetch.done is not None:
             done(PermissionError(f"the KV of request {ticket.request_id!r} is being fetched"))
             return
-        arrival.done, arrival.wanted = done, first
-        if arrival.task is None or _failed(arrival.task):  # a prefetch may be tried again
-            arrival.first = first
-            self._bring(arrival)
-        elif arrival.task.done():
-            self._deliver(arrival)
+        fetch.done, fetch.wanted = done, first
+        if fetch.task is None or _failed(fetch.task):  # a prefetch may be tried again
+            fetch.first = first
+            self._bring(fetch)
+        elif fetch.task.done():
+            self._deliver(fetch)
 
-    def _expect(self, ticket: Ticket, sharding: Sharding | None, first: int) -> _Arrival:
+    def _expect(self, ticket: Ticket, sharding: Sharding | None, first: int) -> _Fetch:
         num_bytes = (self.facts.num_blocks(ticket.num_tokens) - first) * self.facts.block_bytes
         claimant = Claimant(self._identity, secrets.randbits(64))
         small = num_bytes <= self.options.urgent_bytes
-        return _Arrival(ticket, sharding, claimant, num_bytes, small, first)
+        return _Fetch(ticket, sharding, claimant, num_bytes, small, first)
 
     def _is_own(self, ticket: Ticket) -> bool:
         return ticket.address in ("", self.address)
@@ -307,15 +307,15 @@ class RemoteTransport:
     def _release(self, ticket: Ticket) -> None:
         if self._is_own(ticket):
             self._leases.release(ticket.uuid)
-        arrival = self._arrivals.get(ticket.uuid)
-        if arrival is not None:
-            _stop(arrival, LookupError(f"request {ticket.request_id!r} was given up"))
-            if arrival.done is None:
-                del self._arrivals[ticket.uuid]
+        fetch = self._fetches.get(ticket.uuid)
+        if fetch is not None:
+            _stop(fetch, LookupError(f"request {ticket.request_id!r} was given up"))
+            if fetch.done is None:
+                del self._fetches[ticket.uuid]
 
     def _close(self) -> None:
-        for arrival in list(self._arrivals.values()):
-            self._release(arrival.ticket)
+        for fetch in list(self._fetches.values()):
+            self._release(fetch.ticket)
         for lease in self._leases:
             self._leases.release(lease.ticket.uuid)
         for task in self._tasks:
@@ -323,73 +323,73 @@ class RemoteTransport:
         self._client.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _bring(self, arrival: _Arrival) -> None:
-        way = self._copy if self._is_own(arrival.ticket) else self._take
-        arrival.task = self._loop.create_task(way(arrival))
-        arrival.task.add_done_callback(lambda _: self._deliver(arrival))
+    def _bring(self, fetch: _Fetch) -> None:
+        way = self._copy if self._is_own(fetch.ticket) else self._take
+        fetch.task = self._loop.create_task(way(fetch))
+        fetch.task.add_done_callback(lambda _: self._deliver(fetch))
 
-    def _deliver(self, arrival: _Arrival) -> None:
+    def _deliver(self, fetch: _Fetch) -> None:
         """Gives what has come, or why it has not, to who asked; otherwise it stays."""
-        task = arrival.task
+        task = fetch.task
         assert task is not None
         if not task.done():  # it was begun again
             return
-        if arrival.done is None:
+        if fetch.done is None:
             if not task.cancelled():
                 task.exception()  # looked at: it is not to be logged
             return
-        if self._arrivals.get(arrival.ticket.uuid) is not arrival:
+        if self._fetches.get(fetch.ticket.uuid) is not fetch:
             return
         if task.cancelled():
-            result = arrival.stopped_by or ConnectionError("the transport was closed")
+            result = fetch.stopped_by or ConnectionError("the transport was closed")
         elif (result := task.exception()) is None:
-            if arrival.wanted < arrival.first:
+            if fetch.wanted < fetch.first:
                 # What made the first ones needless when it was sent ahead is gone since.
-                arrival.first = arrival.wanted
-                self._bring(arrival)
+                fetch.first = fetch.wanted
+                self._bring(fetch)
                 return
-            result = task.result()[arrival.wanted - arrival.first :]
-            if arrival.first:
-                self._taken(arrival)
-        del self._arrivals[arrival.ticket.uuid]
-        arrival.done(result)  # type: ignore[arg-type]
+            result = task.result()[fetch.wanted - fetch.first :]
+            if fetch.first:
+                self._taken(fetch)
+        del self._fetches[fetch.ticket.uuid]
+        fetch.done(result)  # type: ignore[arg-type]
 
-    async def _copy(self, arrival: _Arrival) -> KV:
+    async def _copy(self, fetch: _Fetch) -> KV:
         """From an offer of this process."""
-        ticket = arrival.ticket
-        lease = self._leases.claim(ticket.uuid, ticket.request_id, arrival.claimant, self.clock())
+        ticket = fetch.ticket
+        lease = self._leases.claim(ticket.uuid, ticket.request_id, fetch.claimant, self.clock())
         if not lease.complete:
             raise LookupError(f"the KV of request {ticket.request_id!r} is not all there yet")
-        kv = lease.kv[arrival.first :]
-        if arrival.sharding is not None:
-            kv = await self._in_thread(jax.device_put, kv, arrival.sharding)
+        kv = lease.kv[fetch.first :]
+        if fetch.sharding is not None:
+            kv = await self._in_thread(jax.device_put, kv, fetch.sharding)
             await arrived(kv)
         return kv
 
-    async def _take(self, arrival: _Arrival) -> KV:
+    async def _take(self, fetch: _Fetch) -> KV:
         """From an offer of another process."""
         wanted = Wanted(
-            arrival.ticket,
-            arrival.first,
-            arrival.sharding,
-            arrival.claimant,
-            lambda: arrival.priority,
+            fetch.ticket,
+            fetch.first,
+            fetch.sharding,
+            fetch.claimant,
+            lambda: fetch.priority,
         )
         kv = await self._client.take(wanted)
-        if not arrival.first:  # else those before may yet be asked for
-            self._taken(arrival)
+        if not fetch.first:  # else those before may yet be asked for
+            self._taken(fetch)
         return kv
 
-    def _taken(self, arrival: _Arrival) -> None:
+    def _taken(self, fetch: _Fetch) -> None:
         """Nothing more will be asked for of an offer."""
-        if not self._is_own(arrival.ticket):
-            self._client.delivered(arrival.ticket, arrival.claimant)
+        if not self._is_own(fetch.ticket):
+            self._client.delivered(fetch.ticket, fetch.claimant)
 
 
-def _stop(arrival: _Arrival, error: Exception) -> None:
-    if arrival.task is not None:
-        arrival.stopped_by = error
-        arrival.task.cancel()
+def _stop(fetch: _Fetch, error: Exception) -> None:
+    if fetch.task is not None:
+        fetch.stopped_by = error
+        fetch.task.cancel()
 
 
 def _failed(task: asyncio.Task[KV]) -> bool:

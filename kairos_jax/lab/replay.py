@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import grpc
 import numpy as np
 
-from kairos_jax.net.credentials import PLAIN, Wire
+from kairos_jax.net.credentials import PLAIN, Credentials
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
 from schedulers.ledger.request import Slo
 from schedulers.simulation.attainment import Outcome
@@ -95,7 +95,7 @@ async def replay(
     ignore_eos: bool = True,
     timeout_s: float = 600.0,
     on_ended: Callable[[int], object] = lambda count: None,
-    net: Wire = PLAIN,
+    net: Credentials = PLAIN,
 ) -> list[Record]:
     """Replays `arrivals` with prompts of random token ids; returns a record each, in their order.
 

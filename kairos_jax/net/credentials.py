@@ -1,7 +1,7 @@
 """How processes reach one another: TLS, and the token that every internal call must bear.
 
-One `Wire` holds both, for what a process listens on and for what it calls. Without flags it is
-plain, which is right on loopback alone.
+One `Credentials` holds both, for what a process listens on and for what it calls. Without flags it
+is plain, which is right on loopback alone.
 
 The token never goes in the clear to another host: `channel` and `add_port` refuse that. Whoever
 could read it there could use it, and a warning is not seen until then.
@@ -55,7 +55,7 @@ def define_public_flags() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Wire:
+class Credentials:
     """What protects the calls between processes.
 
     cert, key: PEM, what this process shows whom it calls and who calls it. ca: PEM, who must have
@@ -71,7 +71,7 @@ class Wire:
     token: str = field(default="", repr=False)
 
     @classmethod
-    def from_flags(cls) -> "Wire":
+    def from_flags(cls) -> "Credentials":
         """Raises UsageError."""
         values = flags.FLAGS
         if values.mutual_tls and not values.tls_ca:
@@ -80,7 +80,7 @@ class Wire:
         return replace(caller, mutual=values.mutual_tls, token=_token(values, "token_file"))
 
     @classmethod
-    def caller_from_flags(cls, values: flags.FlagValues) -> "Wire":
+    def caller_from_flags(cls, values: flags.FlagValues) -> "Credentials":
         """Of `define_caller_flags`. Raises UsageError."""
         if values.tls_cert and not values.tls_ca:
             raise UsageError("--tls_ca is missing: with --tls_cert, peers are called over TLS too")
@@ -90,7 +90,7 @@ class Wire:
         return cls(cert, key, _authority(values, "tls_ca"), values.tls_name or "")
 
     @classmethod
-    def public_from_flags(cls) -> "Wire":
+    def public_from_flags(cls) -> "Credentials":
         """Of `define_public_flags`. Raises UsageError."""
         return cls(*_certificate(flags.FLAGS, "public_tls_cert", "public_tls_key"))
 
@@ -151,7 +151,7 @@ class Wire:
 
 _IN_CLEAR = "anyone on the way could read the token and use it"
 
-PLAIN = Wire()
+PLAIN = Credentials()
 
 
 class _TokenCheck(grpc.aio.ServerInterceptor):

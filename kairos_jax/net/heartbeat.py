@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 
-class Pulse:
+class Heartbeat:
     """Counts for how long nothing came.
 
     A stall of this process itself counts for two beats at most: what came meanwhile lies unread.

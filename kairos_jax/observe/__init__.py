@@ -1,5 +1,5 @@
 """What a server tells of itself: metrics, traces, the journal of its decisions, and explanations.
 
-May import: `routing`, `worker` and below. Begin with `metrics.py`: it and `tracing.py` observe a router
-(`routing.observer`).
+May import: `routing`, `worker` and below. Begin with `metrics.py`: it and `tracing.py` observe a
+router (`routing.observer`).
 """

@@ -16,7 +16,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from kairos_jax.routing.peer import Peer
-from kairos_jax.routing.stream import Stream
+from kairos_jax.routing.router import Router
 from kairos_jax.worker.tally import Tally
 from kairos_jax.worker.worker import Worker
 from schedulers.ledger.instance import Role
@@ -97,18 +97,12 @@ class WorkerGauges(Collector):
 class RouterGauges(Collector):
     """The requests in progress, and the workers by the last word that came from each."""
 
-    def __init__(
-        self,
-        model: str,
-        clock: Callable[[], float],
-        streams: Mapping[str, Stream],
-        peers: Mapping[str, Peer],
-    ):
-        self._model, self._clock, self._streams, self._peers = model, clock, streams, peers
+    def __init__(self, model: str, router: Router):
+        self._model, self._router = model, router
 
     def collect(self) -> Iterator[Metric]:
         """See `Collector`."""
-        streams, peers = list(self._streams.values()), list(self._peers.values())
+        streams, peers = self._router.streams, self._router.peers
         waiting = sum(stream.first_token_at is None for stream in streams)
         running = len(streams) - waiting
         requests = GaugeMetricFamily(
@@ -130,7 +124,7 @@ class RouterGauges(Collector):
             yield alias
 
     def _of_peers(self, peers: Sequence[Peer]) -> Iterator[Metric]:
-        now = self._clock()
+        now = self._router.clock()
         # By name: one that was started anew is another peer, and for a moment there may be both.
         rows = {peer.id.partition("@")[0]: (peer, peer.summary(now)) for peer in peers}
         for name, what, value in (
@@ -147,7 +141,7 @@ class RouterGauges(Collector):
 
     def _kv_usage(self, peers: Sequence[Peer]) -> float:
         pools = [peer for peer in peers if peer.role is not Role.PREFILL and peer.kv_tokens]
-        now, total = self._clock(), sum(peer.kv_tokens for peer in pools)
+        now, total = self._router.clock(), sum(peer.kv_tokens for peer in pools)
         room = sum(max(peer.summary(now).room, 0.0) for peer in pools)
         return min(max(1 - room / total, 0.0), 1.0) if total else 0.0
 

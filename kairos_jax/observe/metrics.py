@@ -5,15 +5,16 @@ token costs one addition to a tally. All else is looked at when somebody asks (`
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from kairos_jax.observe.collectors import RouterGauges, TallyHistogram, VllmHistograms, WorkerGauges
-from kairos_jax.observe.recent import Recent
-from kairos_jax.routing.peer import Peer
+from kairos_jax.observe.recent import RecentCounts
+from kairos_jax.routing.observer import Observer
+from kairos_jax.routing.router import Router
 from kairos_jax.routing.stream import Stream, Timing
 from kairos_jax.worker.tally import Tally
 from kairos_jax.worker.worker import Worker
@@ -42,7 +43,7 @@ _SPARE_S = (
 )
 
 
-class Metrics:
+class Metrics(Observer):
     """The metrics of one router. Told on its event loop, rendered on any thread.
 
     model: as the aliases name it. slo: of requests that state none, whose class always has a name.
@@ -57,7 +58,7 @@ class Metrics:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.registry = CollectorRegistry()
-        self.judged, self._clock = Recent(4), clock
+        self.judged, self._clock = RecentCounts(4), clock
         self._model, self._classes = model, {_name(slo)} if slo else set()
         self._by_outcome()
         self._by_time()
@@ -76,14 +77,9 @@ class Metrics:
             self.registry.register(collector)
         ProcessCollector(registry=self.registry)
 
-    def watch(
-        self,
-        streams: Mapping[str, Stream],
-        peers: Mapping[str, Peer],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def watch(self, router: Router) -> None:
         """Tells of a router's requests in progress and of its workers, as they are when asked."""
-        self.registry.register(RouterGauges(self._model, clock, streams, peers))
+        self.registry.register(RouterGauges(self._model, router))
 
     def watch_workers(self, workers: Sequence[Worker]) -> None:
         """Tells of the ledgers and steps of workers in this process."""
@@ -118,6 +114,10 @@ class Metrics:
         self._prefill.labels(name).observe(timing.prefill_s)
         self._laxity.labels("first_step", name).observe(timing.laxity_s)
         self._laxity.labels("first_token", name).observe(stream.request.slo.ttft - timing.ttft_s)
+
+    def next_token(self, gap_s: float) -> None:
+        """Another token of a request has come."""
+        self.gaps.add(gap_s)
 
     def ended(self, stream: Stream, outcome: str) -> None:
         """A request is over. outcome: "stop", "length", "cancelled" or "failed"."""

@@ -31,7 +31,7 @@ def trace_events(records: Iterable[Record]) -> dict[str, Any]:
     return _whole([*trace.names, *trace.events])
 
 
-class Recent:
+class RecentTrace:
     """The last of a run that goes on: about so many events of its trace, however long it runs.
 
     Records are added on one thread; the trace may be asked for on others.

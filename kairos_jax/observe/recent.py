@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 
 
-class Recent:
+class RecentCounts:
     """Counts of the last minutes, by slots of time: `width` of them side by side in each.
 
     One thread adds; others may look.

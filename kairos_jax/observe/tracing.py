@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kairos_jax.observe import otlp
+from kairos_jax.routing.observer import Observer
 from kairos_jax.routing.stream import Stream
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def trace_of(headers: Iterable[tuple[str, str | bytes]]) -> Mapping[str, str]:
     return {key: value for key, value in headers if key in _HEADERS and isinstance(value, str)}
 
 
-class Tracing:
+class Tracing(Observer):
     """Makes the traces of one router. provider: exports them. clock: that of the streams."""
 
     def __init__(self, provider: "TracerProvider", clock: Callable[[], float] = time.monotonic):

@@ -1,19 +1,14 @@
-"""The workers of a router: who takes a request, and who is turned away."""
+"""The workers of a router: which of them takes a request, and which requests are turned away."""
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from kairos_jax.routing.peer import Peer
 from kairos_jax.worker.messages import Submit
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Request, Slo
-from schedulers.policies.routing import (
-    Admission,
-    is_full,
-    relief_s,
-    route_decode,
-    route_prefill,
-)
+from schedulers.policies.routing import ADMISSION, is_full, relief_s, route_decode, route_prefill
 
 # The least that a client which is turned away is told to wait.
 LEAST_RETRY_S = 0.1
@@ -34,55 +29,99 @@ class WorkerLost(Exception):
     """The instance that served this request failed, and there is no other to go on with it."""
 
 
-def taking(peers: Collection[Peer], prefill: bool) -> list[Peer]:
-    """Those that take new requests, to prefill or to decode. A colocated one does both, and is
-    never handed a request from elsewhere.
+class Fleet:
+    """Workers, which join and leave at any time. Used on one event loop.
+
+    cost: of the steps of workers in general; each has its own beside it. admission: one of
+    `schedulers.policies.routing.ADMISSION`. peers: by id. last_loss: why the last one left.
     """
-    some = [peer for peer in peers if (peer.role is not Role.DECODE) == prefill]
-    return [peer for peer in some if not peer.draining]
 
+    def __init__(
+        self,
+        cost: CostModel,
+        admission: str = "none",
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.cost, self.clock = cost, clock
+        self.peers: dict[str, Peer] = {}
+        self.last_loss = "none has joined"
+        self._admission = ADMISSION[admission]
 
-def check_admission(
-    request: Request, peers: Collection[Peer], admission: Admission, cost: CostModel, now: float
-) -> None:
-    """Raises Full where a request should not even wait. There is a peer that prefills."""
-    summaries = [peer.summary(now) for peer in taking(peers, prefill=True)]
-    if is_full(len(request.prompt), summaries):
-        raise Full(
-            "every instance that prefills holds all the KV for decode that it may, and as much "
-            "waits to be prefilled",
-            "parked_kv",
-            wait_s(peers, now),
+    def join(self, peer: Peer) -> None:
+        """Takes in a worker. Raises ValueError if its id is in use."""
+        if peer.id in self.peers:
+            raise ValueError(f"peer id {peer.id!r} is in use")
+        self.peers[peer.id] = peer
+
+    def remove(self, peer: Peer, reason: str) -> None:
+        """Does without a worker from now on."""
+        del self.peers[peer.id]
+        self.last_loss = reason
+
+    def drains(self, peer: Peer) -> None:
+        """A worker takes no new requests from now on."""
+        peer.draining = True
+        self.last_loss = f"instance {peer.id} is draining"
+
+    def taking(self, prefill: bool) -> list[Peer]:
+        """The workers that take requests to prefill, or to decode. A colocated one does both, and
+        is never handed a request from elsewhere. Raises WorkerLost: there is none, and why.
+        """
+        if peers := self._taking(prefill):
+            return peers
+        job = "prefills" if prefill else "decodes"
+        raise WorkerLost(f"no instance that {job} takes requests ({self.last_loss})")
+
+    def check_served(self) -> None:
+        """Raises WorkerLost where no request could be brought to its end."""
+        if any(peer.role is Role.PREFILL for peer in self.taking(prefill=True)):
+            self.taking(prefill=False)
+
+    def check_admission(self, request: Request) -> None:
+        """Raises Full where a request should not even wait, and WorkerLost where none is served."""
+        self.check_served()
+        now = self.clock()
+        summaries = [peer.summary(now) for peer in self._taking(prefill=True)]
+        if is_full(len(request.prompt), summaries):
+            raise Full(
+                "every instance that prefills holds all the KV for decode that it may, and as much "
+                "waits to be prefilled",
+                "parked_kv",
+                self.wait_s(),
+            )
+        if (late_s := self._admission(request, summaries, self.cost, now)) > 0:
+            raise Full(
+                f"the first token is predicted to come {late_s:.3g} s later than slo.ttft_s "
+                f"allows, {request.slo.ttft:g} s",
+                "predicted_ttft",
+                late_s,
+            )
+
+    def wait_s(self) -> float:
+        """Seconds until something of what is in progress has ended, as predicted."""
+        now = self.clock()
+        prefill, decode = (
+            [peer.summary(now) for peer in self._taking(prefill=which)] for which in (True, False)
         )
-    if (late_s := admission(request, summaries, cost, now)) > 0:
-        raise Full(
-            f"the first token is predicted to come {late_s:.3g} s later than slo.ttft_s allows, "
-            f"{request.slo.ttft:g} s",
-            "predicted_ttft",
-            late_s,
-        )
+        return relief_s(prefill, decode)
 
+    def choose_prefill(self, peers: Sequence[Peer], message: Submit) -> Peer:
+        """Where a new request is best sent, of at least one worker."""
+        if len(peers) == 1:
+            return peers[0]
+        now = self.clock()
+        summaries = [peer.summary(now) for peer in peers]
+        cached = [peer.cached(message.request) for peer in peers]
+        return peers[route_prefill(message.request, summaries, self.cost, now, cached)]
 
-def wait_s(peers: Collection[Peer], now: float) -> float:
-    """Seconds until something of what is in progress has ended, as predicted."""
-    prefill, decode = (taking(peers, prefill=which) for which in (True, False))
-    return relief_s([peer.summary(now) for peer in prefill], [p.summary(now) for p in decode])
+    def choose_decode(self, peers: Sequence[Peer], length: int, slo: Slo) -> Peer:
+        """Where a request of so many tokens is best sent to decode, of at least one worker."""
+        if len(peers) == 1:
+            return peers[0]
+        now = self.clock()
+        summaries = [peer.summary(now) for peer in peers]
+        return peers[route_decode(length, slo, summaries, self.cost, now)]
 
-
-def choose_prefill(peers: Sequence[Peer], message: Submit, cost: CostModel, now: float) -> Peer:
-    """Where a new request is best sent, of at least one."""
-    if len(peers) == 1:
-        return peers[0]
-    summaries = [peer.summary(now) for peer in peers]
-    cached = [peer.cached(message.request) for peer in peers]
-    return peers[route_prefill(message.request, summaries, cost, now, cached)]
-
-
-def choose_decode(
-    peers: Sequence[Peer], length: int, slo: Slo, cost: CostModel, now: float
-) -> Peer:
-    """Where a request of so many tokens is best sent to decode, of at least one."""
-    if len(peers) == 1:
-        return peers[0]
-    summaries = [peer.summary(now) for peer in peers]
-    return peers[route_decode(length, slo, summaries, cost, now)]
+    def _taking(self, prefill: bool) -> list[Peer]:
+        some = [peer for peer in self.peers.values() if (peer.role is not Role.DECODE) == prefill]
+        return [peer for peer in some if not peer.draining]

@@ -1,9 +1,9 @@
 """The router's side of the wire: a link to each worker that discovery lists.
 
-A link attaches to its worker, joins it to the router as a peer, and keeps listening for its pulse.
-When the worker is lost, whether its connection ended or nothing comes from it any more, the router
-hears that the peer died, and the link tries again for as long as the worker is listed. A process
-that was started anew is another peer. Everything here lives on the event loop.
+A link attaches to its worker, joins it to the router as a peer, and keeps listening for its
+heartbeat. When the worker is lost, whether its connection ended or nothing comes from it any more,
+the router hears that the peer died, and the link tries again for as long as the worker is listed. A
+process that was started anew is another peer. Everything here lives on the event loop.
 """
 
 import asyncio
@@ -18,14 +18,15 @@ from typing import Any
 import grpc
 
 from kairos_jax.config import ServerConfig
-from kairos_jax.net.credentials import Wire
-from kairos_jax.net.heartbeat import Pulse, first_of
+from kairos_jax.net.credentials import Credentials
+from kairos_jax.net.heartbeat import Heartbeat, first_of
 from kairos_jax.routing.peer import Peer
 from kairos_jax.routing.router import Router
 from kairos_jax.rpc import internal_pb2 as pb
 from kairos_jax.rpc import internal_pb2_grpc
 from kairos_jax.worker import codec
-from kairos_jax.worker.messages import Died, Draining, Message, Outlined
+from kairos_jax.worker.codec import Sender
+from kairos_jax.worker.messages import Died, Draining, Hello, Message, Outlined, Ping, Pong, Welcome
 from kairos_jax.worker.status import Status
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
@@ -46,16 +47,11 @@ _KNOWN = (grpc.aio.AioRpcError, OSError, ValueError, codec.RemoteError)
 
 
 @dataclass(frozen=True, slots=True)
-class _Ping:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
 class Linked:
     """A worker that is attached to. cost: of its own kind of step."""
 
     address: str
-    welcome: codec.Welcome
+    welcome: Welcome
     cost: CostModel
 
     @property
@@ -76,7 +72,7 @@ class Links:
         self,
         router: Router,
         config: ServerConfig,
-        net: Wire,
+        net: Credentials,
         on_change: Callable[[], None] = lambda: None,
         heartbeat_s: float = 0.25,
         hang_s: float = 1.0,
@@ -139,7 +135,7 @@ class Links:
         self.router.join(peer)
         self.workers[linked.id] = linked
         if (prefill := self.of(Role.PREFILL)) and (decode := self.of(Role.DECODE)):
-            self.router.cost = replace(prefill[0].cost, decode=decode[0].cost.decode)
+            self.router.fleet.cost = replace(prefill[0].cost, decode=decode[0].cost.decode)
         self._on_change()
 
     def part(self, id: str) -> None:
@@ -147,7 +143,7 @@ class Links:
         if self.workers.pop(id, None):
             self._on_change()
 
-    def check(self, welcome: codec.Welcome, role: Role, address: str) -> None:
+    def check(self, welcome: Welcome, role: Role, address: str) -> None:
         """Raises ValueError that says what of a worker does not fit, and to what."""
         config, limits = self._config, welcome.limits
         for what, theirs, ours in (
@@ -179,7 +175,7 @@ class _Link:
         self.linked: Linked | None = None
         self.status: Status | None = None
         self._links, self._role, self._address = links, role, address
-        self._outbox: asyncio.Queue[Message | _Ping] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Message | Ping] = asyncio.Queue()
 
     async def attach(self) -> Exception:
         """Returns why it could not be, or why it is over; a peer that had joined has died then."""
@@ -199,17 +195,18 @@ class _Link:
         """Hello, Welcome, and the first outline; then the worker joins."""
         links = self._links
         async with asyncio.timeout(_WELCOME_S):
-            hello = pb.Hello(router=links.identity, version=codec.VERSION)
-            await call.write(pb.ToWorker(hello=hello))
-            welcome = codec.decode_welcome(await _read(call))
+            await call.write(codec.encode(Hello(links.identity, codec.VERSION), 0.0))
+            welcome = codec.decode(await _read(call), Sender())
+            if not isinstance(welcome, Welcome):
+                raise ValueError(f"a Hello was answered by a {type(welcome).__name__}")
             links.check(welcome, self._role, self._address)
             cost = CostModel.from_profile(welcome.profile, (self._role.value,))
             linked = Linked(self._address, welcome, cost)
             said = await _read(call)
         now = links.clock()
-        first = codec.decode_event(said, linked.id, self._role, now)
+        first = codec.decode(said, Sender(now, linked.id, self._role))
         if not isinstance(first, Outlined):
-            raise ValueError(f"its Welcome was followed by {type(first).__name__}")
+            raise ValueError(f"its Welcome was followed by a {type(first).__name__}")
         limits = linked.welcome.limits
         peer = Peer(
             linked.id,
@@ -227,38 +224,36 @@ class _Link:
         return linked
 
     async def _go_on(self, call: Any, linked: Linked) -> None:
-        pulse = Pulse(self._links.heartbeat_s, self._links.hang_s)
+        heartbeat = Heartbeat(self._links.heartbeat_s, self._links.hang_s)
         await first_of(
-            self._listen(call, linked, pulse),
+            self._listen(call, linked, heartbeat),
             self._speak(call),
-            pulse.lost(lambda: self._outbox.put_nowait(_Ping())),
+            heartbeat.lost(lambda: self._outbox.put_nowait(Ping())),
         )
 
-    async def _listen(self, call: Any, linked: Linked, pulse: Pulse) -> None:
+    async def _listen(self, call: Any, linked: Linked, heartbeat: Heartbeat) -> None:
         """Passes events on to the router until there are no more."""
         links = self._links
         while (said := await call.read()) is not codec.EOF:
-            pulse.heard()
-            if said.WhichOneof("kind") == "pong":
-                self.status = codec.decode_pong(said.pong)
-                continue
-            event = codec.decode_event(said, linked.id, self._role, links.clock())
-            if isinstance(event, Died):
-                raise codec.RemoteError(event.error)
-            if isinstance(event, Draining):
-                links.part(linked.id)
-            links.router.emit(event)
+            heartbeat.heard()
+            match codec.decode(said, Sender(links.clock(), linked.id, self._role)):
+                case Pong(status):
+                    self.status = status
+                case Welcome():
+                    raise ValueError("a Welcome came, which only answers a Hello")
+                case Died(_, error):
+                    raise codec.RemoteError(error)
+                case event:
+                    if isinstance(event, Draining):
+                        links.part(linked.id)
+                    links.router.emit(event)
         raise ConnectionError("it has left")
 
     async def _speak(self, call: Any) -> None:
         while True:
             message = await self._outbox.get()
-            if isinstance(message, _Ping):
-                sent = pb.ToWorker(ping=pb.Ping())
-            else:
-                sent = codec.encode_message(message, self._links.clock())
             try:
-                await call.write(sent)
+                await call.write(codec.encode(message, self._links.clock()))
             except asyncio.InvalidStateError:  # the call is over: its reader learns why
                 await asyncio.Event().wait()
 

@@ -1,29 +1,25 @@
-"""The workers as the router knows them: the last summary of each, and what was sent since."""
+"""A worker as its router knows it: its last summary, and what was sent to it since."""
 
-import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
 from kairos_jax.worker.messages import Handover, Message, Submit
 from kairos_jax.worker.status import Status
+from kairos_jax.worker.unseen import Unseen
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Request
-from schedulers.policies.routing import (
-    Summary,
-    prompt_s,
-)
+from schedulers.policies.routing import Summary, prompt_s
 
 
 class Peer:
     """One worker, in this process or another.
 
     post: sends it a message. cost: of its own steps. summary: of its ledger as it was at `now`;
-    from then on `update` tells. None: of a worker that is not summed up, and passes for idle.
-    kv_tokens: whose KV its pool holds, 0 if that is not known. page_size: tokens of a page of its
-    prefix cache, 0 if it has none. look: what it holds and has run, as far as it has told.
-    draining: it takes no new requests.
+    from then on `update` tells. kv_tokens: whose KV its pool holds, 0 if that is not known.
+    page_size: tokens of a page of its prefix cache, 0 if it has none. look: what it holds and has
+    run, as far as it has told. draining: it takes no new requests.
     """
 
     def __init__(
@@ -32,7 +28,7 @@ class Peer:
         role: Role,
         post: Callable[[Message], None],
         cost: CostModel,
-        summary: Summary | None,
+        summary: Summary,
         now: float,
         kv_tokens: int = 0,
         page_size: int = 0,
@@ -41,17 +37,23 @@ class Peer:
         self.id, self.role, self.post, self.cost = id, role, post, cost
         self.kv_tokens, self.page_size, self.look = kv_tokens, page_size, look
         self.draining = False
-        self._summary, self._at = summary, now
-        self._num_sent = 0
-        # What each request adds that the summary does not count yet, in the order sent.
-        self._unseen: deque[Callable[[Summary], Summary]] = deque()
+        self._unseen = Unseen(summary, now)
         # Keys of the pages that it had to compute or to find, those of the latest last.
         self._pages: OrderedDict[int, None] = OrderedDict()
+
+    def summary(self, now: float) -> Summary:
+        """Its state as far as is known at `now`."""
+        return self._unseen.summary(now)
+
+    def update(self, summary: Summary, num_received: int, now: float) -> None:
+        """Takes a new summary, in which the first `num_received` requests sent here count."""
+        self._unseen.update(summary, num_received, now)
 
     def submit(self, message: Submit) -> None:
         """Sends a request to prefill, and perhaps to decode too."""
         request, cached = message.request, self.cached(message.request)
-        self._send(message, lambda summary: _with_request(summary, request, self.cost, cached))
+        self.post(message)
+        self._unseen.sent(lambda summary: _with_request(summary, request, self.cost, cached))
         for key in reversed(request.page_keys):
             self._pages[key] = None
             self._pages.move_to_end(key)
@@ -69,29 +71,8 @@ class Peer:
         """Sends a request to decode."""
         request = message.request
         length, slo = len(request.prompt) + len(message.tokens), request.slo
-        self._send(message, lambda summary: summary.with_context(length, slo, self.cost))
-
-    def update(self, summary: Summary, num_received: int, now: float) -> None:
-        """Takes a new summary, in which the first `num_received` requests sent here count."""
-        while len(self._unseen) > self._num_sent - num_received:
-            self._unseen.popleft()
-        for add in self._unseen:
-            summary = add(summary)
-        self._summary, self._at = summary, now
-
-    def summary(self, now: float) -> Summary:
-        """Its state as far as is known at `now`."""
-        if self._summary is None:
-            return Summary(self.id, self.role, 0.0, [], [], 1.0, 0.0, math.inf)
-        free_s = max(self._summary.free_s - (now - self._at), 0.0)
-        return replace(self._summary, free_s=free_s)
-
-    def _send(self, message: Submit | Handover, add: Callable[[Summary], Summary]) -> None:
         self.post(message)
-        if self._summary is not None:
-            self._num_sent += 1
-            self._unseen.append(add)
-            self._summary = add(self._summary)
+        self._unseen.sent(lambda summary: summary.with_context(length, slo, self.cost))
 
 
 def _with_request(summary: Summary, request: Request, cost: CostModel, cached: int) -> Summary:

@@ -1,11 +1,16 @@
-"""Messages and events as internal.proto has them, and back.
+"""The table of messages between routers and workers: each with its form in internal.proto, and by
+what its receiver finds whom it is for.
 
 Times go out as ages and come in as times of the receiver's clock: `now` is when a message is
 written, or was read. They are off by how long it was on its way.
+
+A new message is a class in `messages.py`, a field in internal.proto, a entry here, and the code
+that handles it.
 """
 
+import enum
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -18,19 +23,21 @@ from kairos_jax.worker.messages import (
     Cancel,
     Died,
     Draining,
-    Event,
     Handover,
+    Hello,
     Lost,
-    Message,
     Moved,
     Offered,
     Outlined,
     Output,
+    Ping,
+    Pong,
     Prefetch,
     Release,
     Returned,
     Stepped,
     Submit,
+    Welcome,
 )
 from kairos_jax.worker.status import Status
 from models.sampling import SamplingParams
@@ -51,208 +58,206 @@ class RemoteError(Exception):
     """What went wrong in another process."""
 
 
+class For(enum.Enum):
+    """By which attribute of a message its receiver finds whom it is for."""
+
+    CALL = ""  # the two ends of the call
+    REQUEST = "id"
+    OUTPUTS = "outputs"  # each for a request of its own
+    INSTANCE = "instance"
+
+
 @dataclass(frozen=True, slots=True)
-class Welcome:
-    """Who a worker is, and what it has. incarnation: random, new at each start. profile: its step
-    times (DESIGN: "Profile file"). kv_address: "host:port" of its KV service.
+class Sender:
+    """Of a message that was read. now: when, on the reader's clock. instance: the id by which the
+    reader knows a worker; role: that worker's.
     """
 
-    instance: str
-    incarnation: str
-    role: Role
-    model: str
-    fingerprint: str
-    dtype: str
-    limits: Limits
-    profile: Mapping[str, Any]
-    mesh_size: int = 1
-    device_kind: str = ""
-    kv_address: str = ""
-    prefix_cache: bool = False
+    now: float = 0.0
+    instance: str = ""
+    role: Role = Role.BOTH
 
 
-# What a router says.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One kind of message. field: of the `kind` of a ToWorker or FromWorker. write: what that field
+    is set to, for a message and the time now; read: the message again.
+    """
+
+    kind: type
+    field: str
+    receiver: For
+    write: Callable[[Any, float], Any]
+    read: Callable[[Any, Sender], Any]
 
 
-def encode_message(message: Message, now: float) -> pb.ToWorker:
-    """Raises TypeError for a message that does not leave the process."""
-    match message:
-        case Submit(request, trace):
-            return pb.ToWorker(submit=_request(request, now, trace))
-        case Handover(request, tokens, first_token_at, ticket, trace):
-            handover = pb.Handover(
-                request=_request(request, now, trace),
-                tokens=tokens,
-                first_token_age_s=now - first_token_at,
-                ticket=_ticket(ticket),
-            )
-            return pb.ToWorker(handover=handover)
-        case Prefetch(ticket, prompt):
-            return pb.ToWorker(prefetch=pb.Prefetch(ticket=_ticket(ticket), prompt=prompt))
-        case Release(id):
-            return pb.ToWorker(release=id)
-        case Cancel(id):
-            return pb.ToWorker(cancel=id)
-    raise TypeError(f"{type(message).__name__} is not for other processes")
-
-
-def decode_message(sent: pb.ToWorker, now: float) -> Message:
-    """Raises ValueError for what is none."""
-    match sent.WhichOneof("kind"):
-        case "submit":
-            return Submit(_to_request(sent.submit, now), dict(sent.submit.trace))
-        case "handover":
-            handover = sent.handover
-            return Handover(
-                _to_request(handover.request, now),
-                tuple(handover.tokens),
-                now - handover.first_token_age_s,
-                _to_ticket(handover.ticket),
-                dict(handover.request.trace),
-            )
-        case "prefetch":
-            return Prefetch(_to_ticket(sent.prefetch.ticket), tuple(sent.prefetch.prompt))
-        case "release":
-            return Release(sent.release)
-        case "cancel":
-            return Cancel(sent.cancel)
-    raise ValueError(f"{sent.WhichOneof('kind')} is no message for a worker")
-
-
-# What a worker says.
-
-
-def encode_event(event: Event, now: float) -> pb.FromWorker:
-    """An event, without the instance's id: the router knows it by one of its own."""
-    match event:
-        case Stepped(outputs):
-            return pb.FromWorker(stepped=pb.Stepped(outputs=[_output(o, now) for o in outputs]))
-        case Offered(id, ticket):
-            return pb.FromWorker(offered=pb.Offered(id=id, ticket=_ticket(ticket)))
-        case Moved(id, at):
-            return pb.FromWorker(moved=pb.Moved(id=id, age_s=now - at))
-        case Lost(id, error):
-            return pb.FromWorker(lost=pb.Lost(id=id, error=_error(error)))
-        case Died(_, error):
-            return pb.FromWorker(died=pb.Died(error=_error(error)))
-        case Outlined(_, summary, num_received):
-            return pb.FromWorker(outlined=_outlined(summary, num_received, now))
-        case Returned(id, ticket):
-            unclaimed = None if ticket is None else _ticket(ticket)
-            return pb.FromWorker(returned=pb.Returned(id=id, ticket=unclaimed))
-        case Draining():
-            return pb.FromWorker(draining=pb.Draining())
-    raise TypeError(f"{type(event).__name__} is not for other processes")
-
-
-def decode_event(said: pb.FromWorker, instance: str, role: Role, now: float) -> Event:
-    """instance: the worker's id here. Raises ValueError for what is no event."""
-    match said.WhichOneof("kind"):
-        case "stepped":
-            return Stepped(tuple(_to_output(output, now) for output in said.stepped.outputs))
-        case "offered":
-            return Offered(said.offered.id, _to_ticket(said.offered.ticket))
-        case "moved":
-            return Moved(said.moved.id, now - said.moved.age_s)
-        case "lost":
-            return Lost(said.lost.id, RemoteError(said.lost.error))
-        case "died":
-            return Died(instance, RemoteError(said.died.error))
-        case "outlined":
-            outlined = said.outlined
-            summary = Summary(
-                instance,
-                role,
-                outlined.free_s,
-                [now + due for due in outlined.due_in_s],
-                list(outlined.ahead_s),
-                outlined.pace,
-                outlined.load,
-                outlined.room,
-                outlined.end_s,
-                outlined.parked_room,
-            )
-            return Outlined(instance, summary, outlined.num_received)
-        case "returned":
-            returned = said.returned
-            ticket = _to_ticket(returned.ticket) if returned.HasField("ticket") else None
-            return Returned(returned.id, ticket)
-        case "draining":
-            return Draining(instance)
-    raise ValueError(f"{said.WhichOneof('kind')} is no event of a worker")
-
-
-def encode_pong(status: Status) -> pb.FromWorker:
-    """Answers a Ping."""
-    return pb.FromWorker(pong=pb.Pong(status=pb.Status(**asdict(status))))
-
-
-def decode_pong(said: pb.Pong) -> Status | None:
-    """None: of a worker that does not tell."""
-    if not said.HasField("status"):
-        return None
-    told: dict[str, Any] = {each.name: getattr(said.status, each.name) for each in fields(Status)}
-    return replace(Status(**told), begun=tuple(said.status.begun))
-
-
-def encode_welcome(welcome: Welcome) -> pb.FromWorker:
-    """Answers a Hello."""
-    limits = welcome.limits
-    return pb.FromWorker(
-        welcome=pb.Welcome(
-            instance=welcome.instance,
-            incarnation=welcome.incarnation,
-            role=welcome.role.value,
-            model=welcome.model,
-            fingerprint=welcome.fingerprint,
-            dtype=welcome.dtype,
-            limits=pb.Limits(
-                max_batch=limits.max_batch,
-                max_chunk=limits.max_chunk,
-                max_context=limits.max_context,
-                page_size=limits.page_size,
-                num_pages=limits.num_pages,
-                parked_tokens=limits.parked_tokens,
-            ),
-            # Samples are for people who look at the fit.
-            profile_json=json.dumps({k: v for k, v in welcome.profile.items() if k != "samples"}),
-            mesh_size=welcome.mesh_size,
-            device_kind=welcome.device_kind,
-            kv_address=welcome.kv_address,
-            prefix_cache=welcome.prefix_cache,
-        )
-    )
-
-
-def decode_welcome(said: pb.FromWorker) -> Welcome:
-    """Raises ValueError for what is none, or has a field that makes no sense."""
-    if said.WhichOneof("kind") != "welcome":
-        raise ValueError(f"a Hello was answered by {said.WhichOneof('kind')}, not by a Welcome")
-    welcome, limits = said.welcome, said.welcome.limits
-    return Welcome(
-        instance=welcome.instance,
-        incarnation=welcome.incarnation,
-        role=Role(welcome.role),
-        model=welcome.model,
-        fingerprint=welcome.fingerprint,
-        dtype=welcome.dtype,
-        limits=Limits(
-            limits.max_batch,
-            limits.max_chunk,
-            limits.max_context,
-            limits.page_size,
-            limits.num_pages,
-            limits.parked_tokens,
+TO_WORKER = (
+    Entry(
+        Hello,
+        "hello",
+        For.CALL,
+        lambda message, now: pb.Hello(router=message.router, version=message.version),
+        lambda sent, sender: Hello(sent.router, sent.version),
+    ),
+    Entry(Ping, "ping", For.CALL, lambda message, now: pb.Ping(), lambda sent, sender: Ping()),
+    Entry(
+        Submit,
+        "submit",
+        For.REQUEST,
+        lambda message, now: _request(message.request, now, message.trace),
+        lambda sent, sender: Submit(_to_request(sent, sender.now), dict(sent.trace)),
+    ),
+    Entry(
+        Handover,
+        "handover",
+        For.REQUEST,
+        lambda message, now: pb.Handover(
+            request=_request(message.request, now, message.trace),
+            tokens=message.tokens,
+            first_token_age_s=now - message.first_token_at,
+            ticket=_ticket(message.ticket),
         ),
-        profile=json.loads(welcome.profile_json),
-        mesh_size=welcome.mesh_size,
-        device_kind=welcome.device_kind,
-        kv_address=welcome.kv_address,
-        prefix_cache=welcome.prefix_cache,
-    )
+        lambda sent, sender: Handover(
+            _to_request(sent.request, sender.now),
+            tuple(sent.tokens),
+            sender.now - sent.first_token_age_s,
+            _to_ticket(sent.ticket),
+            dict(sent.request.trace),
+        ),
+    ),
+    Entry(
+        Prefetch,
+        "prefetch",
+        For.REQUEST,
+        lambda message, now: pb.Prefetch(ticket=_ticket(message.ticket), prompt=message.prompt),
+        lambda sent, sender: Prefetch(_to_ticket(sent.ticket), tuple(sent.prompt)),
+    ),
+    Entry(
+        Release,
+        "release",
+        For.REQUEST,
+        lambda message, now: message.id,
+        lambda sent, sender: Release(sent),
+    ),
+    Entry(
+        Cancel,
+        "cancel",
+        For.REQUEST,
+        lambda message, now: message.id,
+        lambda sent, sender: Cancel(sent),
+    ),
+)
+
+FROM_WORKER = (
+    Entry(
+        Welcome,
+        "welcome",
+        For.CALL,
+        lambda message, now: _welcome(message),
+        lambda said, sender: _to_welcome(said),
+    ),
+    Entry(
+        Pong,
+        "pong",
+        For.CALL,
+        lambda message, now: pb.Pong(status=message.status and _status(message.status)),
+        lambda said, sender: Pong(_to_status(said.status) if said.HasField("status") else None),
+    ),
+    Entry(
+        Stepped,
+        "stepped",
+        For.OUTPUTS,
+        lambda event, now: pb.Stepped(outputs=[_output(each, now) for each in event.outputs]),
+        lambda said, sender: Stepped(tuple(_to_output(each, sender.now) for each in said.outputs)),
+    ),
+    Entry(
+        Offered,
+        "offered",
+        For.REQUEST,
+        lambda event, now: pb.Offered(id=event.id, ticket=_ticket(event.ticket)),
+        lambda said, sender: Offered(said.id, _to_ticket(said.ticket)),
+    ),
+    Entry(
+        Moved,
+        "moved",
+        For.REQUEST,
+        lambda event, now: pb.Moved(id=event.id, age_s=now - event.at),
+        lambda said, sender: Moved(said.id, sender.now - said.age_s),
+    ),
+    Entry(
+        Lost,
+        "lost",
+        For.REQUEST,
+        lambda event, now: pb.Lost(id=event.id, error=_error(event.error)),
+        lambda said, sender: Lost(said.id, RemoteError(said.error)),
+    ),
+    Entry(
+        Returned,
+        "returned",
+        For.REQUEST,
+        lambda event, now: pb.Returned(id=event.id, ticket=event.ticket and _ticket(event.ticket)),
+        lambda said, sender: Returned(
+            said.id, _to_ticket(said.ticket) if said.HasField("ticket") else None
+        ),
+    ),
+    Entry(
+        Outlined,
+        "outlined",
+        For.INSTANCE,
+        lambda event, now: _outlined(event, now),
+        lambda said, sender: _to_outlined(said, sender),
+    ),
+    Entry(
+        Draining,
+        "draining",
+        For.INSTANCE,
+        lambda event, now: pb.Draining(),
+        lambda said, sender: Draining(sender.instance),
+    ),
+    Entry(
+        Died,
+        "died",
+        For.INSTANCE,
+        lambda event, now: pb.Died(error=_error(event.error)),
+        lambda said, sender: Died(sender.instance, RemoteError(said.error)),
+    ),
+)
+
+_TO_WORKER, _FROM_WORKER = (
+    {entry.kind: entry for entry in table} for table in (TO_WORKER, FROM_WORKER)
+)
+_BY_FIELD = {
+    form: {entry.field: entry for entry in table}
+    for form, table in ((pb.ToWorker, TO_WORKER), (pb.FromWorker, FROM_WORKER))
+}
 
 
-# Their parts.
+def encode(message: Any, now: float) -> pb.ToWorker | pb.FromWorker:
+    """Raises TypeError for a message that does not leave the process."""
+    kind = type(message)
+    if entry := _TO_WORKER.get(kind):
+        return pb.ToWorker(**{entry.field: entry.write(message, now)})
+    if entry := _FROM_WORKER.get(kind):
+        return pb.FromWorker(**{entry.field: entry.write(message, now)})
+    raise TypeError(f"{kind.__name__} is not for other processes")
+
+
+def decode(sent: pb.ToWorker | pb.FromWorker, sender: Sender) -> Any:
+    """Raises ValueError for what is no message, or has a field that makes no sense."""
+    field = sent.WhichOneof("kind")
+    entry = _BY_FIELD[type(sent)].get(field or "")
+    if entry is None:
+        raise ValueError(f"{field} is no kind of {type(sent).__name__}")
+    return entry.read(getattr(sent, entry.field), sender)
+
+
+def address_of(event: Any) -> tuple[For, Any]:
+    """Whom an event of a worker's is for, and the attribute that says so."""
+    receiver = _FROM_WORKER[type(event)].receiver
+    return receiver, getattr(event, receiver.value)
+
+
+# The parts of messages.
 
 
 def _request(request: Request, now: float, trace: Mapping[str, str]) -> pb.Request:
@@ -265,7 +270,7 @@ def _request(request: Request, now: float, trace: Mapping[str, str]) -> pb.Reque
         ttft_s=request.slo.ttft,
         tpot_s=request.slo.tpot,
         stop=sorted(request.stop),
-        sampling=None if how is None else _sampling(how),
+        sampling=None if how is None else pb.Sampling(**_fields(how)),
         serial=request.serial,
         trace=trace,
     )
@@ -284,18 +289,6 @@ def _to_request(sent: pb.Request, now: float) -> Request:
     )
 
 
-def _sampling(how: SamplingParams) -> pb.Sampling:
-    return pb.Sampling(
-        temperature=how.temperature,
-        top_k=how.top_k,
-        top_p=how.top_p,
-        min_p=how.min_p,
-        seed=how.seed,
-        logprobs=how.logprobs,
-        prompt_logprobs=how.prompt_logprobs,
-    )
-
-
 def _to_sampling(sent: pb.Sampling) -> SamplingParams:
     return SamplingParams(
         sent.temperature,
@@ -309,12 +302,7 @@ def _to_sampling(sent: pb.Sampling) -> SamplingParams:
 
 
 def _ticket(ticket: Ticket) -> pb.Ticket:
-    return pb.Ticket(
-        request_id=ticket.request_id,
-        num_tokens=ticket.num_tokens,
-        uuid=ticket.uuid,
-        address=ticket.address,
-    )
+    return pb.Ticket(**_fields(ticket))
 
 
 def _to_ticket(sent: pb.Ticket) -> Ticket:
@@ -359,7 +347,8 @@ def _to_prompt_logprobs(said: pb.PromptLogprobs) -> PromptLogprobs:
     return PromptLogprobs(tuple(said.logprobs), tuple(said.top_ids), tuple(said.top_logprobs))
 
 
-def _outlined(summary: Summary, num_received: int, now: float) -> pb.Outlined:
+def _outlined(event: Outlined, now: float) -> pb.Outlined:
+    summary = event.summary
     return pb.Outlined(
         free_s=summary.free_s,
         due_in_s=[deadline - now for deadline in summary.deadline],
@@ -367,10 +356,61 @@ def _outlined(summary: Summary, num_received: int, now: float) -> pb.Outlined:
         pace=summary.pace,
         load=summary.load,
         room=summary.room,
-        num_received=num_received,
+        num_received=event.num_received,
         end_s=summary.end_s,
         parked_room=summary.parked_room,
     )
+
+
+def _to_outlined(said: pb.Outlined, sender: Sender) -> Outlined:
+    summary = Summary(
+        sender.instance,
+        sender.role,
+        said.free_s,
+        [sender.now + due for due in said.due_in_s],
+        list(said.ahead_s),
+        said.pace,
+        said.load,
+        said.room,
+        said.end_s,
+        said.parked_room,
+    )
+    return Outlined(sender.instance, summary, said.num_received)
+
+
+def _status(status: Status) -> pb.Status:
+    return pb.Status(**asdict(status))
+
+
+def _to_status(said: pb.Status) -> Status:
+    told: dict[str, Any] = {each.name: getattr(said, each.name) for each in fields(Status)}
+    return replace(Status(**told), begun=tuple(said.begun))
+
+
+def _welcome(welcome: Welcome) -> pb.Welcome:
+    # Samples are for people who look at the fit.
+    profile = {key: value for key, value in welcome.profile.items() if key != "samples"}
+    told = _fields(welcome) | {
+        "role": welcome.role.value,
+        "limits": pb.Limits(**_fields(welcome.limits)),
+        "profile_json": json.dumps(profile),
+    }
+    del told["profile"]
+    return pb.Welcome(**told)
+
+
+def _to_welcome(said: pb.Welcome) -> Welcome:
+    told: dict[str, Any] = {
+        each.name: getattr(said, each.name) for each in fields(Welcome) if each.name != "profile"
+    }
+    limits = {each.name: getattr(said.limits, each.name) for each in fields(Limits)}
+    told |= {"role": Role(said.role), "limits": Limits(**limits)}
+    return Welcome(**told, profile=json.loads(said.profile_json))
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """Of a dataclass, by name: the message that says it has fields of the same names."""
+    return {each.name: getattr(record, each.name) for each in fields(record)}
 
 
 def _error(error: BaseException) -> str:

@@ -1,10 +1,15 @@
-"""What is said to a worker, and what it says."""
+"""What is said to a worker, and what it says. `codec.py` is the table of those that leave the
+process.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kairos_jax.engine.calls import Token
 from kairos_jax.kv.transport import Ticket
+from kairos_jax.worker.status import Status
+from schedulers.ledger.instance import Limits, Role
 from schedulers.ledger.request import Request
 from schedulers.policies.routing import Summary
 
@@ -62,6 +67,7 @@ class HandBack:
 
 
 Message = Submit | Handover | Prefetch | Release | Cancel | HandBack
+"""All that is said to a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +158,49 @@ class Outlined:
 
 
 Event = Stepped | Offered | Moved | Lost | Returned | Draining | Died | Outlined
+"""All that a worker says."""
+
+
+# Between the two ends of a router's call to a worker.
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A router's first message. router: random, new at each start. version: of internal.proto."""
+
+    router: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Answers a Hello: who a worker is, and what it has.
+
+    incarnation: random, new at each start. profile: its step times (see `schedulers.cost`).
+    kv_address: "host:port" of its KV service.
+    """
+
+    instance: str
+    incarnation: str
+    role: Role
+    model: str
+    fingerprint: str
+    dtype: str
+    limits: Limits
+    profile: Mapping[str, Any]
+    mesh_size: int = 1
+    device_kind: str = ""
+    kv_address: str = ""
+    prefix_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """A sign of life of a router's, which asks for one of the worker's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Answers a Ping. status: None of a worker that does not tell."""
+
+    status: Status | None = None

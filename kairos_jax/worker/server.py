@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from absl import flags
@@ -14,27 +14,22 @@ from kairos_jax.engine.engine import Engine
 from kairos_jax.engine.followers import Leader
 from kairos_jax.kv.manifest import Facts
 from kairos_jax.net.address import is_wildcard, join_address
-from kairos_jax.net.credentials import Wire
+from kairos_jax.net.credentials import Credentials
 from kairos_jax.net.health import Health
-from kairos_jax.observe import otlp
-from kairos_jax.observe.worker_spans import WorkerSpans
 from kairos_jax.process.command import UsageError
 from kairos_jax.rpc import internal_pb2_grpc
 from kairos_jax.worker import codec
-from kairos_jax.worker.messages import HandBack
-from kairos_jax.worker.service import Attachments
+from kairos_jax.worker.messages import HandBack, Welcome
+from kairos_jax.worker.service import WorkerService
 from kairos_jax.worker.worker import Worker
 from schedulers.ledger.instance import Role
-
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
 
 # What routers are given to take back what has not ended by itself.
 _RETURN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedRole:
     """All that takes long to get. facts: of its KV; measured: its profile. leader: of a mesh that
     spans processes.
     """
@@ -48,9 +43,9 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RoleOptions:
     """Where a role listens, and how it ends. host, port: as bound. advertise: the host by which
-    peers reach it. health_port, metrics_port: 0 for none. traces: where its spans go, if anywhere.
+    peers reach it. health_port, metrics_port: 0 for none.
     """
 
     host: str
@@ -62,13 +57,10 @@ class Options:
     router_hang_s: float = 10.0
     stuck_s: float = 30.0
     metrics_port: int = 0
-    traces: "TracerProvider | None" = None
 
     @classmethod
-    def from_flags(cls, role: Role) -> "Options":
-        """Raises UsageError where peers would be told an address that is none, or traces go
-        nowhere.
-        """
+    def from_flags(cls) -> "RoleOptions":
+        """Raises UsageError where peers would be told an address that is none."""
         values = flags.FLAGS
         advertise = values.advertise or values.host
         if is_wildcard(advertise):
@@ -83,17 +75,16 @@ class Options:
             values.router_hang_s,
             values.stuck_s,
             values.metrics_port,
-            otlp.from_flags(f"kairos-{role.value}"),
         )
 
 
 class RoleServer:
     """The gRPC server of one role. Health says NOT_SERVING until `open`, and again from `drain`."""
 
-    def __init__(self, role: Role, options: Options, net: Wire):
+    def __init__(self, role: Role, options: RoleOptions, net: Credentials):
         """Raises UsageError if an address cannot be listened on."""
         self.role, self.options = role, options
-        self.attachments = Attachments(
+        self.service = WorkerService(
             asyncio.get_running_loop(), options.stuck_s, options.router_hang_s
         )
         self.grpc = grpc.aio.server(
@@ -103,7 +94,7 @@ class RoleServer:
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
             ],
         )
-        internal_pb2_grpc.add_WorkerServicer_to_server(self.attachments, self.grpc)
+        internal_pb2_grpc.add_WorkerServicer_to_server(self.service, self.grpc)
         host, port = options.host, options.port
         try:  # first: what is wrong with the host is wrong with all the ports
             port = net.add_port(self.grpc, host, port)
@@ -112,8 +103,6 @@ class RoleServer:
         self._health = Health(self.grpc, codec.SERVICE, host, options.health_port)
         self.address = join_address(options.advertise, port)
         self.name = options.name or f"{role.value}-{self.address}"
-        if options.traces:
-            self.attachments.spans = WorkerSpans(options.traces, role, self.name)
 
     def add_late(self, add: Callable[[Any], None]) -> None:
         """Adds a service, by its `add_to`, to the server that has started."""
@@ -125,9 +114,9 @@ class RoleServer:
         await self.grpc.start()
         await self._health.listen()
 
-    async def open(self, worker: Worker, config: ServerConfig, prepared: Prepared) -> None:
+    async def open(self, worker: Worker, config: ServerConfig, prepared: PreparedRole) -> None:
         """Starts the worker, and takes routers for it."""
-        welcome = codec.Welcome(
+        welcome = Welcome(
             instance=self.name,
             incarnation=secrets.token_hex(8),
             role=self.role,
@@ -141,7 +130,7 @@ class RoleServer:
             kv_address=self.address,
             prefix_cache=worker.page_keys is not None,
         )
-        self.attachments.open(worker, welcome)
+        self.service.open(worker, welcome)
         worker.start()
         await self._health.say(serving=True)
 
@@ -150,7 +139,7 @@ class RoleServer:
         if nothing outlasted it.
         """
         await self._health.say(serving=False)
-        self.attachments.drain()
+        self.service.drain()
         worker.post(HandBack(running=False))
         if await self._drained(self.options.grace_s):
             return True
@@ -160,17 +149,15 @@ class RoleServer:
 
     async def close(self) -> None:
         """Ends the routers' calls, each once it has been told all, and stops listening."""
-        self.attachments.close()
+        self.service.close()
         await self.grpc.stop(grace=1.0)
         await self._health.close()
-        if self.options.traces:
-            await asyncio.to_thread(otlp.flush, self.options.traces)
 
     async def _drained(self, timeout_s: float) -> bool:
         """Whether no router has a request here in time; where the worker died, none will have."""
-        drained = asyncio.ensure_future(self.attachments.drained())
+        drained = asyncio.ensure_future(self.service.drained())
         await asyncio.wait(
-            {drained, self.attachments.died}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            {drained, self.service.died}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
         )
         done = drained.done()
         drained.cancel()

@@ -8,36 +8,38 @@ except for `emit`, which the worker's threads call.
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
-from kairos_jax.net.heartbeat import Pulse, first_of
-from kairos_jax.observe.worker_spans import WorkerSpans
-from kairos_jax.rpc import internal_pb2 as pb
+from kairos_jax.net.heartbeat import Heartbeat, first_of
 from kairos_jax.rpc import internal_pb2_grpc
 from kairos_jax.worker import codec
+from kairos_jax.worker.codec import For, Sender
 from kairos_jax.worker.messages import (
     Cancel,
     Died,
     Draining,
     Event,
     Handover,
+    Hello,
     Lost,
-    Moved,
-    Offered,
+    Message,
     Outlined,
     Output,
+    Ping,
+    Pong,
     Prefetch,
     Release,
     Returned,
     Stepped,
     Submit,
+    Welcome,
 )
 from kairos_jax.worker.status import status_of
+from kairos_jax.worker.unseen import Receipts
 from kairos_jax.worker.worker import Worker
 from schedulers.ledger.request import Request
 
@@ -56,8 +58,8 @@ class _Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Pong:
-    pass
+class _Pinged:
+    """A ping is to be answered, by the state at the time of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,37 +68,37 @@ class _End:
 
 
 @dataclass(eq=False, slots=True)
-class _Line:
+class _Attached:
     """A router that is attached. events: what it is still to be told. requests: its requests here,
-    and of them `ahead`, whose KV alone is announced. posts: of those that no outline has counted
-    yet, which of all posts each was.
+    and of them `ahead`, whose KV alone is announced.
     """
 
-    router: str
+    name: str
     max_behind: int
-    events: asyncio.Queue[Event | _Pong | _End] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Event | _Pinged | _End] = field(default_factory=asyncio.Queue)
     requests: set[str] = field(default_factory=set)
     ahead: set[str] = field(default_factory=set)
-    posts: deque[int] = field(default_factory=deque)
-    num_counted: int = 0
     behind: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def tell(self, event: Event | _Pong | _End) -> None:
-        """Puts an event into its queue; where that is full, the line is given up."""
+    def tell(self, event: Event | _Pinged | _End) -> None:
+        """Puts an event into its queue; where that is full, the router is given up."""
         if self.events.qsize() >= self.max_behind:
             self.behind.set()
         else:
             self.events.put_nowait(event)
 
-    def count(self, num_received: int) -> int:
-        """How many of its own requests are among the first so many that the worker received."""
-        while self.posts and self.posts[0] <= num_received:
-            self.posts.popleft()
-            self.num_counted += 1
-        return self.num_counted
+
+class Spans(Protocol):
+    """Is told what goes into a worker and comes out of it: see `observe.worker_spans`."""
+
+    def took(self, message: Submit | Handover) -> None: ...
+
+    def said(self, event: Event) -> None: ...
+
+    def dropped(self, id: str) -> None: ...
 
 
-class Attachments(internal_pb2_grpc.WorkerServicer):
+class WorkerService(internal_pb2_grpc.WorkerServicer):
     """Answers UNAVAILABLE until `open`, and again from `drain` on.
 
     stuck_s: a step that takes so much longer than predicted has hung: pings are not answered then.
@@ -115,19 +117,17 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
         self.stuck_s, self.hang_s, self.max_behind, self.clock = stuck_s, hang_s, max_behind, clock
         self.died: asyncio.Future[Died] = loop.create_future()
         self.draining = False
-        self.spans: WorkerSpans | None = None
+        self.spans: Spans | None = None
         self._loop = loop
-        self._lines: set[_Line] = set()
-        self._line_of: dict[str, _Line] = {}
-        self._num_posted = 0
+        self._routers: set[_Attached] = set()
+        self._router_of: dict[str, _Attached] = {}
+        self._receipts = Receipts()
         self._worker: Worker | None = None
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def open(self, worker: Worker, welcome: codec.Welcome) -> None:
+    def open(self, worker: Worker, welcome: Welcome) -> None:
         """Takes routers for a worker that is not started yet, and was made with this `emit`."""
-        if worker.outline is None:
-            raise ValueError(f"worker {welcome.instance!r} must have an outline, for its routers")
         now = self.clock()
         summary = worker.outline(worker.instance, now)
         self._outlined, self._outlined_at = Outlined(welcome.instance, summary, 0), now
@@ -141,12 +141,12 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
     @property
     def num_requests(self) -> int:
         """Requests that routers have here."""
-        return len(self._line_of)
+        return len(self._router_of)
 
     @property
     def num_routers(self) -> int:
         """Routers that are attached."""
-        return len(self._lines)
+        return len(self._routers)
 
     async def drained(self) -> None:
         """Returns when no router has a request here."""
@@ -157,44 +157,43 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
         be in a long step.
         """
         self.draining = True
-        for line in self._lines:
-            line.tell(Draining(self._welcome.instance))
+        for router in self._routers:
+            router.tell(Draining(self._welcome.instance))
 
     def close(self) -> None:
         """Ends each router's call once all events are with it."""
         self.draining = True
-        for line in self._lines:
-            line.tell(_End())
+        for router in self._routers:
+            router.tell(_End())
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:
         """See internal.proto."""
-        line = None
+        router = None
         try:
-            hello = await context.read()
-            line = self._admit(hello)
-            log.info("router %s attached", line.router)
-            await context.write(codec.encode_welcome(self._welcome))
-            pulse = Pulse(self.hang_s / 4, self.hang_s)
+            router = self._admit(await context.read())
+            log.info("router %s attached", router.name)
+            await context.write(codec.encode(self._welcome, 0.0))
+            heartbeat = Heartbeat(self.hang_s / 4, self.hang_s)
             await first_of(
-                self._read(line, context, pulse),
-                self._write(line, context),
-                self._too_slow(line),
-                pulse.lost(),
+                self._read(router, context, heartbeat),
+                self._write(router, context),
+                self._too_slow(router),
+                heartbeat.lost(),
             )
         except _Refused as error:
-            await self._end(line, context, error.code, error)
+            await self._end(router, context, error.code, error)
         except TimeoutError as error:
-            await self._end(line, context, grpc.StatusCode.DEADLINE_EXCEEDED, error)
+            await self._end(router, context, grpc.StatusCode.DEADLINE_EXCEEDED, error)
         except ValueError as error:
-            await self._end(line, context, grpc.StatusCode.INVALID_ARGUMENT, error)
+            await self._end(router, context, grpc.StatusCode.INVALID_ARGUMENT, error)
         finally:
             # Where the router died or went away, this task was cancelled.
-            if line:
-                self._leave(line)
+            if router:
+                self._leave(router)
 
     # A router's call.
 
-    def _admit(self, hello: Any) -> _Line:
+    def _admit(self, first: Any) -> _Attached:
         unavailable = grpc.StatusCode.UNAVAILABLE
         if self.draining:
             raise _Refused(unavailable, "the worker is draining")
@@ -202,52 +201,58 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
             raise _Refused(unavailable, "the worker is starting")
         if not self._goes_on():
             raise _Refused(unavailable, "the worker's step loop has ended, or hangs in a step")
-        if hello is codec.EOF or hello.WhichOneof("kind") != "hello":
-            raise _Refused(grpc.StatusCode.FAILED_PRECONDITION, "the first message must be a Hello")
-        if hello.hello.version != codec.VERSION:
+        unfit = grpc.StatusCode.FAILED_PRECONDITION
+        hello = None if first is codec.EOF else codec.decode(first, Sender())
+        if not isinstance(hello, Hello):
+            raise _Refused(unfit, "the first message must be a Hello")
+        if hello.version != codec.VERSION:
             raise _Refused(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"version must be {codec.VERSION}, as of this worker, got {hello.hello.version}",
+                unfit, f"version must be {codec.VERSION}, as of this worker, got {hello.version}"
             )
-        line = _Line(hello.hello.router, self.max_behind)
+        router = _Attached(hello.router, self.max_behind)
         # As it was when last told; what was sent here since is in the next one.
         waited_s = self.clock() - self._outlined_at
         summary = self._outlined.summary
         summary = replace(summary, free_s=max(summary.free_s - waited_s, 0.0))
-        line.tell(replace(self._outlined, summary=summary, num_received=0))
-        self._lines.add(line)
-        return line
+        router.tell(replace(self._outlined, summary=summary, num_received=0))
+        self._routers.add(router)
+        self._receipts.join(router)
+        return router
 
-    async def _read(self, line: _Line, context: Any, pulse: Pulse) -> None:
+    async def _read(self, router: _Attached, context: Any, heartbeat: Heartbeat) -> None:
         while (sent := await context.read()) is not codec.EOF:
-            pulse.heard()
-            if sent.WhichOneof("kind") != "ping":
-                self._take(line, sent)
-            elif self._goes_on():
-                line.tell(_Pong())
+            heartbeat.heard()
+            match codec.decode(sent, Sender(self.clock())):
+                case Ping():
+                    if self._goes_on():
+                        router.tell(_Pinged())
+                case Hello():
+                    raise ValueError("a Hello is the first message, and no other")
+                case message:
+                    self._take(router, message)
 
-    async def _write(self, line: _Line, context: Any) -> None:
-        while not isinstance(event := await line.events.get(), _End):
-            if isinstance(event, _Pong):
+    async def _write(self, router: _Attached, context: Any) -> None:
+        while not isinstance(event := await router.events.get(), _End):
+            if isinstance(event, _Pinged):
                 assert self._worker is not None
-                status = status_of(self._worker.instance, self._worker.ran)
-                await context.write(codec.encode_pong(status))
+                said = Pong(status_of(self._worker.instance, self._worker.ran))
             else:
-                await context.write(codec.encode_event(event, self.clock()))
+                said = event
+            await context.write(codec.encode(said, self.clock()))
 
-    async def _too_slow(self, line: _Line) -> None:
-        await line.behind.wait()
+    async def _too_slow(self, router: _Attached) -> None:
+        await router.behind.wait()
         raise _Refused(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             f"the router has read too slowly: it is {self.max_behind} events behind",
         )
 
     async def _end(
-        self, line: _Line | None, context: Any, code: grpc.StatusCode, error: Exception
+        self, router: _Attached | None, context: Any, code: grpc.StatusCode, error: Exception
     ) -> None:
-        if line:
-            self._leave(line)
-            log.error("router %s is dropped: %s", line.router, error)
+        if router:
+            self._leave(router)
+            log.error("router %s is dropped: %s", router.name, error)
         await context.abort(code, str(error))
 
     def _goes_on(self) -> bool:
@@ -259,34 +264,32 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
 
     # From a router to the worker.
 
-    def _take(self, line: _Line, sent: pb.ToWorker) -> None:
+    def _take(self, router: _Attached, message: Message) -> None:
         assert self._worker is not None
-        message = codec.decode_message(sent, self.clock())
         match message:
             case Submit(request) | Handover(request=request):
                 self._check(request)
-                if request.id in line.ahead:
-                    line.ahead.discard(request.id)
+                if request.id in router.ahead:
+                    router.ahead.discard(request.id)
                 else:
-                    self._know(request.id, line)
+                    self._know(request.id, router)
                 if self.spans:
                     self.spans.took(message)
-                self._num_posted += 1
-                line.posts.append(self._num_posted)
+                self._receipts.posted(router)
             case Prefetch(ticket):
-                self._know(ticket.request_id, line)
-                line.ahead.add(ticket.request_id)
+                self._know(ticket.request_id, router)
+                router.ahead.add(ticket.request_id)
             case Release(id) | Cancel(id):
-                if not self._forget(id, line):
+                if not self._forget(id, router):
                     return  # it has ended here meanwhile, or was never this router's
         self._worker.post(message)
 
-    def _know(self, id: str, line: _Line) -> None:
+    def _know(self, id: str, router: _Attached) -> None:
         """Raises ValueError for an id that would end the step loop."""
-        if id in self._line_of:
+        if id in self._router_of:
             raise ValueError(f"request id {id!r} is in use here")
-        line.requests.add(id)
-        self._line_of[id] = line
+        router.requests.add(id)
+        self._router_of[id] = router
         self._empty.clear()
 
     def _check(self, request: Request) -> None:
@@ -297,26 +300,27 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
                 f"tokens, got {request.max_length}"
             )
 
-    def _leave(self, line: _Line) -> None:
+    def _leave(self, router: _Attached) -> None:
         """The router is gone: nobody waits for its requests any more."""
-        if line not in self._lines:
+        if router not in self._routers:
             return
         assert self._worker is not None
-        self._lines.discard(line)
-        for id in sorted(line.requests):
-            self._forget(id, line)
+        self._routers.discard(router)
+        self._receipts.leave(router)
+        for id in sorted(router.requests):
+            self._forget(id, router)
             self._worker.post(Cancel(id))
 
-    def _forget(self, id: str, line: _Line) -> bool:
+    def _forget(self, id: str, router: _Attached) -> bool:
         """False if the request is not one of this router's."""
-        if self._line_of.get(id) is not line:
+        if self._router_of.get(id) is not router:
             return False
-        del self._line_of[id]
-        line.requests.discard(id)
-        line.ahead.discard(id)
+        del self._router_of[id]
+        router.requests.discard(id)
+        router.ahead.discard(id)
         if self.spans:
             self.spans.dropped(id)
-        if not self._line_of:
+        if not self._router_of:
             self._empty.set()
         return True
 
@@ -325,30 +329,35 @@ class Attachments(internal_pb2_grpc.WorkerServicer):
     def _on_event(self, event: Event) -> None:
         if self.spans:
             self.spans.said(event)
-        match event:
-            case Stepped(outputs):
+        match codec.address_of(event):
+            case For.OUTPUTS, outputs:
                 self._on_outputs(outputs)
-            case Offered(id) | Moved(id) | Lost(id) | Returned(id):
-                if line := self._line_of.get(id):
-                    line.tell(event)
+            case For.REQUEST, id:
+                if router := self._router_of.get(id):
+                    router.tell(event)
                     if isinstance(event, Lost | Returned):
-                        self._forget(id, line)
-            case Outlined():
-                self._outlined, self._outlined_at = event, self.clock()
-                for line in self._lines:
-                    line.tell(replace(event, num_received=line.count(event.num_received)))
-            case Died() | Draining():
-                for line in self._lines:
-                    line.tell(event)
-                if isinstance(event, Died) and not self.died.done():
-                    self.died.set_result(event)
+                        self._forget(id, router)
+            case For.INSTANCE, _:
+                self._on_instance(event)
+
+    def _on_instance(self, event: Event) -> None:
+        if isinstance(event, Outlined):
+            self._outlined, self._outlined_at = event, self.clock()
+            self._receipts.count(event.num_received)
+            for router in self._routers:
+                router.tell(replace(event, num_received=self._receipts.of(router)))
+            return
+        for router in self._routers:
+            router.tell(event)
+        if isinstance(event, Died) and not self.died.done():
+            self.died.set_result(event)
 
     def _on_outputs(self, outputs: tuple[Output, ...]) -> None:
-        by_line: dict[_Line, list[Output]] = {}
+        by_router: dict[_Attached, list[Output]] = {}
         for output in outputs:
-            if line := self._line_of.get(output.id):  # else its router is gone
-                by_line.setdefault(line, []).append(output)
+            if router := self._router_of.get(output.id):  # else its router is gone
+                by_router.setdefault(router, []).append(output)
                 if output.finish_reason:
-                    self._forget(output.id, line)
-        for line, own in by_line.items():
-            line.tell(Stepped(tuple(own)))
+                    self._forget(output.id, router)
+        for router, own in by_router.items():
+            router.tell(Stepped(tuple(own)))

@@ -70,8 +70,8 @@ _Wait = Callable[[], dict[str, Token]]
 class Worker:
     """Drives one instance on two threads of its own.
 
-    outline: sums up the ledger for a router that has a choice; None if there is none. page_keys: of
-    a prompt (`Request.page_keys`); None: prompts share no pages. ran: the steps so far.
+    outline: sums up the ledger for routers. page_keys: of a prompt (`Request.page_keys`); None:
+    prompts share no pages. ran: the steps so far.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Worker:
         engine: Engine,
         transport: KVTransport,
         emit: Callable[[Event], None],
-        outline: Callable[[Instance, float], Summary] | None = None,
+        outline: Callable[[Instance, float], Summary],
         clock: Callable[[], float] = time.monotonic,
         page_keys: Callable[[Sequence[int]], Sequence[int]] | None = None,
     ):
@@ -127,10 +127,9 @@ class Worker:
                 if batch.work:
                     self._start_step(batch)
                 self._tell()
-                if self.outline:
-                    # With the step under way booked: what is sent meanwhile comes after it.
-                    summary = self.outline(self.instance, now)
-                    self.emit(Outlined(self.instance.id, summary, self._num_received))
+                # With the step under way booked: what is sent meanwhile comes after it.
+                summary = self.outline(self.instance, now)
+                self.emit(Outlined(self.instance.id, summary, self._num_received))
                 if batch.work:
                     self._end_step(batch, now)
         except BaseException as error:

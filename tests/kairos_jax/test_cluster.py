@@ -17,7 +17,7 @@ import pytest
 from processes import CONFIG, MODEL, ROOT
 
 from kairos_jax.config import ServerConfig
-from kairos_jax.net.credentials import Wire
+from kairos_jax.net.credentials import Credentials
 from kairos_jax.routing.links import Links
 from kairos_jax.worker.messages import Died
 from schedulers.ledger.instance import Role
@@ -69,8 +69,8 @@ def ask(environment, address, index=0):
 
 @pytest.mark.slow
 def test_a_cluster_answers_drains_and_leaves_no_process(environment, profile):
-    layout = ("--num_prefill=1", "--num_decode=1")
-    with process(environment, "cluster", profile, *layout) as (started, address):
+    plan = ("--num_prefill=1", "--num_decode=1")
+    with process(environment, "cluster", profile, *plan) as (started, address):
         ask(environment, address)
         pidfds = children(started)
         assert len(pidfds) == 3
@@ -93,8 +93,8 @@ def test_a_cluster_of_five_ends_with_any_of_them(environment, profile):
 
 @pytest.mark.slow
 def test_a_cluster_that_is_killed_takes_its_processes_along(environment, profile):
-    layout = ("--num_prefill=1", "--num_decode=1")
-    with process(environment, "cluster", profile, *layout) as (started, _):
+    plan = ("--num_prefill=1", "--num_decode=1")
+    with process(environment, "cluster", profile, *plan) as (started, _):
         pidfds = children(started)
         started.send(signal.SIGKILL)
         assert_ended(pidfds)
@@ -108,7 +108,7 @@ def test_a_worker_measures_its_own_role_and_is_lost_when_it_stops(environment):
         config = ServerConfig.from_dict(tiny_config())
         died: asyncio.Future[Died] = asyncio.get_running_loop().create_future()
         front = cluster.Front.start([], config)
-        front.links = links = Links(front.router, config, Wire(), front.changed.set)
+        front.links = links = Links(front.router, config, Credentials(), front.changed.set)
         emit = front.router.emit
 
         def heard(event):

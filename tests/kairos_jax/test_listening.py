@@ -13,7 +13,7 @@ from kairos_jax.kv.remote import TransferOptions
 from kairos_jax.net import address
 from kairos_jax.net.credentials import PLAIN
 from kairos_jax.process.command import UsageError
-from kairos_jax.worker.server import Options
+from kairos_jax.worker.server import RoleOptions
 from schedulers.ledger.instance import Role
 
 HOST = "127.0.0.1"
@@ -30,14 +30,14 @@ def prepare():
 
 
 async def run_worker(host=HOST, port=0, health_port=0, metrics_port=0, kv_host="", kind="jax"):
-    options = Options(host, port, HOST, health_port=health_port, metrics_port=metrics_port)
+    options = RoleOptions(host, port, HOST, health_port=health_port, metrics_port=metrics_port)
     carried = TransferOptions(kind, kv_host or host)
     await role.serve(fakes.CONFIG, Role.DECODE, options, PLAIN, carried, prepare)
 
 
 async def run_router(host=HOST, port=0, health_port=0, http_port=0):
     http = HttpOptions(http_port)
-    options = router.Options(host, port, {}, health_port=health_port, http=http)
+    options = router.RouterOptions(host, port, {}, health_port=health_port, http=http)
     await router.serve(fakes.CONFIG, options, PLAIN)
 
 

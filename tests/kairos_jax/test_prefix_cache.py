@@ -64,7 +64,7 @@ def test_http_and_metrics_tell_it_too():
                 answer = await api.complete(prompt=prompt, n=count, max_tokens=3)
                 found.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
             assert found == [0, 40, 32 + 40]
-            text = api.harness.router.metrics.render()[0].decode()
+            text = api.harness.metrics.render()[0].decode()
             (value,) = re.findall(r"\nkairos_cached_prompt_tokens_total\{.*\} (\S+)", text)
             assert float(value) == 2 * 40 + 32 + 40
 

@@ -18,7 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kairos_jax.engine.model import Model
-from kairos_jax.net.credentials import Wire
+from kairos_jax.net.credentials import Credentials
 from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.serve import Prepared, serve
 from models.checkpoint import open_checkpoint
@@ -196,7 +196,7 @@ def test_clients_come_over_tls_to_where_it_is_served(environment, tiny_llama, ca
         {},
         CostModel.from_profile(fakes.PROFILE),
     )
-    public = Wire((TLS / "peer.pem").read_bytes(), (TLS / "peer.key").read_bytes())
+    public = Credentials((TLS / "peer.pem").read_bytes(), (TLS / "peer.key").read_bytes())
 
     question = ("--prompt_token_ids=3,1,4", "--max_tokens=5", "--temperature=0", "--ignore_eos")
 

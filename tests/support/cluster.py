@@ -12,18 +12,18 @@ import fakes
 from kairos_jax.config import ServerConfig
 from kairos_jax.kv.manifest import Facts
 from kairos_jax.kv.transport import LocalTransport
-from kairos_jax.net.credentials import Wire
+from kairos_jax.net.credentials import Credentials
 from kairos_jax.routing.links import Links
 from kairos_jax.routing.router import Router
 from kairos_jax.routing.stream import Stream
 from kairos_jax.worker.build import build_worker
-from kairos_jax.worker.server import Options, Prepared, RoleServer
+from kairos_jax.worker.server import PreparedRole, RoleOptions, RoleServer
 from kairos_jax.worker.worker import Worker
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Limits, Role
 from schedulers.ledger.request import Request
 
-PLAIN = Wire()
+PLAIN = Credentials()
 FACTS = Facts("fake", "f00d", "float32", 8, (), 32)
 HOST = "127.0.0.1"
 
@@ -55,14 +55,14 @@ class Node:
         transport: LocalTransport,
         config: ServerConfig = fakes.CONFIG,
         facts: Facts = FACTS,
-        net: Wire = PLAIN,
-        options: Options | None = None,
+        net: Credentials = PLAIN,
+        options: RoleOptions | None = None,
     ) -> "Node":
-        server = RoleServer(role, options or Options(HOST, 0, HOST), net)
+        server = RoleServer(role, options or RoleOptions(HOST, 0, HOST), net)
         engine = Engine(config.limits(role))
-        prepared = Prepared(engine, facts, fakes.PROFILE, 1, "fake")
+        prepared = PreparedRole(engine, facts, fakes.PROFILE, 1, "fake")
         cost = CostModel.from_profile(fakes.PROFILE, (role.value,))
-        emit = server.attachments.emit
+        emit = server.service.emit
         worker = build_worker(config, role, server.name, engine, cost, transport, emit)
         await server.start()
         await server.open(worker, config, prepared)
@@ -104,7 +104,7 @@ class Front:
         cls,
         nodes: list[Node],
         config: ServerConfig = fakes.CONFIG,
-        net: Wire = PLAIN,
+        net: Credentials = PLAIN,
         hang_s: float = 5.0,
     ) -> "Front":
         loop = asyncio.get_running_loop()
@@ -163,7 +163,7 @@ async def running(
 async def idle(node: Node) -> None:
     """Returns when no router has a request there, and the worker has none either. Checks it."""
     async with asyncio.timeout(30):
-        await node.server.attachments.drained()
+        await node.server.service.drained()
         while node.num_held:  # its thread is about to read the last message
             await asyncio.sleep(0)
     ledger = node.worker.instance

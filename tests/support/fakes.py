@@ -15,11 +15,12 @@ import numpy as np
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.api.server import Server
-from kairos_jax.api.validator import Edge
+from kairos_jax.api.validator import Validator
 from kairos_jax.config import DecodeConfig, PrefillConfig, ServerConfig, SloConfig
 from kairos_jax.engine.calls import PromptLogprobs, Token, wants_prompt_logprobs
 from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine
 from kairos_jax.kv.transport import LocalTransport
+from kairos_jax.observe.metrics import Metrics
 from kairos_jax.routing.router import Router
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.rpc import kairos_pb2_grpc
@@ -218,6 +219,7 @@ class Harness:
     config: ServerConfig
     server: Server
     router: Router
+    metrics: Metrics
     transport: LocalTransport
     workers: list[Worker]
     engines: list[FakeEngine]
@@ -260,21 +262,26 @@ async def running(
 ) -> AsyncIterator[Harness]:
     """A server that is up; it ends with the block."""
     cost = CostModel.from_profile(PROFILE)
-    router = Router(asyncio.get_running_loop(), config.max_requests, cost)
+    metrics = Metrics()
+    router = Router(asyncio.get_running_loop(), config.max_requests, cost, observers=[metrics])
+    metrics.watch(router)
     transport = LocalTransport()
     engines = fake_engines(config)
     workers = build_workers(config, engines, cost, transport, router.emit, journal)
     router.connect(workers)
+    metrics.watch_workers(workers)
     server = Server("127.0.0.1", 0, time.monotonic, http=http)
     await server.start()
     for worker in workers:
         worker.start()
-    edge = Edge("fake", VOCAB, frozenset({0}), config, tokenizer)
-    await server.open(Backend(edge, router, pb.Model(name="fake", vocab_size=VOCAB)))
+    validator = Validator("fake", VOCAB, frozenset({0}), config, tokenizer)
+    await server.open(Backend(validator, router, metrics, pb.Model(name="fake", vocab_size=VOCAB)))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)
         try:
-            yield Harness(config, server, router, transport, workers, engines, stub, channel)
+            yield Harness(
+                config, server, router, metrics, transport, workers, engines, stub, channel
+            )
         finally:
             for engine in engines:
                 engine.gate.set()

@@ -14,7 +14,6 @@ import httpx2
 import tokenizers
 from tokenizers import decoders, models
 
-from kairos_jax.api.http.guard import Options
 from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.config import ServerConfig
 from kairos_jax.text.tokenizer import Tokenizer
@@ -128,11 +127,11 @@ ASK = {"model": "fake", "temperature": 0, "ignore_eos": True}
 
 @contextlib.asynccontextmanager
 async def serving(
-    config: ServerConfig = fakes.CONFIG, app: Options | None = None, **headers: str
+    config: ServerConfig = fakes.CONFIG, app: HttpOptions | None = None, **headers: str
 ) -> AsyncIterator[Api]:
     """A server that is up, and a client of it; both end with the block."""
-    options = HttpOptions(0, app or Options())
-    async with fakes.running(config, tokenizer=tokenizer(), http=options) as harness:
+    http = app or HttpOptions(0)
+    async with fakes.running(config, tokenizer=tokenizer(), http=http) as harness:
         assert harness.server.http
         url = f"http://{harness.server.http.address}"
         async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=30) as client:
@@ -141,7 +140,7 @@ async def serving(
 
 @contextlib.contextmanager
 def serving_in_thread(
-    config: ServerConfig = fakes.CONFIG, app: Options | None = None
+    config: ServerConfig = fakes.CONFIG, app: HttpOptions | None = None
 ) -> Iterator[Callable[[Callable[[Api], Awaitable[None]]], None]]:
     """A function that runs an async test against a server that lives as long as the block, on a
     thread of its own. At its end nothing may be held.
@@ -185,7 +184,7 @@ def serving_in_thread(
 
 @contextlib.contextmanager
 def client_of_thread(
-    config: ServerConfig = fakes.CONFIG, app: Options | None = None
+    config: ServerConfig = fakes.CONFIG, app: HttpOptions | None = None
 ) -> Iterator[httpx2.Client]:
     """A client of such a server, for tests without an event loop."""
     urls: list[str] = []

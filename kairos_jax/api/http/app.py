@@ -18,9 +18,10 @@ from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.http.errors import ApiError, on_error
 from kairos_jax.api.http.fields import read_object, shown
-from kairos_jax.api.http.guard import Guard, Options, read_body
+from kairos_jax.api.http.guard import Guard, OpenRoute, read_body
 from kairos_jax.api.http.request import Ask, read, slo_of_headers
 from kairos_jax.api.http.run import Answering
+from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.api.http.tokens import detokenized, tokenized
 from kairos_jax.api.validator import BadField, UnknownModel
 from kairos_jax.routing.fleet import Full, WorkerLost
@@ -36,9 +37,12 @@ _FORESEEN: Sequence[type[Exception]] = (
 )
 
 
-def make_app(gate: Gate, options: Options, routes: Sequence[BaseRoute] = ()) -> Starlette:
-    """The ASGI app. routes: others beside those of the API."""
-    middleware = [Middleware(Guard, keys=options.keys)]
+def make_app(gate: Gate, options: HttpOptions, routes: Sequence[BaseRoute] = ()) -> Starlette:
+    """The ASGI app. routes: others beside those of the API; those that are no `OpenRoute` need a
+    key.
+    """
+    routes = [*Api(gate, options.max_body_bytes).routes(), *routes]
+    middleware = [Middleware(Guard, keys=options.keys, routes=routes)]
     if options.cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -49,8 +53,7 @@ def make_app(gate: Gate, options: Options, routes: Sequence[BaseRoute] = ()) -> 
         )
         middleware.insert(0, cors)  # before keys are asked for: a browser's first call has none
     handlers: dict[Any, Any] = dict.fromkeys((Exception, *_FORESEEN), on_error)
-    own = Api(gate, options.max_body_bytes).routes()
-    return Starlette(routes=[*own, *routes], middleware=middleware, exception_handlers=handlers)
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 
 class Api:
@@ -63,9 +66,9 @@ class Api:
     def routes(self) -> list[BaseRoute]:
         """What is at which path."""
         return [
-            Route("/health", self.health),
-            Route("/version", self.version),
-            Route("/metrics", self.metrics),
+            OpenRoute("/health", self.health),
+            OpenRoute("/version", self.version),
+            OpenRoute("/metrics", self.metrics),
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
@@ -88,7 +91,7 @@ class Api:
         backend = self._gate.backend or self._gate.enter()
         accept = request.headers.get("accept", "")
         # In a thread: it takes longer than a token should wait.
-        text, kind = await asyncio.to_thread(backend.router.metrics.render, accept)
+        text, kind = await asyncio.to_thread(backend.metrics.render, accept)
         return Response(text, headers={"content-type": kind})
 
     async def models(self, request: Request) -> Response:
@@ -98,19 +101,21 @@ class Api:
     async def model(self, request: Request) -> Response:
         """The model of this id."""
         backend, id = self._gate.enter(), request.path_params["id"]
-        if id != backend.edge.model:
-            raise UnknownModel(f"model {shown(id)} is not served; {shown(backend.edge.model)} is")
+        if id != backend.validator.model:
+            raise UnknownModel(
+                f"model {shown(id)} is not served; {shown(backend.validator.model)} is"
+            )
         return JSONResponse(self._model(backend))
 
     def _model(self, backend: Backend) -> dict[str, Any]:
         return {
-            "id": backend.edge.model,
+            "id": backend.validator.model,
             "object": "model",
             "created": self._created,
             "owned_by": "kairos_jax",
-            "root": backend.edge.model,
+            "root": backend.validator.model,
             "parent": None,
-            "max_model_len": backend.edge.config.max_context,
+            "max_model_len": backend.validator.config.max_context,
         }
 
     async def completions(self, request: Request) -> Answering:
@@ -130,16 +135,16 @@ class Api:
         def ask() -> Ask:
             slo = slo_of_headers(headers)
             body, name = read_object(raw), headers.get("x-request-id", "")
-            return read(body, backend.edge, arrival, slo, name, chat)
+            return read(body, backend.validator, arrival, slo, name, chat)
 
         try:
             # In a thread: a long text takes the tokenizer longer than others should wait.
             asked = await asyncio.to_thread(ask)
         except UnknownModel:
-            backend.router.metrics.rejected("unknown_model")
+            backend.router.rejected("unknown_model")
             raise
         except BadField:
-            backend.router.metrics.rejected("bad_request")
+            backend.router.rejected("bad_request")
             raise
         self._gate.admit()  # it may have closed meanwhile
         return Answering(asked, backend)
@@ -148,13 +153,13 @@ class Api:
         """The token ids of a text, or of a conversation."""
         backend = self._gate.enter()
         raw = await read_body(request, self._max_body_bytes)
-        ids = await asyncio.to_thread(tokenized, backend.edge, raw)
-        limit = backend.edge.config.max_context
+        ids = await asyncio.to_thread(tokenized, backend.validator, raw)
+        limit = backend.validator.config.max_context
         return JSONResponse({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
         backend = self._gate.enter()
         raw = await read_body(request, self._max_body_bytes)
-        text = await asyncio.to_thread(detokenized, backend.edge, raw)
+        text = await asyncio.to_thread(detokenized, backend.validator, raw)
         return JSONResponse({"prompt": text})

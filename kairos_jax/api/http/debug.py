@@ -26,7 +26,7 @@ from starlette.routing import BaseRoute, Route
 
 from kairos_jax.api.http.errors import ApiError, error_object
 from kairos_jax.api.http.fields import shown
-from kairos_jax.observe.perfetto import Recent
+from kairos_jax.observe.perfetto import RecentTrace
 from kairos_jax.process.command import UsageError
 from kairos_jax.worker.worker import Worker
 from schedulers.ledger.journal import Record
@@ -53,7 +53,7 @@ class Debug:
 
     def __init__(self, directory: Path):
         self.workers: Sequence[Worker] = ()
-        self._directory, self._recent = directory, Recent()
+        self._directory, self._recent = directory, RecentTrace()
         self._busy, self._ended = threading.Lock(), threading.Event()
         self._watches = True
         self._jobs: dict[tuple[str, str], Callable[[Mapping[str, str]], Any]] = {

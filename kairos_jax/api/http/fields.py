@@ -1,5 +1,5 @@
-"""The fields of a JSON body by type. What `Edge` checks too is left to it; here is what only JSON
-can get wrong, so that whatever a client sends is answered by a `BadField` and nothing else.
+"""The fields of a JSON body by type. What `Validator` checks too is left to it; here is what only
+JSON can get wrong, so that whatever a client sends is answered by a `BadField` and nothing else.
 """
 
 import json
@@ -118,7 +118,7 @@ def is_ids(value: Any) -> bool:
 
 
 def check_int32(field: str, ids: Sequence[int]) -> None:
-    """Raises BadField for an id that cannot even be sent on, to be looked at by `Edge`."""
+    """Raises BadField for an id that cannot even be sent on, to be looked at by `Validator`."""
     for index, id in enumerate(ids):
         if not 0 <= id < _INT32:
             raise BadField(f"{field}[{index}]", f"must be a token id, got {shown(id)}")

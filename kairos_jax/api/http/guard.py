@@ -5,10 +5,10 @@ import contextlib
 import hashlib
 import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kairos_jax.api.http.errors import ApiError, error_response
@@ -19,19 +19,10 @@ from kairos_jax.api.validator import MAX_REQUEST_ID
 _LINGER_S = 1.0
 # What a client may take to send its body.
 _BODY_TIMEOUT_S = 60.0
-# What spends the server's time is for who has a key; probes and scrapers have none.
-_KEPT = ("/v1/", "/tokenize", "/detokenize", "/live", "/debug/")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """keys: SHA-256 of those that are let in; none: all are. cors_origins: whose pages may read
-    answers, "*" for all. max_body_bytes: of one request.
-    """
-
-    keys: Sequence[bytes] = field(default=(), repr=False)
-    cors_origins: Sequence[str] = ()
-    max_body_bytes: int = 8 << 20
+class OpenRoute(Route):
+    """A route that needs no key, for probes, scrapers and browsers. All others need one."""
 
 
 def digest(key: bytes) -> bytes:
@@ -40,10 +31,13 @@ def digest(key: bytes) -> bytes:
 
 
 class Guard:
-    """ASGI middleware: lets in who has a key, and gives each answer its X-Request-ID."""
+    """ASGI middleware: lets in who has a key, and gives each answer its X-Request-ID.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes]):
-        self._app, self._keys = app, keys
+    routes: of the app. A request for an `OpenRoute`, or for no route at all, needs no key.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[bytes], routes: Sequence[BaseRoute]):
+        self._app, self._keys, self._routes = app, keys, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -70,12 +64,23 @@ class Guard:
             if len(name) > MAX_REQUEST_ID:
                 limit, got, name = MAX_REQUEST_ID, len(name), ""
                 raise ApiError(400, f"x-request-id must have at most {limit} characters, got {got}")
-            if self._keys and scope["path"].startswith(_KEPT):
+            if self._keys and self._is_closed(scope):
                 self._check(headers.get("authorization", ""))
         except ApiError as error:
             await error_response(error)(scope, receive, named)
         else:
             await self._app(scope, receive, named)
+
+    def _is_closed(self, scope: Scope) -> bool:
+        """By the route that Starlette takes: the first that matches whole, else the first whose
+        path matches.
+        """
+        matches = [(route.matches(scope)[0], route) for route in self._routes]
+        for match in (Match.FULL, Match.PARTIAL):
+            for found, route in matches:
+                if found is match:
+                    return not isinstance(route, OpenRoute)
+        return False
 
     def _check(self, given: str) -> None:
         scheme, _, key = given.partition(" ")

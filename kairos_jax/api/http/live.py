@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.http.errors import ApiError
+from kairos_jax.api.http.guard import OpenRoute
 from kairos_jax.api.http.snapshot import snapshot
 
 MAX_VIEWERS = 64
@@ -65,8 +66,10 @@ class Live:
         """What is at which path."""
         files = (resources.files("kairos_jax.api.http") / "page").iterdir()
         served = {each.name: _file(each.name, each.read_bytes()) for each in files}
-        routes: list[BaseRoute] = [Route(f"/page/{name}", file) for name, file in served.items()]
-        return [Route("/", served["index.html"]), Route("/live", self.events), *routes]
+        open_to_all = {"/": served["index.html"]}
+        open_to_all |= {f"/page/{name}": file for name, file in served.items()}
+        opened = [OpenRoute(path, file) for path, file in open_to_all.items()]
+        return [Route("/live", self.events), *opened]
 
     async def events(self, request: Request) -> ASGIApp:
         """Snapshots as server-sent events, without end."""

@@ -1,7 +1,7 @@
 """From a JSON body to requests: /v1/completions and /v1/chat/completions.
 
-A body becomes the message that gRPC clients send, so that `Edge` checks both alike; only the names
-of fields differ in what a client is told.
+A body becomes the message that gRPC clients send, so that `Validator` checks both alike; only the
+names of fields differ in what a client is told.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kairos_jax.api.http.fields import Fields, check_int32, check_text, is_ids, shown
-from kairos_jax.api.validator import BadField, Edge, UnknownModel
+from kairos_jax.api.validator import BadField, UnknownModel, Validator
 from kairos_jax.rpc import kairos_pb2 as pb
 from models.sampling import MAX_TOP_LOGPROBS
 from schedulers.ledger.request import Request
@@ -72,7 +72,12 @@ class Ask:
 
 
 def read(
-    body: dict[str, Any], edge: Edge, arrival: float, slo: pb.Slo, request_id: str, chat: bool
+    body: dict[str, Any],
+    validator: Validator,
+    arrival: float,
+    slo: pb.Slo,
+    request_id: str,
+    chat: bool,
 ) -> Ask:
     """What a body asks for. slo: of the headers; that of the body comes first.
 
@@ -80,7 +85,7 @@ def read(
         BadField, UnknownModel: it cannot be served.
     """
     fields = Fields(body)
-    check_model(fields, edge)
+    check_model(fields, validator)
     for name, neutral in _NEUTRAL.items():
         fields.refuse_all_but(name, neutral)
     n = fields.integer("n", 1, MAX_CHOICES) or 1
@@ -100,12 +105,12 @@ def read(
     )
     places = [("messages", messages_of(fields))] if chat else _prompts(fields)
     choices = len(places) * n
-    if choices > edge.config.max_requests:
+    if choices > validator.config.max_requests:
         raise BadField(
             "n" if chat or n > 1 else "prompt",
-            f"makes {choices} choices; this server takes {edge.config.max_requests} at once",
+            f"makes {choices} choices; this server takes {validator.config.max_requests} at once",
         )
-    requests = [_request(edge, message, arrival, *place, max_name) for place in places]
+    requests = [_request(validator, message, arrival, *place, max_name) for place in places]
     if max_tokens is None and not chat:
         most = _DEFAULT_MAX_TOKENS
         requests = [replace(each, max_tokens=min(most, each.max_tokens)) for each in requests]
@@ -128,7 +133,7 @@ def read(
         echo=echo,
         silent=silent,
         logprobs=logprobs,
-        stops=_stops(fields, edge),
+        stops=_stops(fields, validator),
         min_tokens=min_tokens,
         late_stops=late_stops,
         return_token_ids=fields.boolean("return_token_ids"),
@@ -136,18 +141,18 @@ def read(
     )
 
 
-def check_model(fields: Fields, edge: Edge) -> None:
+def check_model(fields: Fields, validator: Validator) -> None:
     """Raises UnknownModel for another than this one; it may be left out."""
     model = fields.text("model")
-    if model is not None and model != edge.model:
-        raise UnknownModel(f"model {shown(model)} is not served here; {shown(edge.model)} is")
+    if model is not None and model != validator.model:
+        raise UnknownModel(f"model {shown(model)} is not served here; {shown(validator.model)} is")
 
 
 _Prompt = str | list[int] | pb.Chat
 
 
 def _request(
-    edge: Edge,
+    validator: Validator,
     base: pb.GenerateRequest,
     arrival: float,
     place: str,
@@ -165,7 +170,7 @@ def _request(
         message.token_ids.ids.extend(prompt)
         message.token_ids.SetInParent()  # so that an empty list is one
     try:
-        return edge.request(message, arrival)
+        return validator.request(message, arrival)
     except BadField as error:
         raise BadField(renamed(error.field, place, max_name), error.problem) from error
 
@@ -279,7 +284,7 @@ def _sampling(fields: Fields, logprobs: int | None, prompt_logprobs: int | None)
     )
 
 
-def _stops(fields: Fields, edge: Edge) -> tuple[str, ...]:
+def _stops(fields: Fields, validator: Validator) -> tuple[str, ...]:
     value = fields.values.get("stop")
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > _MAX_STOPS:
@@ -291,7 +296,7 @@ def _stops(fields: Fields, edge: Edge) -> tuple[str, ...]:
             raise BadField(
                 place, f"must have from 1 to {_MAX_STOP_LENGTH} characters, got {len(stop)}"
             )
-    if stops and edge.tokenizer is None:
+    if stops and validator.tokenizer is None:
         raise BadField("stop", "needs a tokenizer, and this model has none: send stop_token_ids")
     return tuple(stops)
 

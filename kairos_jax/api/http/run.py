@@ -58,7 +58,7 @@ class Answering:
                 self._backend.router.cancel(stream)
 
     def _answer(self, streams: Sequence[Stream]) -> Answer:
-        ask, tokenizer = self._ask, self._backend.edge.tokenizer
+        ask, tokenizer = self._ask, self._backend.validator.tokenizer
         choices = [
             Choice(
                 index,
@@ -71,7 +71,7 @@ class Answering:
             )
             for index, stream in enumerate(streams)
         ]
-        return Answer(ask, self._backend.edge.model, choices, tokenizer)
+        return Answer(ask, self._backend.validator.model, choices, tokenizer)
 
 
 def _each(ask: Ask) -> list[Request]:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import ssl
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import uvicorn
 from absl import flags
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from kairos_jax.api.http.guard import Options, digest
+from kairos_jax.api.http.guard import digest
 from kairos_jax.net.address import join_address, listen
-from kairos_jax.net.credentials import Wire
+from kairos_jax.net.credentials import Credentials
 from kairos_jax.process.command import UsageError
 
 _DEFAULT_PORT = 8000
@@ -39,10 +39,14 @@ def define_flags() -> None:
 
 @dataclass(frozen=True, slots=True)
 class HttpOptions:
-    """port: 0 for any free one."""
+    """port: 0 for any free one. keys: SHA-256 of those that are let in; none: all are.
+    cors_origins: whose pages may read answers, "*" for all. max_body_bytes: of one request.
+    """
 
     port: int
-    app: Options = field(default_factory=Options)
+    keys: Sequence[bytes] = field(default=(), repr=False)
+    cors_origins: Sequence[str] = ()
+    max_body_bytes: int = 8 << 20
 
     @classmethod
     def from_flags(cls) -> "HttpOptions | None":
@@ -54,7 +58,7 @@ class HttpOptions:
         if port < 0:
             return None
         keys = _keys(values.api_keys_file) if values.api_keys_file else ()
-        return cls(port, Options(keys, tuple(values.cors_origins), values.http_max_body_mb << 20))
+        return cls(port, keys, tuple(values.cors_origins), values.http_max_body_mb << 20)
 
 
 def _keys(path: str) -> tuple[bytes, ...]:
@@ -70,7 +74,7 @@ def _keys(path: str) -> tuple[bytes, ...]:
 class HttpServer:
     """An ASGI app on an address. It listens from the beginning, and answers from `start` on."""
 
-    def __init__(self, app: Any, host: str, port: int, net: Wire):
+    def __init__(self, app: Any, host: str, port: int, net: Credentials):
         """Raises UsageError if the address cannot be listened on."""
         try:
             self._socket = listen(host, port)
@@ -139,7 +143,7 @@ class _Protocol(HttpToolsProtocol):
             raise ValueError(f"the headers have more than {_MAX_HEADER_BYTES} bytes")
 
 
-def _tls(net: Wire) -> ssl.SSLContext | None:
+def _tls(net: Credentials) -> ssl.SSLContext | None:
     if net.cert is None or net.key is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

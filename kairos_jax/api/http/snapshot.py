@@ -32,23 +32,23 @@ SLACK_BOUNDS = (-1.0, -0.1, 0.0, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 def snapshot(backend: Backend, now: float) -> dict[str, Any]:
     """Ready for JSON. Times are seconds; `now` is on the router's clock."""
-    router, edge = backend.router, backend.edge
-    config, tokenizer = edge.config, edge.tokenizer
+    router, validator = backend.router, backend.validator
+    config, tokenizer = validator.config, validator.tokenizer
     peers = sorted(router.peers, key=lambda peer: (peer.role is Role.DECODE, peer.id))
     statuses = {peer.id: peer.look() for peer in peers}
     waiting, running = [], []
     for stream in router.streams:
         (waiting if stream.last_token_at is None else running).append(stream)
-    judged = router.metrics.judged
+    judged = backend.metrics.judged
     return {
         "at": round(now, 4),
-        "model": edge.model,
+        "model": validator.model,
         "text": tokenizer is not None,
         "chat": tokenizer is not None and tokenizer.chat_template is not None,
         "max_tokens": config.max_tokens,
         "slo": {"ttft_s": config.slo.ttft, "tpot_s": config.slo.tpot},
         "policies": [config.prefill.policy, config.decode.policy],
-        "tokens": len(router.metrics.gaps),
+        "tokens": len(backend.metrics.gaps),
         "judged": {"slot_s": judged.slot_s, "slots": judged.slots(now)},
         "queued": _queued(waiting, router, statuses, now),
         "running": _running(running, now),
@@ -70,7 +70,7 @@ def _queued(
     paces = np.array([pace.get(id, 1.0) for id in where])
     due_s = np.array([stream.request.deadline for stream in streams]) - now
     # A router that has met no worker yet knows of no step times.
-    laxity = due_s - paces * np.nan_to_num(router.cost.prefill_s(prompt))
+    laxity = due_s - paces * np.nan_to_num(router.fleet.cost.prefill_s(prompt))
     waits = np.array([stream.request.id not in begun for stream in streams], dtype=bool)
     first = np.lexsort((laxity, laxity < 0, waits))[:MAX_ROWS].tolist()
     return _counted(laxity, LAXITY_BOUNDS) | {

@@ -50,8 +50,10 @@ def begun(count: int = len(TEXT)) -> Stream:
 
 
 async def answer(made: Stream, context: Context) -> None:
-    edge = SimpleNamespace(tokenizer=http_fakes.tokenizer())
-    backend: Any = SimpleNamespace(edge=edge, router=SimpleNamespace(cancel=lambda stream: None))
+    validator = SimpleNamespace(tokenizer=http_fakes.tokenizer())
+    backend: Any = SimpleNamespace(
+        validator=validator, router=SimpleNamespace(cancel=lambda stream: None)
+    )
     await servicer._answer(backend, made, context)
 
 

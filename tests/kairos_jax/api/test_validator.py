@@ -1,4 +1,4 @@
-"""What the edge refuses, in which words; and what it makes of what it takes."""
+"""What the validator refuses, in which words; and what it makes of what it takes."""
 
 import math
 from dataclasses import replace
@@ -7,17 +7,17 @@ import fakes
 import pytest
 import tokenizers
 
-from kairos_jax.api.validator import BadField, Edge, UnknownModel
+from kairos_jax.api.validator import BadField, UnknownModel, Validator
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.text.tokenizer import Tokenizer
 from models.sampling import SamplingParams
 from schedulers.ledger.request import Slo
 
-NONE = Edge("fake", 97, frozenset({0}), fakes.CONFIG, None)
+NONE = Validator("fake", 97, frozenset({0}), fakes.CONFIG, None)
 
 
 @pytest.fixture(scope="module")
-def edge():
+def validator():
     vocab = {"<s>": 0, "a": 1, "b": 2}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<s>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -82,15 +82,15 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("message", "words"), REFUSED, ids=[words[:50] for _, words in REFUSED])
-def test_refusals_name_field_value_and_limit(edge, message, words):
+def test_refusals_name_field_value_and_limit(validator, message, words):
     with pytest.raises(BadField) as error:
-        edge.request(message, 0.0)
+        validator.request(message, 0.0)
     assert str(error.value) == words
 
 
-def test_an_unknown_model_is_refused(edge):
+def test_an_unknown_model_is_refused(validator):
     with pytest.raises(UnknownModel, match="model 'other' is not served here; 'fake' is"):
-        edge.request(ids(1, model="other"), 0.0)
+        validator.request(ids(1, model="other"), 0.0)
 
 
 def test_a_model_without_a_tokenizer_takes_ids_alone():
@@ -99,8 +99,8 @@ def test_a_model_without_a_tokenizer_takes_ids_alone():
         NONE.request(pb.GenerateRequest(text="a"), 0.0)
 
 
-def test_defaults_are_the_configs(edge):
-    request = edge.request(pb.GenerateRequest(text="a b"), 7.5)
+def test_defaults_are_the_configs(validator):
+    request = validator.request(pb.GenerateRequest(text="a b"), 7.5)
     assert list(request.prompt) == [1, 2]
     assert request.arrival == 7.5
     assert request.max_tokens == 64
@@ -109,7 +109,7 @@ def test_defaults_are_the_configs(edge):
     assert replace(request.sampling, seed=0) == SamplingParams(temperature=1.0)
 
 
-def test_given_values_are_taken(edge):
+def test_given_values_are_taken(validator):
     sampling = pb.Sampling(
         temperature=0.5,
         top_k=3,
@@ -122,7 +122,7 @@ def test_given_values_are_taken(edge):
         ignore_eos=True,
     )
     chat = pb.Chat(messages=[pb.Message(role="user", content="a")])
-    request = edge.request(
+    request = validator.request(
         pb.GenerateRequest(chat=chat, max_tokens=5, sampling=sampling, slo=pb.Slo(tpot_s=0.5)), 0.0
     )
     assert list(request.prompt) == [1, 2]
@@ -132,8 +132,8 @@ def test_given_values_are_taken(edge):
     assert request.sampling == SamplingParams(0.5, 3, 0.5, 0.25, 2**8 + 1, 0, 2)
 
 
-def test_prompt_logprobs_are_bounded_by_their_number(edge):
-    long = replace(edge, config=fakes.altered(max_context=20_000))
+def test_prompt_logprobs_are_bounded_by_their_number(validator):
+    long = replace(validator, config=fakes.altered(max_context=20_000))
     most = 2**18 // 21
     sampling = pb.Sampling(prompt_logprobs=20)
     assert len(long.request(ids(*[1] * most, sampling=sampling), 0.0).prompt) == most
@@ -145,5 +145,5 @@ def test_prompt_logprobs_are_bounded_by_their_number(edge):
     )
 
 
-def test_the_context_bounds_the_default_output(edge):
-    assert edge.request(ids(*[1] * 120), 0.0).max_tokens == 8
+def test_the_context_bounds_the_default_output(validator):
+    assert validator.request(ids(*[1] * 120), 0.0).max_tokens == 8

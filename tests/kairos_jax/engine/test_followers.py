@@ -60,10 +60,10 @@ class Member:
         print(what, argument, file=self.process.stdin, flush=True)
 
     def answer(self):
-        """Its next line of JSON; libraries print others."""
-        for line in self.process.stdout:
-            if line[0] in '"{':
-                return json.loads(line)
+        """Its next end of JSON; libraries print others."""
+        for end in self.process.stdout:
+            if end[0] in '"{':
+                return json.loads(end)
         pytest.fail(f"it has ended: {self.told()}")
 
     def told(self):
@@ -165,7 +165,7 @@ def test_calls_travel_as_bytes(tiny_llama):
     score = Score(rng.integers(-1, 9, (3, 16), np.int32))
     for call in (step, score, Read(ids), Write(ids, block)):
         payload = b"".join(each.tobytes() for each in followers._arrays(engine, call, 0))
-        message = connection.Message(*followers._shape(call), payload)
+        message = connection.Frame(*followers._shape(call), payload)
         arrived = followers._call(engine, message)
         jax.tree.map(np.testing.assert_array_equal, arrived, call)
         with pytest.raises(ValueError, match="was expected"):
@@ -180,57 +180,60 @@ def test_whoever_does_not_know_the_secret_is_sent_away():
         guests[1].sendall(followers._HELLO.pack(b"x" * 32, 1))
         guests[2].sendall(followers._HELLO.pack(secret, 7))
         guests[3].sendall(followers._HELLO.pack(secret, 1))
-        (line,) = followers._accept(listener, processes, secret, 5.0)
+        (end,) = followers._accept(listener, processes, secret, 5.0)
         assert guests[1].recv(1) == guests[2].recv(1) == b""
-        line.send(connection.Message(connection.Kind.END))
+        end.send(connection.Frame(connection.Kind.END))
         assert guests[3].recv(100) == connection.HEADER.pack(connection.Kind.END, 0, 0, 0)
-        line.close()
+        end.close()
     for guest in guests:
         guest.close()
 
 
 @contextlib.contextmanager
-def line_to(deadline_s, compiling_s=None):
-    """A line, and the socket at its other end."""
+def connection_to(deadline_s, compiling_s=None):
+    """A end, and the socket at its other end."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         theirs = socket.create_connection(listener.getsockname())
         ours, _ = listener.accept()
-    line = connection.Line(ours, 1, deadline_s, compiling_s or deadline_s)
-    with theirs, contextlib.closing(line):
-        yield line, theirs
+    end = connection.Connection(ours, 1, deadline_s, compiling_s or deadline_s)
+    with theirs, contextlib.closing(end):
+        yield end, theirs
 
 
 def test_a_silent_end_and_a_closed_one_are_told_apart():
-    with line_to(0.05) as (line, _), pytest.raises(TimeoutError, match=r"sign of life for 0\.05 s"):
-        next(iter(line))
-    with line_to(5.0) as (line, theirs):
+    with (
+        connection_to(0.05) as (end, _),
+        pytest.raises(TimeoutError, match=r"sign of life for 0\.05 s"),
+    ):
+        next(iter(end))
+    with connection_to(5.0) as (end, theirs):
         theirs.sendall(connection.HEADER.pack(connection.Kind.BEAT, 0, 0, 0))
         theirs.close()
         with pytest.raises(ConnectionResetError, match="was closed"):
-            next(iter(line))
+            next(iter(end))
 
 
 def test_silence_may_last_longer_while_a_shape_is_compiled():
     known = connection.HEADER.pack(connection.Kind.READ, 0, 0, 0)
-    with line_to(0.05, 60.0) as (line, theirs):
+    with connection_to(0.05, 60.0) as (end, theirs):
         theirs.sendall(known * 2)
-        assert len(list(itertools.islice(line, 2))) == 2
+        assert len(list(itertools.islice(end, 2))) == 2
         with pytest.raises(TimeoutError, match=r"sign of life for 0\.05 s"):
-            next(iter(line))
+            next(iter(end))
     for messages in (0, 1):  # at first, and after one of a new shape
-        with line_to(0.05, 0.4) as (line, theirs):
+        with connection_to(0.05, 0.4) as (end, theirs):
             theirs.sendall(known * messages)
             begun = time.monotonic()
             with pytest.raises(TimeoutError, match=r"sign of life for 0\.4 s"):
-                list(line)
+                list(end)
             assert time.monotonic() - begun >= 0.4
-    with line_to(0.05, 0.4) as (line, _):
+    with connection_to(0.05, 0.4) as (end, _):
         for kind in (connection.Kind.READ, connection.Kind.READ, connection.Kind.BEAT):
-            line.send(connection.Message(kind))
+            end.send(connection.Frame(kind))
         with pytest.raises(TimeoutError, match=r"sign of life for 0\.05 s"):
-            next(iter(line))
-        line.send(connection.Message(connection.Kind.STEP, 1, 1))
-        assert line._connection.gettimeout() == 0.4
+            next(iter(end))
+        end.send(connection.Frame(connection.Kind.STEP, 1, 1))
+        assert end._socket.gettimeout() == 0.4
 
 
 class StuckEngine:
@@ -249,16 +252,16 @@ class StuckEngine:
 def test_a_call_that_hangs_is_told_once_and_an_orderly_end_is_not(monkeypatch):
     lost = queue.SimpleQueue()
     step = Step(np.zeros((1, 12), np.int32))
-    with line_to(2.0) as (line, theirs):
-        leader = followers.Leader(StuckEngine(), [line], lost.put)
+    with connection_to(2.0) as (end, theirs):
+        leader = followers.Leader(StuckEngine(), [end], lost.put)
         leader.dispatch(step)
         monkeypatch.setattr(followers, "_CALL_S", 0.0)
         leader.dispatch(step)  # the first of its shape was given time to compile
         assert "hangs" in str(lost.get(timeout=30))
         theirs.close()
         leader.close()
-    with line_to(2.0) as (line, theirs):
-        leader = followers.Leader(StuckEngine(), [line], lost.put)
+    with connection_to(2.0) as (end, theirs):
+        leader = followers.Leader(StuckEngine(), [end], lost.put)
         closing = threading.Thread(target=leader.close)
         closing.start()
         assert theirs.recv(100) == connection.HEADER.pack(connection.Kind.END, 0, 0, 0)
@@ -279,11 +282,11 @@ def test_a_follower_whose_call_hangs_does_not_outlast_its_leader(kind, words, mo
     ended, messages = queue.SimpleQueue(), queue.SimpleQueue()
     monkeypatch.setattr(followers, "end_process", ended.put)
     monkeypatch.setattr(followers, "_CLOSE_S", 0.1)
-    with line_to(5.0) as (line, theirs):
+    with connection_to(5.0) as (end, theirs):
         theirs.sendall(connection.HEADER.pack(kind, 0, 0, 0))
         theirs.close()
         begun = time.monotonic()
-        followers._receive(line, messages)
+        followers._receive(end, messages)
         took_s = time.monotonic() - begun
     assert messages.get_nowait().kind is kind
     assert words in str(ended.get_nowait())

@@ -70,7 +70,7 @@ async def pair(kind, shape=SMALL, dtype="float32", **options):
 
 async def under_way(transport, ticket):
     """Returns when the KV is on its way."""
-    peers = transport._client._peers
+    peers = transport._client._sources
     while not (peer := peers.get(ticket.address)) or not peer.in_flight.num_bytes:
         await asyncio.sleep(0)
 
@@ -132,7 +132,7 @@ def test_a_producer_that_is_killed_and_never_comes_back_leaves_no_socket(kind):
             assert num_sockets() > before
             producer.process.kill()
             begin = time.monotonic()
-            while transport._client._peers or num_sockets() > before:
+            while transport._client._sources or num_sockets() > before:
                 assert time.monotonic() - begin < 10  # it looks each second
                 await asyncio.sleep(0)
 

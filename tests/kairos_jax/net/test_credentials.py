@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kairos_jax.api.server import Server
 from kairos_jax.net import credentials
-from kairos_jax.net.credentials import PLAIN, Wire
+from kairos_jax.net.credentials import PLAIN, Credentials
 from kairos_jax.net.health import ALIVE, Health
 from kairos_jax.process.command import UsageError
 
@@ -28,10 +28,10 @@ def shown(name: str) -> dict[str, bytes]:
     return {"cert": (TLS / f"{name}.pem").read_bytes(), "key": (TLS / f"{name}.key").read_bytes()}
 
 
-SECURE = Wire(**shown("peer"), ca=CA)
+SECURE = Credentials(**shown("peer"), ca=CA)
 MUTUAL = replace(SECURE, mutual=True)
-NAMED = Wire(**shown("named"), ca=CA, name="kairos")
-STRANGER = Wire(**shown("stranger"), ca=CA)
+NAMED = Credentials(**shown("named"), ca=CA, name="kairos")
+STRANGER = Credentials(**shown("stranger"), ca=CA)
 TOKEN = replace(SECURE, token="open-sesame")
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -72,7 +72,7 @@ def methods() -> grpc.GenericRpcHandler:
 
 
 @contextlib.asynccontextmanager
-async def serving(wire: Wire, host: str = "127.0.0.1"):
+async def serving(wire: Credentials, host: str = "127.0.0.1"):
     server = grpc.aio.server(interceptors=wire.interceptors())
     server.add_generic_rpc_handlers((methods(),))
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
@@ -85,7 +85,7 @@ async def serving(wire: Wire, host: str = "127.0.0.1"):
 
 
 async def call(
-    wire: Wire, address: str, kind: str = "unary_unary", metadata=None, silent: bool = False
+    wire: Credentials, address: str, kind: str = "unary_unary", metadata=None, silent: bool = False
 ) -> list[bytes]:
     """The answers to b"a", or to b"a" and b"b" where there may be several.
 
@@ -139,7 +139,7 @@ def test_addresses_may_be_ipv6():
 @pytest.mark.parametrize(
     ("server", "client"),
     [
-        pytest.param(MUTUAL, Wire(ca=CA), id="a caller without a certificate"),
+        pytest.param(MUTUAL, Credentials(ca=CA), id="a caller without a certificate"),
         pytest.param(MUTUAL, STRANGER, id="a caller whose certificate another CA signed"),
         pytest.param(STRANGER, SECURE, id="a server whose certificate another CA signed"),
         pytest.param(NAMED, SECURE, id="a server with a certificate of another name"),
@@ -240,11 +240,11 @@ def test_clients_come_over_tls_and_probes_without():
     async def go():
         with socket.create_server(("127.0.0.1", 0)) as free:
             health_port = free.getsockname()[1]
-        public = Wire(**shown("peer"))
+        public = Credentials(**shown("peer"))
         server = Server("127.0.0.1", 0, time.monotonic, public, health_port)
         await server.start()
         probed = f"127.0.0.1:{health_port}"
-        for client, address in ((Wire(ca=CA), server.address), (PLAIN, probed)):
+        for client, address in ((Credentials(ca=CA), server.address), (PLAIN, probed)):
             async with client.channel(address) as channel:
                 stub = health_pb2_grpc.HealthStub(channel)
                 answer = await stub.Check(health_pb2.HealthCheckRequest())
@@ -273,7 +273,7 @@ def test_a_port_in_use_is_an_error():
 
 
 def test_the_token_does_not_leave_the_host_in_the_clear():
-    wire = Wire(token="open-sesame")
+    wire = Credentials(token="open-sesame")
 
     async def go():
         for host in ("127.0.0.1", "localhost", "[::1]", "127.8.0.1"):
@@ -294,7 +294,7 @@ def test_who_calls_over_tls_listens_over_tls():
     async def go():
         server = grpc.aio.server()
         with pytest.raises(UsageError, match="--tls_cert is missing"):
-            Wire(ca=CA).add_port(server, "127.0.0.1", 0)
+            Credentials(ca=CA).add_port(server, "127.0.0.1", 0)
         await server.stop(None)
 
     asyncio.run(go())
@@ -308,16 +308,16 @@ def test_secrets_are_not_printed():
 
 @pytest.fixture
 def from_flags():
-    """A function from flags to the Wire that they make, or to a public one."""
+    """A function from flags to the Credentials that they make, or to a public one."""
     names = flags.FLAGS
     if "tls_cert" not in names:
         credentials.define_flags()
         credentials.define_public_flags()
     names.mark_as_parsed()
 
-    def read(public: bool = False, **given) -> Wire:
+    def read(public: bool = False, **given) -> Credentials:
         with flagsaver.flagsaver(**given):
-            return Wire.public_from_flags() if public else Wire.from_flags()
+            return Credentials.public_from_flags() if public else Credentials.from_flags()
 
     return read
 
@@ -335,7 +335,7 @@ def test_flags_make_a_wire(from_flags, tmp_path):
     assert from_flags(**peer, token_file=str(token)) == TOKEN
     assert from_flags(**peer, tls_name="kairos").name == "kairos"
     public = {f"public_{flag}": path for flag, path in named("peer").items()}
-    assert from_flags(public=True, **public) == Wire(**shown("peer"))
+    assert from_flags(public=True, **public) == Credentials(**shown("peer"))
     assert from_flags(public=True) == PLAIN
 
 

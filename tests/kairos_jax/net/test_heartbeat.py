@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from kairos_jax.net.heartbeat import Pulse, first_of
+from kairos_jax.net.heartbeat import Heartbeat, first_of
 
 
 def test_silence_beyond_the_limit_ends_it_with_a_beat_each_period():
@@ -12,7 +12,7 @@ def test_silence_beyond_the_limit_ends_it_with_a_beat_each_period():
 
     async def main():
         with pytest.raises(TimeoutError, match=r"nothing came from it for 0\.05 s"):
-            await asyncio.wait_for(Pulse(0.01, 0.05).lost(lambda: beats.append(None)), 10)
+            await asyncio.wait_for(Heartbeat(0.01, 0.05).lost(lambda: beats.append(None)), 10)
 
     asyncio.run(main())
     assert 3 <= len(beats) <= 5
@@ -20,16 +20,16 @@ def test_silence_beyond_the_limit_ends_it_with_a_beat_each_period():
 
 def test_what_is_heard_keeps_it_going():
     async def main():
-        pulse, beats = Pulse(0.01, 0.03), 0
+        heartbeat, beats = Heartbeat(0.01, 0.03), 0
 
         def answered():
             nonlocal beats
             beats += 1
             if beats < 20:
-                pulse.heard()
+                heartbeat.heard()
 
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(pulse.lost(answered), 10)
+            await asyncio.wait_for(heartbeat.lost(answered), 10)
         assert beats >= 20
 
     asyncio.run(main())
@@ -46,7 +46,7 @@ def test_a_stall_of_ones_own_is_no_silence_of_the_other(monkeypatch):
     monkeypatch.setattr("kairos_jax.net.heartbeat.asyncio.sleep", sleep)
     beats = []
     with pytest.raises(TimeoutError):
-        asyncio.run(Pulse(0.25, 2.0).lost(lambda: beats.append(None)))
+        asyncio.run(Heartbeat(0.25, 2.0).lost(lambda: beats.append(None)))
     assert len(beats) == 4
 
 

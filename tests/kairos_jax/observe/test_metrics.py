@@ -19,7 +19,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from kairos_jax.api.http.app import make_app
-from kairos_jax.api.http.guard import Options
+from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.observe import collectors, metrics_port
 from kairos_jax.observe.metrics import MAX_CLASSES, Metrics
@@ -84,7 +84,7 @@ async def test_requests_are_counted_by_how_they_ended(harness):
     answers = [await harness.generate([1, 2, 3], 5), await harness.generate([4, 5], 1)]
     await cancelled(harness, [7] * 10)
     await asyncio.wait_for(harness.router.drained(), 30)
-    seen = told(harness.router.metrics)
+    seen = told(harness.metrics)
     for outcome, count in (("length", 2), ("cancelled", 1)):
         counted = seen("kairos_requests_total", outcome=outcome, **{"class": CLASS})
         assert counted == count
@@ -109,7 +109,7 @@ async def test_requests_are_counted_by_how_they_ended(harness):
 async def test_the_times_of_a_request_are_those_that_its_client_is_told(harness):
     count = 6
     *_, last = await harness.generate([1, 2, 3], count, slo=pb.Slo(ttft_s=2.0, tpot_s=1e-9))
-    seen, timing = told(harness.router.metrics), last.timing
+    seen, timing = told(harness.metrics), last.timing
     for name, value in (
         ("time_to_first_token", timing.ttft_s),
         ("request_queue", timing.queue_s),
@@ -135,7 +135,7 @@ async def test_the_times_of_a_request_are_those_that_its_client_is_told(harness)
 async def test_benchmark_tools_find_the_names_that_they_look_for(harness):
     slos = [pb.Slo(ttft_s=ttft) for ttft in (1.0, 2.0)]
     await asyncio.gather(*(harness.generate([1, 2], 4, slo=slo) for slo in slos))
-    seen = told(harness.router.metrics)
+    seen = told(harness.metrics)
     for alias, name in (
         ("time_to_first_token", "time_to_first_token"),
         ("inter_token_latency", "inter_token_latency"),
@@ -157,7 +157,7 @@ async def test_what_is_in_progress_is_told_as_it_is_at_the_time(harness):
     waiting = harness.stub.Generate(fakes.ask([2] * 20, 60))
     while harness.router.num_streams < 2 or not harness.workers[0].instance.under_way:
         await asyncio.sleep(0)
-    seen = told(harness.router.metrics)
+    seen = told(harness.metrics)
     assert seen("kairos_requests_in_progress", state="running") == 1
     assert seen("kairos_requests_in_progress", state="waiting") == 1
     assert seen("vllm:num_requests_running") == seen("vllm:num_requests_waiting") == 1
@@ -176,17 +176,17 @@ async def test_what_is_in_progress_is_told_as_it_is_at_the_time(harness):
 async def test_used_kv_is_what_the_decode_pools_have_not_free(harness):
     _, decode = harness.engines
     outlined = asyncio.Event()
-    update = harness.router._peers["decode-0"].update
-    harness.router._peers["decode-0"].update = lambda *args: (update(*args), outlined.set())
-    assert told(harness.router.metrics)("vllm:kv_cache_usage_perc") == 0
+    update = harness.router.fleet.peers["decode-0"].update
+    harness.router.fleet.peers["decode-0"].update = lambda *args: (update(*args), outlined.set())
+    assert told(harness.metrics)("vllm:kv_cache_usage_perc") == 0
     call, answers, _ = await harness.stream([1] * 30, 60)
     await anext(answers)  # its KV is there, and the step after it was outlined
     decode.gate.clear()
     async with asyncio.timeout(30):
-        while not told(harness.router.metrics)("vllm:kv_cache_usage_perc"):
+        while not told(harness.metrics)("vllm:kv_cache_usage_perc"):
             outlined.clear()
             await outlined.wait()
-    usage = told(harness.router.metrics)("vllm:kv_cache_usage_perc")
+    usage = told(harness.metrics)("vllm:kv_cache_usage_perc")
     ledger = harness.workers[1].instance
     assert usage == pytest.approx(1 - ledger.pages.num_free / ledger.limits.num_pages, abs=0.1)
     call.cancel()
@@ -198,7 +198,7 @@ async def test_steps_are_held_against_what_was_predicted(harness):
     await harness.generate([1, 2, 3], 9)
     worker = harness.workers[1]
     await harness.assert_nothing_held()  # its thread has ended
-    seen = told(harness.router.metrics)
+    seen = told(harness.metrics)
     of = {"worker": "decode-0", "role": "decode"}
     assert seen("kairos_worker_step_seconds_count", **of) == harness.engines[1].num_steps == 8
     assert seen("kairos_worker_step_sequences_sum", **of) == 8
@@ -225,7 +225,7 @@ def refused(config, **fields):
                 await harness.generate([1, 2], **{"max_tokens": 9} | fields)
             for call in calls:
                 call.cancel()
-            return told(harness.router.metrics)
+            return told(harness.metrics)
 
     return asyncio.run(main())
 
@@ -244,13 +244,13 @@ def test_a_wrong_request_misses_no_slo():
             for fields, reason in (({}, "bad_request"), ({"model": "other"}, "unknown_model")):
                 with pytest.raises(grpc.aio.AioRpcError):
                     await harness.generate([1, 2], 0, **fields)
-                seen = told(harness.router.metrics)
+                seen = told(harness.metrics)
                 assert seen("kairos_requests_rejected_total", reason=reason) == 1
             assert "kairos_slo_requests_total" not in seen.names
             await harness.server.shut("no worker")
             with pytest.raises(grpc.aio.AioRpcError):
                 await harness.generate([1, 2], 1)
-            seen = told(harness.router.metrics)
+            seen = told(harness.metrics)
             assert seen("kairos_requests_rejected_total", reason="closed") == 1
 
     asyncio.run(main())
@@ -261,7 +261,7 @@ async def test_a_worker_that_fails_and_its_requests_are_counted(harness):
     harness.engines[1].fail = RuntimeError("planted")
     with pytest.raises(grpc.aio.AioRpcError):
         await harness.generate([1, 2], 5)
-    seen = told(harness.router.metrics)
+    seen = told(harness.metrics)
     assert seen("kairos_workers_lost_total", role="decode") == 1
     assert seen("kairos_requests_total", outcome="failed") == 1
     assert seen("kairos_slo_requests_total", objective="both", result="missed") == 1
@@ -301,7 +301,7 @@ def test_it_is_told_in_the_form_that_is_asked_for():
 async def test_scrapers_get_it_over_http_also_while_the_server_is_shut(harness):
     await harness.generate([1, 2], 2)
     gate = harness.server.gate
-    app = make_app(gate, Options())
+    app = make_app(gate, HttpOptions(0))
     await harness.server.shut("no worker")
     status, headers, body = await fetch(app, "GET", "/metrics")
     assert (status, headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
@@ -385,7 +385,7 @@ async def all_told() -> Told:
     """All that a server tells once everything has happened to it."""
     async with fakes.running() as harness:
         await harness.generate([1, 2, 3], 4)
-        metrics = harness.router.metrics
+        metrics = harness.metrics
         metrics.rejected("closed")
         metrics.recovered("worker_lost")
         metrics.lost(Role.DECODE)

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from kairos_jax.api.http.app import make_app
-from kairos_jax.api.http.guard import Options
+from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.observe.tracing import Tracing
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +30,7 @@ class Traced:
         self.harness, self._exporter = harness, InMemorySpanExporter()
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        harness.router.tracing = Tracing(provider)
+        harness.router.observers.append(Tracing(provider))
 
     async def spans(self, names: str) -> list:
         """Those of all requests so far, once they are over."""
@@ -90,7 +90,7 @@ async def test_a_trace_goes_on_from_its_clients_over_grpc(traced):
 
 @served
 async def test_a_trace_goes_on_from_its_clients_over_http(traced):
-    app = make_app(traced.harness.server.gate, Options())
+    app = make_app(traced.harness.server.gate, HttpOptions(0))
     body = b'{"model": "fake", "prompt": [1, 2], "max_tokens": 1}'
     status, _, _ = await fetch(app, "POST", "/v1/completions", body, traceparent=TRACEPARENT)
     assert status == 200

@@ -14,7 +14,7 @@ from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.observe.tracing import Tracing
 from kairos_jax.observe.worker_spans import WorkerSpans
 from kairos_jax.worker.messages import Lost, Submit
-from kairos_jax.worker.server import Options
+from kairos_jax.worker.server import RoleOptions
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Request, Slo
 
@@ -50,16 +50,15 @@ class Collector:
 async def traced(collector, tracing=True):
     """A prefill and a decode worker, and a router, which all make spans."""
     transport = LocalTransport()
-    nodes = [
-        await cluster.Node.start(
-            role,
-            transport,
-            options=Options(cluster.HOST, 0, cluster.HOST, role.value, traces=collector.provider),
-        )
-        for role in (Role.PREFILL, Role.DECODE)
-    ]
+    nodes = []
+    for role in (Role.PREFILL, Role.DECODE):
+        options = RoleOptions(cluster.HOST, 0, cluster.HOST, role.value)
+        node = await cluster.Node.start(role, transport, options=options)
+        node.server.service.spans = WorkerSpans(collector.provider, role, role.value)
+        nodes.append(node)
     front = cluster.Front.start(nodes)
-    front.router.tracing = Tracing(collector.provider) if tracing else None
+    if tracing:
+        front.router.observers.append(Tracing(collector.provider))
     try:
         await front.linked(2)
         yield nodes, front

@@ -10,7 +10,7 @@ from fleet import COST, Counted, Fleet, asked, in_loop
 
 from kairos_jax.engine.engine import JaxEngine, Shapes
 from kairos_jax.kv.transport import LocalTransport
-from kairos_jax.routing import router
+from kairos_jax.routing import dispatch
 from kairos_jax.routing.router import Router
 from kairos_jax.worker.build import build_worker
 from models.checkpoint import open_checkpoint
@@ -100,7 +100,7 @@ SCARCE = fakes.altered(decode__kv_tokens=128)
 @in_loop
 async def test_workers_come_and_go_while_hundreds_of_requests_run(config, seed, monkeypatch):
     """Some are killed, some drained, some requests are cancelled, and some KV is lost."""
-    monkeypatch.setattr(router, "MAX_RECOVERIES", 100)
+    monkeypatch.setattr(dispatch, "MAX_RECOVERIES", 100)
     rng, fleet = random.Random(seed), Fleet(config)
     ended = 0
 

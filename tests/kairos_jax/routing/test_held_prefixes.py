@@ -52,8 +52,8 @@ def test_when_kv_is_asked_for_more_or_less_may_be_here_than_when_it_was_sent_ahe
             prefill.transport.extend(ticket, kv[2:], last=True)
             await asyncio.sleep(0)
             assert decode.transport.staged_bytes == (3 - ahead) * FACTS.block_bytes
-            (arrival,) = decode.transport._arrivals.values()
-            await asyncio.wait_for(asyncio.shield(arrival.task), 30)
+            (fetch,) = decode.transport._fetches.values()
+            await asyncio.wait_for(asyncio.shield(fetch.task), 30)
             same(await decode.fetch(ticket, sharding(), first), some_kv()[first:])
             assert decode.transport.received_bytes == came * FACTS.block_bytes
             await prefill.empty()

@@ -11,9 +11,9 @@ import grpc
 import pytest
 
 from kairos_jax.kv.transport import LocalTransport
-from kairos_jax.net.credentials import Wire
+from kairos_jax.net.credentials import Credentials
 from kairos_jax.worker.messages import Died
-from kairos_jax.worker.server import Options
+from kairos_jax.worker.server import RoleOptions
 from models.sampling import SamplingParams
 from schedulers.ledger.instance import Role
 
@@ -80,7 +80,7 @@ def test_two_routers_share_two_workers_of_each_role():
         async with cluster.running(2, 2) as (nodes, one, transport):
             two = cluster.Front.start(nodes)
             await two.linked(4)
-            assert {node.server.attachments.num_routers for node in nodes} == {2}
+            assert {node.server.service.num_routers for node in nodes} == {2}
             await asyncio.gather(
                 ask_all(one, some_requests(20)), ask_all(two, some_requests(20, seed=2))
             )
@@ -108,8 +108,8 @@ def test_logprobs_of_a_prompt_come_with_its_first_token_alone():
 def test_the_cost_of_each_kind_of_step_comes_from_a_worker_of_its_role():
     async def main():
         async with cluster.running() as (_, front, _):
-            assert front.router.cost.prefill.base_s == fakes.PROFILE["prefill"]["base_s"]
-            assert front.router.cost.decode.base_s == fakes.PROFILE["decode"]["base_s"]
+            assert front.router.fleet.cost.prefill.base_s == fakes.PROFILE["prefill"]["base_s"]
+            assert front.router.fleet.cost.decode.base_s == fakes.PROFILE["decode"]["base_s"]
 
     run(main)
 
@@ -123,12 +123,12 @@ def test_a_router_that_goes_leaves_nothing_behind():
             for stream in streams:
                 await anext(aiter(stream))
             waiting = front.submit([4] * 100, 1)
-            assert prefill.server.attachments.num_requests > 0
+            assert prefill.server.service.num_requests > 0
             await front.links.close()
             decode.engine.gate.set()
             for node in nodes:
                 await cluster.idle(node)
-                assert node.server.attachments.num_routers == 0
+                assert node.server.service.num_routers == 0
             assert transport.num_offers == 0
             del waiting
 
@@ -176,7 +176,7 @@ def test_a_stream_goes_on_where_its_worker_died():
 
 def test_a_step_that_hangs_makes_its_worker_lost_until_it_ends(logged):
     async def main():
-        options = Options(cluster.HOST, 0, cluster.HOST, stuck_s=0.1)
+        options = RoleOptions(cluster.HOST, 0, cluster.HOST, stuck_s=0.1)
         transport = LocalTransport()
         nodes = [
             await cluster.Node.start(role, transport, options=options)
@@ -254,7 +254,7 @@ def test_a_worker_of_the_other_role_is_named(logged):
 
 def test_a_token_is_asked_for_and_shown(logged):
     async def main():
-        net, transport = Wire(token="secret"), LocalTransport()
+        net, transport = Credentials(token="secret"), LocalTransport()
         roles = (Role.PREFILL, Role.DECODE)
         nodes = [await cluster.Node.start(role, transport, net=net) for role in roles]
         stranger = cluster.Front.start(nodes)
@@ -320,7 +320,7 @@ def test_a_worker_that_drains_ends_what_runs_and_returns_what_waits():
 
 def test_what_outlasts_the_grace_of_a_drain_goes_on_elsewhere():
     async def main():
-        options = Options(cluster.HOST, 0, cluster.HOST, grace_s=0.0)
+        options = RoleOptions(cluster.HOST, 0, cluster.HOST, grace_s=0.0)
         async with cluster.running(1, 1) as (nodes, front, transport):
             leaving = await cluster.Node.start(Role.DECODE, transport, options=options)
             nodes.append(leaving)

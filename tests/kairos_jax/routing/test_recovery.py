@@ -3,6 +3,7 @@ that the test plays.
 """
 
 import asyncio
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from fleet import COST, PROMPT, asked, in_loop
 
 from kairos_jax.engine.calls import Token
 from kairos_jax.kv.transport import Ticket
-from kairos_jax.routing import router
+from kairos_jax.routing import dispatch
 from kairos_jax.routing.fleet import WorkerLost
 from kairos_jax.routing.peer import Peer
 from kairos_jax.routing.router import Router
@@ -30,6 +31,7 @@ from kairos_jax.worker.messages import (
 from models.sampling import SamplingParams
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Slo
+from schedulers.policies.routing import Summary
 
 
 class Played:
@@ -46,7 +48,8 @@ class Played:
     def join(self, id):
         self.posts[id] = []
         role = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}[id[0]]
-        self.router.join(Peer(id, role, self.posts[id].append, COST, None, 0.0))
+        idle = Summary(id, role, 0.0, [], [], 1.0, 0.0, math.inf)
+        self.router.join(Peer(id, role, self.posts[id].append, COST, idle, 0.0))
 
     async def say(self, event):
         self.router.emit(event)
@@ -297,10 +300,10 @@ async def test_what_the_last_prefill_worker_still_had_goes_on():
 async def test_what_is_lost_again_and_again_fails_with_the_last_reason():
     played = Played("p0", "d0")
     stream = played.router.submit(asked())
-    for index in range(router.MAX_RECOVERIES + 1):
+    for index in range(dispatch.MAX_RECOVERIES + 1):
         id = played.posts["p0"][-1].request.id
         await played.say(Lost(id, LookupError(f"reason {index}")))
-    with pytest.raises(WorkerLost, match=f"reason {router.MAX_RECOVERIES}"):
+    with pytest.raises(WorkerLost, match=f"reason {dispatch.MAX_RECOVERIES}"):
         _ = [output async for output in stream]
     assert played.router.num_streams == 0
 

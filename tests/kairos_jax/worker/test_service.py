@@ -5,13 +5,13 @@ import contextlib
 
 import fakes
 import grpc
-import pytest
 
 from kairos_jax.engine.calls import Token
 from kairos_jax.kv.transport import Ticket
 from kairos_jax.rpc import internal_pb2 as pb
 from kairos_jax.rpc import internal_pb2_grpc
 from kairos_jax.worker import codec
+from kairos_jax.worker.codec import Sender
 from kairos_jax.worker.messages import (
     Cancel,
     Died,
@@ -27,8 +27,9 @@ from kairos_jax.worker.messages import (
     Returned,
     Stepped,
     Submit,
+    Welcome,
 )
-from kairos_jax.worker.service import Attachments
+from kairos_jax.worker.service import WorkerService
 from kairos_jax.worker.tally import Steps
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Batch, Instance, Role
@@ -37,7 +38,7 @@ from schedulers.policies.routing import outline
 
 LIMITS = fakes.CONFIG.limits(Role.BOTH)
 COST = CostModel.from_profile(fakes.PROFILE)
-WELCOME = codec.Welcome("w", "1", Role.BOTH, "m", "f", "float32", LIMITS, fakes.PROFILE)
+WELCOME = Welcome("w", "1", Role.BOTH, "m", "f", "float32", LIMITS, fakes.PROFILE)
 
 
 class Mute:
@@ -72,7 +73,7 @@ class Caller:
     async def attach(self):
         """Hello, Welcome and the first outline."""
         await self.send(pb.ToWorker(hello=pb.Hello(router=self.name, version=codec.VERSION)))
-        assert codec.decode_welcome(await self.read()) == WELCOME
+        assert codec.decode(await self.read(), Sender()) == WELCOME
         return await self.hear()
 
     async def send(self, sent):
@@ -80,13 +81,13 @@ class Caller:
 
     async def say(self, *messages):
         for message in messages:
-            await self.send(codec.encode_message(message, 0.0))
+            await self.send(codec.encode(message, 0.0))
 
     async def read(self):
         return await asyncio.wait_for(self._call.read(), 30)
 
     async def hear(self):
-        return codec.decode_event(await self.read(), "w", Role.BOTH, 0.0)
+        return codec.decode(await self.read(), Sender(0.0, "w", Role.BOTH))
 
     async def ended(self):
         """The code with which it was ended."""
@@ -105,7 +106,7 @@ def attached(**options):
     def decorate(test):
         def run():
             async def main():
-                service = Attachments(asyncio.get_running_loop(), **options)
+                service = WorkerService(asyncio.get_running_loop(), **options)
                 worker = Mute()
                 service.open(worker, WELCOME)  # type: ignore[arg-type]
                 server = grpc.aio.server()
@@ -343,13 +344,3 @@ async def test_a_call_that_is_closed_has_told_all_before(service, worker, call):
         assert stepped(await caller.hear()) == ["a"]
     assert await caller.hear() == Returned("a")
     assert (await caller.ended())[0] is grpc.StatusCode.OK
-
-
-def test_a_worker_without_outline_is_refused():
-    async def main():
-        worker = Mute()
-        worker.outline = None  # type: ignore[assignment]
-        with pytest.raises(ValueError, match="must have an outline"):
-            Attachments(asyncio.get_running_loop()).open(worker, WELCOME)  # type: ignore[arg-type]
-
-    asyncio.run(main())

@@ -9,7 +9,7 @@ import pytest
 from http_fakes import ids_of, of, says, text_in
 
 from kairos_jax.api.http.choice import StopTexts, token_text
-from kairos_jax.api.http.guard import Options
+from kairos_jax.api.http.server import HttpOptions
 
 # Of all ids, the special ones among them.
 TEXTS = [token_text(http_fakes.tokenizer(), id) for id in range(fakes.VOCAB)]
@@ -352,5 +352,5 @@ def test_cors_is_off_unless_asked_for():
             assert asked.status_code == (200 if allowed else 405)
 
     asyncio.run(main(None, None))
-    keyed = Options(keys=[b"x"], cors_origins=["https://page.example"])
+    keyed = HttpOptions(0, keys=[b"x"], cors_origins=["https://page.example"])
     asyncio.run(main(keyed, "https://page.example"))

@@ -19,9 +19,10 @@ from kairos_jax.api.http import debug
 from kairos_jax.api.http.app import make_app
 from kairos_jax.api.http.debug import Debug, answer_beside, routes
 from kairos_jax.api.http.errors import ApiError
-from kairos_jax.api.http.guard import Options, digest
+from kairos_jax.api.http.guard import digest
+from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.observe import metrics_port
-from kairos_jax.observe.perfetto import Recent, trace_events
+from kairos_jax.observe.perfetto import RecentTrace, trace_events
 from kairos_jax.process.command import UsageError
 from kairos_jax.worker.tally import Steps
 from schedulers.ledger.journal import Journal
@@ -160,7 +161,7 @@ def test_the_last_decisions_are_told_as_a_trace(tmp_path):
         debugged.watch(records[first : first + 7])
     told = json.loads(debugged.answer("GET", SCHEDULE, {}))
     assert told == json.loads(json.dumps(trace_events(records)))
-    few = Recent(100)
+    few = RecentTrace(100)
     for record in records[:-3]:
         few.add([record])
     events = few.trace()["traceEvents"]
@@ -177,7 +178,7 @@ def test_the_last_decisions_are_told_as_a_trace(tmp_path):
 
 def check_prefill_alone(records: list) -> None:
     """As in a process of its own, where what was handed over is heard of no more."""
-    alone = Recent()
+    alone = RecentTrace()
     alone.add(records)
     ends = [
         event["args"].get("end") for event in alone.trace()["traceEvents"] if event["ph"] == "e"
@@ -202,10 +203,10 @@ def test_over_http_it_is_for_who_has_a_key_and_only_if_it_is_on(tmp_path):
         return status, json.loads(body)
 
     async def run() -> None:
-        off = make_app(gate, Options(), routes(None, "it is off"))
+        off = make_app(gate, HttpOptions(0), routes(None, "it is off"))
         status, told = await asked(off, "GET", SCHEDULE)
         assert (status, told["error"]["message"]) == (404, "it is off")
-        app = make_app(gate, Options(keys=(digest(b"key"),)), routes(Debug(tmp_path), ""))
+        app = make_app(gate, HttpOptions(0, keys=(digest(b"key"),)), routes(Debug(tmp_path), ""))
         assert (await asked(app, "GET", SCHEDULE))[0] == 401
         key = {"authorization": "Bearer key"}
         for method, path, expected in (

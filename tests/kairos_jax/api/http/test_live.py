@@ -12,8 +12,9 @@ from http_fakes import fetch
 
 from kairos_jax.api.gate import Gate
 from kairos_jax.api.http.app import make_app
-from kairos_jax.api.http.guard import Options, digest
+from kairos_jax.api.http.guard import digest
 from kairos_jax.api.http.live import Live
+from kairos_jax.api.http.server import HttpOptions
 
 FILES = resources.files("kairos_jax.api.http") / "page"
 PAGE = {file.name: file.read_text() for file in FILES.iterdir()}
@@ -69,7 +70,7 @@ def looked_at(**options):
 
     gate = Gate(lambda: 0.0)
     live = Live(gate, look=look, **options)
-    return live, make_app(gate, Options(), live.routes())
+    return live, make_app(gate, HttpOptions(0), live.routes())
 
 
 def test_one_snapshot_a_tick_is_made_for_all_and_none_for_nobody():
@@ -147,7 +148,7 @@ def test_a_snapshot_that_fails_ends_the_streams_and_the_next_viewer_starts_anew(
 
         gate = Gate(lambda: 0.0)
         live = Live(gate, look=look)
-        app = make_app(gate, Options(), live.routes())
+        app = make_app(gate, HttpOptions(0), live.routes())
         viewer = Viewer(app)
         await asyncio.sleep(0)
         with pytest.raises(RuntimeError, match="planted"):
@@ -165,7 +166,7 @@ def test_a_snapshot_that_fails_ends_the_streams_and_the_next_viewer_starts_anew(
 def test_a_server_that_starts_says_so():
     async def main():
         gate = Gate(lambda: 0.0)
-        app = make_app(gate, Options(), Live(gate).routes())
+        app = make_app(gate, HttpOptions(0), Live(gate).routes())
         viewer = Viewer(app)
         assert (await viewer.frames.get())["closed"] == "the server is starting"
         await viewer.leave()
@@ -177,7 +178,7 @@ def test_data_needs_the_key_and_the_page_does_not():
     async def main():
         gate = Gate(lambda: 0.0)
         live = Live(gate)
-        app = make_app(gate, Options((digest(b"secret"),)), live.routes())
+        app = make_app(gate, HttpOptions(0, (digest(b"secret"),)), live.routes())
         status, _, body = await fetch(app, "GET", "/live")
         assert (status, b"API key is missing" in body) == (401, True)
         viewer = Viewer(app, authorization="Bearer secret")

@@ -11,7 +11,8 @@ import fakes
 import http_fakes
 import pytest
 
-from kairos_jax.api.http.guard import Options, digest
+from kairos_jax.api.http.guard import digest
+from kairos_jax.api.http.server import HttpOptions
 from schedulers.ledger.request import Request, Slo
 
 pytestmark = [
@@ -58,7 +59,7 @@ def paced(engine, step_s: float) -> None:
 
 
 @contextlib.contextmanager
-def served(step_s: float = 0.02, app: Options | None = None) -> Iterator[tuple]:
+def served(step_s: float = 0.02, app: HttpOptions | None = None) -> Iterator[tuple]:
     """A server whose decode steps last so long: its address, and what runs a test on it."""
     urls = []
 
@@ -162,7 +163,7 @@ def test_a_prompt_is_sent_and_its_tokens_are_shown_against_their_deadlines(tab):
 
 
 def test_a_key_is_asked_for_where_one_is_needed(tab):
-    with served(app=Options((digest(b"secret"),))) as (url, _):
+    with served(app=HttpOptions(0, (digest(b"secret"),))) as (url, _):
         tab.open(url)
         for key, shown in (("wrong", "a key is needed"), ("secret", "live")):
             tab.until("!document.getElementById('key-form').hidden")

@@ -7,7 +7,8 @@ import json
 import http_fakes
 import pytest
 
-from kairos_jax.api.http.guard import Options, digest
+from kairos_jax.api.http.guard import digest
+from kairos_jax.api.http.server import HttpOptions
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -18,7 +19,7 @@ LIMIT = 1 << 20
 
 @pytest.fixture(scope="module")
 def client():
-    with http_fakes.client_of_thread(app=Options(max_body_bytes=LIMIT)) as client:
+    with http_fakes.client_of_thread(app=HttpOptions(0, max_body_bytes=LIMIT)) as client:
         yield client
 
 
@@ -195,7 +196,7 @@ def test_an_unknown_model_is_told_which_is_known(client, path):
 
 
 def test_without_a_key_nothing_is_served_but_probes():
-    app = Options(keys=[digest(b"first"), digest(b"second")])
+    app = HttpOptions(0, keys=[digest(b"first"), digest(b"second")])
     with http_fakes.client_of_thread(app=app) as client:
         assert client.get("/health").status_code == 200
         for headers in (

@@ -10,10 +10,10 @@ import httpx2
 import pytest
 
 from kairos_jax.api.http import server
-from kairos_jax.api.http.guard import Options, digest
+from kairos_jax.api.http.guard import digest
 from kairos_jax.api.http.server import HttpOptions, HttpServer
 from kairos_jax.api.server import Server
-from kairos_jax.net.credentials import PLAIN, Wire
+from kairos_jax.net.credentials import PLAIN, Credentials
 from kairos_jax.process.command import UsageError
 
 TLS = Path(__file__).parents[3] / "support" / "tls"
@@ -46,8 +46,8 @@ def test_flags_make_options(from_flags, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("first\n\n  second\r\n")
     options = from_flags(api_keys_file=str(keys), cors_origins=["*"], http_max_body_mb=1)
-    expected = Options((digest(b"first"), digest(b"second")), ("*",), 1 << 20)
-    assert options == HttpOptions(8000, expected)
+    keys = digest(b"first"), digest(b"second")
+    assert options == HttpOptions(8000, keys, ("*",), 1 << 20)
     assert "first" not in repr(options)
     assert str(digest(b"first")) not in repr(options)
 
@@ -77,7 +77,7 @@ async def started(public=PLAIN) -> Server:
 def test_clients_come_over_the_public_tls():
     async def go():
         cert, key = ((TLS / f"peer.{kind}").read_bytes() for kind in ("pem", "key"))
-        server = await started(Wire(cert, key))
+        server = await started(Credentials(cert, key))
         context = ssl.create_default_context(cafile=TLS / "ca.pem")
         async with httpx2.AsyncClient(verify=context) as client:
             answer = await client.get(f"https://{server.http.address}/health")

@@ -10,10 +10,11 @@ import pytest
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.http import snapshot as snapshots
 from kairos_jax.api.http.snapshot import MAX_INSTANCES, MAX_NAME, MAX_ROWS, snapshot
-from kairos_jax.api.validator import Edge
+from kairos_jax.api.validator import Validator
 from kairos_jax.engine.engine import Token
 from kairos_jax.kv.transport import LocalTransport
-from kairos_jax.observe.recent import Recent
+from kairos_jax.observe.metrics import Metrics
+from kairos_jax.observe.recent import RecentCounts
 from kairos_jax.routing.router import Router
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.worker.build import build_workers
@@ -34,8 +35,8 @@ def at_rest(max_requests=4000, config=fakes.CONFIG):
     router = Router(loop, max_requests, cost, lambda: NOW)
     workers = build_workers(config, fakes.fake_engines(config), cost, LocalTransport(), router.emit)
     router.connect(workers)
-    edge = Edge("fake", fakes.VOCAB, frozenset({0}), config, None)
-    return Backend(edge, router, pb.Model()), workers
+    validator = Validator("fake", fakes.VOCAB, frozenset({0}), config, None)
+    return Backend(validator, router, Metrics(), pb.Model()), workers
 
 
 def asked(ttft=2.0, tpot=0.1, name="", arrival=NOW, length=10):
@@ -66,7 +67,7 @@ def test_of_a_thousand_queued_the_most_urgent_are_told_and_the_rest_counted():
         first = queued["rows"][0]
         assert first["waited_s"] == pytest.approx(0.01)
         assert first["due_s"] == pytest.approx(0.04)
-        prefill_s = backend.router.cost.prefill_s(10)
+        prefill_s = backend.router.fleet.cost.prefill_s(10)
         assert first["laxity_s"] == pytest.approx(0.04 - prefill_s, abs=1e-4)
         assert first["at"] == "prefill-0"
         assert len(json.dumps(told, allow_nan=False)) < 10_000
@@ -157,8 +158,9 @@ def test_workers_in_other_processes_are_told_of_too():
         async with cluster.running() as (_, front, _):
             while not all(peer.look() for peer in front.router.peers):
                 await asyncio.sleep(0)
-            edge = Edge("fake", fakes.VOCAB, frozenset(), fakes.CONFIG, None)
-            told = snapshot(Backend(edge, front.router, pb.Model()), front.router.clock())
+            validator = Validator("fake", fakes.VOCAB, frozenset(), fakes.CONFIG, None)
+            backend = Backend(validator, front.router, Metrics(), pb.Model())
+            told = snapshot(backend, front.router.clock())
             pools = {each["role"]: each["status"]["num_pages"] for each in told["instances"]}
             assert pools == {"prefill": 512 / 8, "decode": 1024 / 8}
             assert not any("@" in each["id"] for each in told["instances"])
@@ -167,7 +169,7 @@ def test_workers_in_other_processes_are_told_of_too():
 
 
 def test_the_last_minutes_are_counted_by_slots():
-    recent = Recent(2, slot_s=5.0, num_slots=3)
+    recent = RecentCounts(2, slot_s=5.0, num_slots=3)
     for now, counts in ((1.0, (1, 0)), (6.0, (1, 1)), (9.0, (1, True)), (16.0, (1, 0))):
         recent.add(now, counts)
     assert recent.slots(16.0) == [[2, 2], [0, 0], [1, 0]]

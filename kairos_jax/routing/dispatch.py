@@ -1,0 +1,226 @@
+"""A request's way from worker to worker: to prefill, to decode, elsewhere when one is lost."""
+
+import contextlib
+import itertools
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from kairos_jax.engine.calls import wants_prompt_logprobs
+from kairos_jax.kv.transport import Ticket
+from kairos_jax.routing.fleet import Fleet, WorkerLost
+from kairos_jax.routing.observer import Observer
+from kairos_jax.routing.peer import Peer
+from kairos_jax.routing.stream import Stream
+from kairos_jax.worker import codec
+from kairos_jax.worker.codec import For
+from kairos_jax.worker.messages import (
+    Cancel,
+    Died,
+    Draining,
+    Event,
+    Lost,
+    Moved,
+    Offered,
+    Outlined,
+    Output,
+    Prefetch,
+    Release,
+    Returned,
+    Submit,
+)
+from kairos_jax.worker.page_keys import page_keys
+
+# After so many losses a stream fails: what is lost wherever it goes may be the cause of it.
+MAX_RECOVERIES = 3
+
+
+class Dispatch:
+    """Takes requests from worker to worker until they are over. Used on one event loop.
+
+    A request that a lost worker had goes on at another: its prompt and the tokens so far are
+    prefilled again, under a new id, so that events about the old id are ignored.
+
+    over: called with each stream that ends by its workers or for want of them, and with how.
+    streams: in progress, by the ids by which workers know them. serials: of requests, by which
+    workers order them.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        observers: Sequence[Observer],
+        over: Callable[[Stream, str], None],
+    ):
+        self.fleet, self._observers, self._over = fleet, observers, over
+        self.streams: dict[str, Stream] = {}
+        self.serials = itertools.count(1)
+        # Workers may have several routers, so ids must differ from those of every other.
+        self._identity, self._secret = secrets.token_hex(8), secrets.token_bytes(32)
+
+    def start(self, stream: Stream, serial: int) -> None:
+        """Sends a stream to prefill. Inside, ids never come back, so that a late message can never
+        meet a new try.
+        """
+        fleet = self.fleet
+        id = f"{self._identity}/{stream.name}#{serial}"
+        stream.request = replace(stream.request, id=id, serial=serial)
+        self.streams[id] = stream
+        peers, request = fleet.taking(prefill=True), stream.rest(fleet.clock(), fleet.cost)
+        shares = len(peers) > 1 and not wants_prompt_logprobs(request)
+        if shares and (size := peers[0].page_size):
+            # To choose by alone: workers have keys of their own.
+            keys = page_keys(size, self._secret, request.prompt)
+            request = replace(request, page_keys=keys)
+        submit = Submit(request, stream.trace)
+        peer = fleet.choose_prefill(peers, submit)
+        stream.peers = [peer]
+        peer.submit(submit)
+
+    def forget(self, stream: Stream) -> bool:
+        """The stream is over. False if it was before."""
+        if self.streams.get(stream.request.id) is not stream:
+            return False
+        del self.streams[stream.request.id]
+        return True
+
+    def drop(self, stream: Stream) -> None:
+        """Cancels what workers may have of a stream."""
+        for peer in stream.peers:
+            peer.post(Cancel(stream.request.id))
+        stream.peers = []
+
+    def lose(self, peer: Peer, reason: str, alive: bool) -> None:
+        """Does without a worker; its requests go on elsewhere. alive: it is still to be told what
+        to forget.
+        """
+        self.fleet.remove(peer, reason)
+        for stream in [each for each in self.streams.values() if peer in each.peers]:
+            if alive:
+                peer.post(Cancel(stream.request.id))
+            goes_on = stream.peers[-1] is not peer
+            stream.peers.remove(peer)
+            # Where its KV was being fetched from the lost one, the fetch will tell how it ended.
+            if not goes_on:
+                stream.num_lost += 1
+                self._recover(stream, reason, "handed_back" if peer.draining else "worker_lost")
+
+    def on_event(self, event: Event) -> None:
+        """Takes an event from a worker. One about a request that is over, or a worker that has
+        left, is ignored: they have been told, or are gone.
+        """
+        match codec.address_of(event):
+            case For.OUTPUTS, outputs:
+                for output in outputs:
+                    if stream := self.streams.get(output.id):
+                        self._on_output(stream, output)
+            case For.REQUEST, id:
+                if stream := self.streams.get(id):
+                    self._on_stream(stream, event)
+            case For.INSTANCE, instance:
+                if peer := self.fleet.peers.get(instance):
+                    self._on_peer(peer, event)
+
+    def _on_stream(self, stream: Stream, event: Event) -> None:
+        match event:
+            case Offered(_, ticket):
+                self._on_offered(stream, ticket)
+            case Moved(_, at):
+                self._on_moved(stream, at)
+            case Lost(_, error):
+                stream.num_lost += 1
+                self._recover(stream, f"the KV transfer failed: {error}", "transfer_failed")
+            case Returned(_, ticket):
+                self._on_returned(stream, ticket)
+
+    def _on_peer(self, peer: Peer, event: Event) -> None:
+        match event:
+            case Outlined(_, summary, num_received):
+                peer.update(summary, num_received, self.fleet.clock())
+            case Draining():
+                self.fleet.drains(peer)
+            case Died(instance, error):
+                if not peer.draining:
+                    for each in self._observers:
+                        each.lost(peer.role)
+                self.lose(peer, f"instance {instance} failed: {error}", alive=False)
+
+    def _on_output(self, stream: Stream, output: Output) -> None:
+        last_at = stream.last_token_at
+        stream.put(output)
+        for each in self._observers:
+            if last_at is None:
+                each.first_token(stream)
+            else:
+                each.next_token(output.at - last_at)
+        if output.ticket is not None:
+            self._hand_over(stream, output.ticket)
+        elif output.finish_reason:
+            for peer in stream.peers[:-1]:  # where it was to go on
+                peer.post(Cancel(stream.request.id))
+            self.forget(stream)
+            self._over(stream, output.finish_reason)
+
+    def _on_offered(self, stream: Stream, ticket: Ticket) -> None:
+        """Its KV may go ahead of it to where it will be decoded."""
+        with contextlib.suppress(WorkerLost):
+            peer = self._choose_decode(stream, self.fleet.taking(prefill=False))
+            stream.peers.insert(0, peer)
+            peer.post(Prefetch(ticket, stream.request.prompt))
+
+    def _on_returned(self, stream: Stream, ticket: Ticket | None) -> None:
+        """Goes on elsewhere: with its KV, if who offers that is still there."""
+        if ticket is None or len(stream.peers) == 1:
+            return self._recover(stream, "the instance that had it is draining", "handed_back")
+        stream.peers.pop()  # which has forgotten it
+        self._hand_over(stream, ticket)
+
+    def _on_moved(self, stream: Stream, at: float) -> None:
+        if stream.moved_at is None:
+            stream.moved_at = at
+        # Those before the last had its KV until now, save for one that was lost meanwhile.
+        *before, last = stream.peers
+        for peer in before:
+            peer.post(Release(stream.request.id))
+        stream.peers = [last]
+
+    def _hand_over(self, stream: Stream, ticket: Ticket) -> None:
+        """Sends a stream to decode. The last of its peers has the KV; those before, what came of it
+        ahead.
+        """
+        try:
+            peers = self.fleet.taking(prefill=False)
+        except WorkerLost as error:
+            return self._fail(stream, str(error))
+        *ahead, source = stream.peers
+        peer = ahead[0] if ahead and ahead[0] in peers else self._choose_decode(stream, peers)
+        for other in ahead:
+            if other is not peer:
+                other.post(Cancel(stream.request.id))
+        stream.peers = [source, peer]
+        peer.hand_over(stream.handover(ticket))
+
+    def _choose_decode(self, stream: Stream, peers: Sequence[Peer]) -> Peer:
+        length = len(stream.request.prompt) + len(stream.tokens)
+        return self.fleet.choose_decode(peers, length, stream.request.slo)
+
+    def _recover(self, stream: Stream, reason: str, cause: str) -> None:
+        """Goes on with a stream that its workers will not bring to its end. cause: in a word."""
+        if stream.num_lost > MAX_RECOVERIES:
+            return self._fail(stream, f"{reason} (lost {stream.num_lost} times)")
+        try:
+            self.fleet.check_served()
+        except WorkerLost as error:
+            missing = str(error)
+            return self._fail(stream, missing if reason in missing else f"{reason}; {missing}")
+        self.drop(stream)
+        del self.streams[stream.request.id]
+        self.start(stream, next(self.serials))
+        for each in self._observers:
+            each.recovered(cause)
+
+    def _fail(self, stream: Stream, reason: str) -> None:
+        self.drop(stream)
+        if self.forget(stream):
+            self._over(stream, "failed")
+        stream.fail(WorkerLost(reason))

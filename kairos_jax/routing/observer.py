@@ -1,0 +1,36 @@
+"""Who is told what becomes of a router's requests."""
+
+from typing import Protocol
+
+from kairos_jax.routing.stream import Stream
+from schedulers.ledger.instance import Role
+from schedulers.ledger.request import Slo
+
+
+class Observer(Protocol):
+    """Told on the router's event loop, so each method must be quick. A method that is left out does
+    nothing. Metrics and traces are observers (`kairos_jax.observe`).
+    """
+
+    def rejected(self, reason: str, slo: Slo | None = None) -> None:
+        """A request was not taken. reason: a word, of which there are few. slo: None where it had
+        not been read yet.
+        """
+
+    def begun(self, stream: Stream) -> None:
+        """A request was taken, and goes to its first worker now."""
+
+    def first_token(self, stream: Stream) -> None:
+        """The first token of a request has come."""
+
+    def next_token(self, gap_s: float) -> None:
+        """Another token of a request has come, so many seconds after the one before it."""
+
+    def ended(self, stream: Stream, outcome: str) -> None:
+        """A request is over. outcome: "stop", "length", "cancelled" or "failed"."""
+
+    def recovered(self, cause: str) -> None:
+        """A request is prefilled again. cause: in a word."""
+
+    def lost(self, role: Role) -> None:
+        """A worker that did not drain is gone."""
