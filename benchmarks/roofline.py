@@ -39,7 +39,7 @@ from kairos_jax.process.hub import resolve_model
 from kairos_jax.process.progress import bars
 from models.checkpoint import open_checkpoint
 from models.config import ModelConfig
-from models.llama import abstract_params
+from models.params import abstract_params
 from models.sharding import Rules
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Request, Seq, Slo

@@ -1,7 +1,7 @@
-"""The layers of a transformer of the Llama kind.
+"""The layers of a transformer of the Llama kind, each with the declarations of its weights.
 
 Dimension letters: R rows, Q queries a row, D hidden size, N q heads, K kv heads, H head dim,
-F mlp size, V vocabulary. Weights lie as [in, out], for x @ W.
+F mlp size. Weights lie as [in, out], for x @ W.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from models.config import ModelConfig, rope_frequencies
+from models.config import ModelConfig
 from models.ops.linear import Linear
-from models.sharding import Axes
-
-Rope = tuple[Float[Array, "R Q 1 H/2"], Float[Array, "R Q 1 H/2"]]
-"""Cosine and sine of each token's rope angles."""
+from models.rope import Rope, rotate
+from models.weights import declare
 
 Attend = Callable[
     [Float[Array, "R Q N H"], Float[Array, "R Q K H"], Float[Array, "R Q K H"]],
@@ -25,24 +23,18 @@ Attend = Callable[
 ]
 
 
-def weight(
-    rngs: nnx.Rngs | None, axes: Axes, shape: tuple[int, ...], dtype: DTypeLike, stddev: float
-) -> nnx.Param:
-    """Declares a weight: its logical axes, shape, dtype and initial distribution. rngs: None for
-    zeros, where only the declaration is wanted: to trace the rest took SmolLM2 a second.
-    """
-    if rngs is None:
-        return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
-    value = nnx.initializers.normal(stddev)(rngs.params(), shape, dtype)
-    return nnx.Param(value, axes=axes)
-
-
 class RMSNorm(nnx.Module):
-    """Scales the last dimension to a root mean square of 1, in f32."""
+    """Scales the last dimension to a root mean square of 1, in f32. axis: its logical name;
+    hugging_face, gguf: see `models.weights.declare`.
+    """
 
-    def __init__(self, size: int, axis: str, *, eps: float, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((size,), dtype), axes=(axis,))
-        self.eps = eps
+    def __init__(
+        self, config: ModelConfig, axis: str, dtype: DTypeLike, *, hugging_face: str, gguf: str
+    ):
+        self.scale = declare(
+            config, (axis,), dtype, None, stddev=None, hugging_face=hugging_face, gguf=gguf
+        )
+        self.eps = config.norm_eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
@@ -55,34 +47,60 @@ class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; what attends is passed in."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
-        hidden, head_dim = config.hidden_size, config.head_dim
-        heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
-        names = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
+        axes = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
 
         def projection(part: str) -> nnx.Param:
-            shape = (hidden, heads[part], head_dim)
-            return weight(rngs, ("embed", names[part], "head_dim"), shape, dtype, hidden**-0.5)
+            return declare(
+                config,
+                ("embed", axes[part], "head_dim"),
+                dtype,
+                rngs,
+                stddev=config.hidden_size**-0.5,
+                num_inputs=1,
+                rotated=part != "v",
+                hugging_face=f"self_attn.{part}_proj.weight",
+                gguf=f"attn_{part}.weight",
+            )
 
         def bias(part: str) -> nnx.Param:
-            return weight(rngs, (names[part], "head_dim"), (heads[part], head_dim), dtype, 0.02)
+            return declare(
+                config,
+                (axes[part], "head_dim"),
+                dtype,
+                rngs,
+                stddev=0.02,
+                rotated=part != "v",
+                hugging_face=f"self_attn.{part}_proj.bias",
+                gguf=f"attn_{part}.bias",
+            )
+
+        def norm(part: str) -> RMSNorm:
+            names = {"hugging_face": f"self_attn.{part}_norm.weight"}
+            return RMSNorm(config, "head_dim", dtype, **names, gguf=f"attn_{part}_norm.weight")
 
         self.q, self.k, self.v = projection("q"), projection("k"), projection("v")
-        out_shape = (config.num_heads, head_dim, hidden)
-        stddev = (config.num_heads * head_dim) ** -0.5
-        self.o = weight(rngs, ("heads", "head_dim", "embed"), out_shape, dtype, stddev)
-        self.num_heads, self.num_kv_heads, self.head_dim = heads["q"], heads["k"], head_dim
+        self.o = declare(
+            config,
+            ("heads", "head_dim", "embed"),
+            dtype,
+            rngs,
+            stddev=(config.num_heads * config.head_dim) ** -0.5,
+            num_inputs=2,
+            hugging_face="self_attn.o_proj.weight",
+            gguf="attn_output.weight",
+        )
+        self.heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
         self.has_bias, self.has_norm = config.qkv_bias, config.qk_norm
         if config.qkv_bias:
             self.q_bias, self.k_bias, self.v_bias = bias("q"), bias("k"), bias("v")
         if config.qk_norm:
-            self.q_norm = RMSNorm(head_dim, "head_dim", eps=config.norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(head_dim, "head_dim", eps=config.norm_eps, dtype=dtype)
+            self.q_norm, self.k_norm = norm("q"), norm("k")
 
     def __call__(
         self, x: Float[Array, "R Q D"], rope: Rope, attend: Attend, linear: Linear
     ) -> Float[Array, "R Q D"]:
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        parts = zip((self.q, self.k, self.v), heads, strict=True)
+        parts = zip((self.q, self.k, self.v), self.heads, strict=True)
         q, k, v = (linear(x, w[...], count, self.head_dim) for w, count in parts)
         if self.has_bias:
             biases = (self.q_bias, self.k_bias, self.v_bias)
@@ -97,12 +115,22 @@ class Mlp(nnx.Module):
     """The gated feed-forward layer: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
-        hidden, size = config.hidden_size, config.mlp_size
-        into = (("embed", "mlp"), (hidden, size), dtype, hidden**-0.5)
-        self.gate, self.up = weight(rngs, *into), weight(rngs, *into)
-        self.down = weight(rngs, ("mlp", "embed"), (size, hidden), dtype, size**-0.5)
+        def matrix(name: str, source: str, target: str, num_inputs: int) -> nnx.Param:
+            return declare(
+                config,
+                (source, target),
+                dtype,
+                rngs,
+                stddev=num_inputs**-0.5,
+                num_inputs=1,
+                hugging_face=f"mlp.{name}_proj.weight",
+                gguf=f"ffn_{name}.weight",
+            )
 
-        self.size = size
+        self.gate = matrix("gate", "embed", "mlp", config.hidden_size)
+        self.up = matrix("up", "embed", "mlp", config.hidden_size)
+        self.down = matrix("down", "mlp", "embed", config.mlp_size)
+        self.size = config.mlp_size
 
     def __call__(self, x: Float[Array, "R Q D"], linear: Linear) -> Float[Array, "R Q D"]:
         gate, up = linear(x, self.gate[...], self.size), linear(x, self.up[...], self.size)
@@ -113,10 +141,11 @@ class Block(nnx.Module):
     """One layer: attention, then the mlp, each normed before and added to the residual."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
-        hidden, eps = config.hidden_size, config.norm_eps
-        self.attention_norm = RMSNorm(hidden, "embed", eps=eps, dtype=dtype)
+        names = {"hugging_face": "input_layernorm.weight", "gguf": "attn_norm.weight"}
+        self.attention_norm = RMSNorm(config, "embed", dtype, **names)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = RMSNorm(hidden, "embed", eps=eps, dtype=dtype)
+        names = {"hugging_face": "post_attention_layernorm.weight", "gguf": "ffn_norm.weight"}
+        self.mlp_norm = RMSNorm(config, "embed", dtype, **names)
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -126,18 +155,3 @@ class Block(nnx.Module):
             x = x + self.attention(self.attention_norm(x), rope, attend, linear)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.mlp_norm(x), linear)
-
-
-def rope_angles(config: ModelConfig, positions: Int[Array, "R Q"]) -> Rope:
-    """Cosine and sine of position times frequency, in f32: bf16 cannot tell 4097 from 4096."""
-    frequencies = rope_frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "R Q N H"], rope: Rope) -> Float[Array, "R Q N H"]:
-    """Rotates the pairs (i, i + H/2) of each head: the half-rotation form of Hugging Face."""
-    cos, sin = rope
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-    return turned.astype(x.dtype)

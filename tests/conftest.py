@@ -22,7 +22,7 @@ INTERPRETED = {"gpu": attention_gpu.attention, "tpu": attention_tpu.attention}
 for name, attention in INTERPRETED.items():
     here = functools.partial(attention, interpret=True)
     KERNELS[name] = KERNELS[name]._replace(attention=here)
-# Not that of tpu_ragged, which does not run here: see tests/models/test_accelerators.py.
+# Not that of tpu_ragged, which does not run here: see tests/models/ops/test_accelerators.py.
 RUN_HERE = [name for name in KERNELS if name not in ("tpu", "tpu_ragged")]
 RUN_HERE.append(pytest.param("tpu", marks=pytest.mark.slow))
 

@@ -16,9 +16,9 @@ from kairos_jax.engine.programs import NotKept, Programs
 from kairos_jax.process.command import UsageError
 from kairos_jax.process.hub import cache_dir
 from kairos_jax.process.progress import Progress
-from models.llama import Params
 from models.ops import native
 from models.sharding import make_mesh
+from models.transformer import Params
 from schedulers.ledger.instance import Role
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,10 @@ from kairos_jax.engine.calls import Call, Read, Row, Score, Step, Token, Write
 from kairos_jax.engine.programs import Programs
 from models import kv_cache, sampling
 from models.config import ModelConfig
-from models.llama import Params, hidden_states, last_states, logits, pack, pack_config
 from models.ops import KERNELS, on_mesh
+from models.params import pack, pack_config
 from models.sharding import Rules
+from models.transformer import Params, hidden_states, last_states, logits
 from schedulers.ledger.instance import Limits, Role
 from schedulers.ledger.request import Seq
 

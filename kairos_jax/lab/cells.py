@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 import schedulers
+from kairos_jax.lab.curves import Timeline, cdf
 from kairos_jax.lab.pool import pool
-from kairos_jax.lab.report.curves import Timeline, cdf
 from kairos_jax.process.command import UsageError
 from schedulers.policies import decode, prefill
 from schedulers.simulation.attainment import Outcome, summarize

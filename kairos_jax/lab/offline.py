@@ -27,8 +27,8 @@ from kairos_jax.lab.cells import (
     sources_digest,
     workload_digest,
 )
+from kairos_jax.lab.curves import Timeline
 from kairos_jax.lab.replay import fit_to_model
-from kairos_jax.lab.report.curves import Timeline
 from kairos_jax.process.progress import Progress
 from kairos_jax.routing import peer, router
 from kairos_jax.rpc import kairos_pb2 as pb

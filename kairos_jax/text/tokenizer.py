@@ -15,7 +15,7 @@ from gguf import TokenType
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from kairos_jax.text.chat_template import compile_template
-from models import gguf_file
+from models.checkpoint import gguf_file
 
 
 @dataclass(frozen=True)

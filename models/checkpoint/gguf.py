@@ -1,6 +1,5 @@
 """GGUF files, dequantized as they are read."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,27 +11,17 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from models import gguf_file
-from models.checkpoint import layout
-from models.config import ModelConfig, from_gguf
-from models.gguf_file import Tensor
-from models.llama import abstract_params
+from models.checkpoint import gguf_file, source
+from models.checkpoint.gguf_config import from_gguf
+from models.checkpoint.gguf_file import Tensor
+from models.config import ModelConfig
+from models.families import FAMILIES
+from models.params import abstract_params
 from models.sharding import Rules
+from models.transformer import HEAD_NAMES, weights_of
+from models.weights import Weight
 
 _ROPE = "rope_freqs.weight"  # llama3 rope scaling, as divisors; the config holds it already
-
-_NAMES = (
-    (r"token_embd\.weight", r"embed"),
-    (r"output_norm\.weight", r"norm.scale"),
-    (r"output\.weight", r"head"),
-    (r"blk\.(\d+)\.attn_norm\.weight", r"layers.\1.attention_norm.scale"),
-    (r"blk\.(\d+)\.ffn_norm\.weight", r"layers.\1.mlp_norm.scale"),
-    (r"blk\.(\d+)\.attn_output\.weight", r"layers.\1.attention.o"),
-    (r"blk\.(\d+)\.attn_([qkv])\.weight", r"layers.\1.attention.\2"),
-    (r"blk\.(\d+)\.attn_([qkv])\.bias", r"layers.\1.attention.\2_bias"),
-    (r"blk\.(\d+)\.attn_([qk])_norm\.weight", r"layers.\1.attention.\2_norm.scale"),
-    (r"blk\.(\d+)\.ffn_(gate|up|down)\.weight", r"layers.\1.mlp.\2"),
-)
 
 
 @dataclass(frozen=True)
@@ -50,21 +39,22 @@ class GgufCheckpoint:
     def load(self, mesh: Mesh, rules: Rules, dtype: DTypeLike) -> dict[str, Array]:
         """See `Checkpoint.load`."""
         abstract = abstract_params(self.config, dtype, mesh, rules)
-        tensors = {_path_of(name): tensor for name, tensor in self.tensors.items()}
+        weights, where = weights_of(self.config), str(self.path)
+        paths = {weight.gguf: path for path, weight in weights.items()}
+        tensors = {paths.get(name, name): tensor for name, tensor in self.tensors.items()}
         tensors.pop(_ROPE, None)
-        layout.check_keys(str(self.path), tensors, abstract)
+        source.check_keys(where, tensors, abstract)
+        interleaves = FAMILIES[self.config.name].gguf_interleaves
 
-        def read(path: str) -> Callable[[layout.Index], NDArray]:
-            tensor = tensors[path]
-            expected = layout.source_shape(path, abstract[path].shape)
-            layout.check_shape(str(self.path), tensor.name, tensor.shape, expected)
+        def read(weight: Weight) -> Callable[[source.Index], NDArray]:
+            tensor = tensors[weight.path]
+            source.check_shape(where, tensor.name, tensor.shape, source.source_shape(weight))
             values = _values(self.path, tensor)
-            part = path.rsplit(".", 1)[-1]
-            if self.config.name == "llama" and part in ("q", "k", "q_bias", "k_bias"):
+            if interleaves and weight.rotated:
                 values = _from_interleaved(values, self.config.head_dim)
             return lambda index: values[index]
 
-        return layout.load(abstract, read)
+        return source.load(abstract, weights, read)
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:
@@ -78,7 +68,7 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         ) from error
     divisors = _values(path, tensors[_ROPE]) if _ROPE in tensors else None
     try:
-        config = from_gguf(fields, tied="output.weight" not in tensors, rope_divisors=divisors)
+        config = from_gguf(fields, tied=HEAD_NAMES["gguf"] not in tensors, rope_divisors=divisors)
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from None
     return GgufCheckpoint(path, config, tensors, fields)
@@ -101,11 +91,3 @@ def _from_interleaved(values: NDArray, head_dim: int) -> NDArray:
     """
     pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
-
-
-def _path_of(name: str) -> str:
-    for pattern, path in _NAMES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(path)
-    return name

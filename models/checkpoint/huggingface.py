@@ -16,34 +16,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from models.checkpoint import layout
-from models.config import ModelConfig, from_hugging_face, to_hugging_face
-from models.llama import abstract_params
+from models.checkpoint import source
+from models.checkpoint.huggingface_config import from_hugging_face, to_hugging_face
+from models.config import ModelConfig
+from models.params import abstract_params
 from models.sharding import Rules
+from models.transformer import HEAD_NAMES, weights_of
+from models.weights import Weight
 
 INDEX = "model.safetensors.index.json"
 
-# Our path -> its Hugging Face name. N: the number of a layer.
-_NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "head": "lm_head.weight",
-    "layers.N.attention_norm.scale": "model.layers.N.input_layernorm.weight",
-    "layers.N.mlp_norm.scale": "model.layers.N.post_attention_layernorm.weight",
-    "layers.N.attention.q": "model.layers.N.self_attn.q_proj.weight",
-    "layers.N.attention.k": "model.layers.N.self_attn.k_proj.weight",
-    "layers.N.attention.v": "model.layers.N.self_attn.v_proj.weight",
-    "layers.N.attention.o": "model.layers.N.self_attn.o_proj.weight",
-    "layers.N.attention.q_bias": "model.layers.N.self_attn.q_proj.bias",
-    "layers.N.attention.k_bias": "model.layers.N.self_attn.k_proj.bias",
-    "layers.N.attention.v_bias": "model.layers.N.self_attn.v_proj.bias",
-    "layers.N.attention.q_norm.scale": "model.layers.N.self_attn.q_norm.weight",
-    "layers.N.attention.k_norm.scale": "model.layers.N.self_attn.k_norm.weight",
-    "layers.N.mlp.gate": "model.layers.N.mlp.gate_proj.weight",
-    "layers.N.mlp.up": "model.layers.N.mlp.up_proj.weight",
-    "layers.N.mlp.down": "model.layers.N.mlp.down_proj.weight",
-}
-_PATHS = {name: path for path, name in _NAMES.items()}
 # No weight, but a buffer that old versions saved.
 _BUFFER = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
@@ -58,20 +40,23 @@ class HuggingFaceCheckpoint:
     def load(self, mesh: Mesh, rules: Rules, dtype: DTypeLike) -> dict[str, Array]:
         """See `Checkpoint.load`."""
         abstract = abstract_params(self.config, dtype, mesh, rules)
+        weights = weights_of(self.config)
         with contextlib.ExitStack() as stack:
-            tensors = self._tensors(stack)
-            layout.check_keys(str(self.path), tensors, abstract)
+            tensors = self._tensors(stack, weights)
+            source.check_keys(str(self.path), tensors, abstract)
 
-            def read(path: str) -> Callable[[layout.Index], NDArray]:
-                tensor = tensors[path]
-                expected = layout.source_shape(path, abstract[path].shape)
-                layout.check_shape(str(self.path), path, tensor.get_shape(), expected)
+            def read(weight: Weight) -> Callable[[source.Index], NDArray]:
+                tensor, expected = tensors[weight.path], source.source_shape(weight)
+                source.check_shape(str(self.path), weight.path, tensor.get_shape(), expected)
                 return lambda index: tensor[index]
 
-            return layout.load(abstract, read)
+            return source.load(abstract, weights, read)
 
-    def _tensors(self, stack: contextlib.ExitStack) -> dict[str, Any]:
+    def _tensors(
+        self, stack: contextlib.ExitStack, weights: Mapping[str, Weight]
+    ) -> dict[str, Any]:
         """Our path -> the safetensors slice to read it from. Unknown names stay as they are."""
+        paths = {weight.hugging_face: path for path, weight in weights.items()}
         tensors = {}
         for file in self._files():
             try:
@@ -79,11 +64,10 @@ class HuggingFaceCheckpoint:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"checkpoint {file}: {error}") from error
             for name in opened.keys():  # noqa: SIM118 (a safe_open is no dict)
-                path = _renamed(name, _PATHS)
-                tied = path == "head" and self.config.tie_embeddings
+                tied = name == HEAD_NAMES["hugging_face"] and self.config.tie_embeddings
                 if tied or re.fullmatch(_BUFFER, name):
                     continue
-                tensors[path] = opened.get_slice(name)
+                tensors[paths.get(name, name)] = opened.get_slice(name)
         return tensors
 
     def _files(self) -> list[Path]:
@@ -138,20 +122,11 @@ def save_hugging_face(
         raise ValueError(f"checkpoint {directory}: holds weights already")
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
-        _renamed(path, _NAMES): layout.to_source(path, np.asarray(value))
-        for path, value in params.items()
+        weight.hugging_face: source.to_source(weight, np.asarray(params[path]))
+        for path, weight in weights_of(config).items()
     }
     # Loaders of PyTorch's want to be told that it is theirs.
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     described = to_hugging_face(config) | {"dtype": params["embed"].dtype.name}
     text = json.dumps(described, indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """What `names` says, in the layer that `name` is of. Unknown names stay as they are."""
-    layer = re.search(r"\blayers\.(\d+)\.", name)
-    if layer is None:
-        return names.get(name, name)
-    found = names.get(name.replace(layer[0], "layers.N.", 1), name)
-    return found.replace("layers.N.", layer[0])

@@ -14,10 +14,11 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from models.checkpoint import layout
+from models.checkpoint import source
 from models.checkpoint.huggingface import read_config, read_json
-from models.config import ModelConfig, to_hugging_face
-from models.llama import abstract_params
+from models.checkpoint.huggingface_config import to_hugging_face
+from models.config import ModelConfig
+from models.params import abstract_params
 from models.sharding import Rules
 
 WEIGHTS = "weights"
@@ -38,9 +39,9 @@ class OrbaxCheckpoint:
 
         with ocp.StandardCheckpointer() as checkpointer:
             stored = self._metadata(checkpointer, directory)
-            layout.check_keys(str(self.path), stored, abstract)
+            source.check_keys(str(self.path), stored, abstract)
             for path, leaf in abstract.items():
-                layout.check_shape(str(self.path), path, stored[path].shape, leaf.shape)
+                source.check_shape(str(self.path), path, stored[path].shape, leaf.shape)
             try:
                 return checkpointer.restore(directory, abstract)
             except Exception as error:

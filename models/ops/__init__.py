@@ -44,7 +44,7 @@ def on_mesh(
     kernels: Kernels, config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Rules
 ) -> Kernels:
     """The kernels for this mesh: each device attends with the heads that it has. XLA cuts its own
-    operations by itself, but not a kernel. config: as `models.llama.pack_config` gave it.
+    operations by itself, but not a kernel. config: as `models.params.pack_config` gave it.
     """
     if mesh.size == 1:
         return kernels

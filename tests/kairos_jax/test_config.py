@@ -11,8 +11,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from kairos_jax.config import ConfigError, ServerConfig
 from models.config import ModelConfig
-from models.llama import abstract_params, pack_config
 from models.ops import KERNELS
+from models.params import abstract_params, pack_config
 from models.sharding import MESH_AXES
 from schedulers.ledger.instance import Role
 

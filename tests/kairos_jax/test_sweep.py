@@ -15,7 +15,7 @@ from absl import flags
 from kairos_jax import sweep
 from kairos_jax.lab import offline, open_loop
 from kairos_jax.lab.cells import Layout, grid, on_basis, run_cells, simulate_cells, simulation_basis
-from kairos_jax.lab.report.curves import MAX_POINTS, Timeline, cdf
+from kairos_jax.lab.curves import MAX_POINTS, Timeline, cdf
 from kairos_jax.process.command import UsageError
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Batch, Instance, Limits, Role

@@ -4,14 +4,10 @@ import json
 import numpy as np
 import pytest
 
-from models.config import (
-    ModelConfig,
-    RopeScaling,
-    from_gguf,
-    from_hugging_face,
-    rope_frequencies,
-    to_hugging_face,
-)
+from models.checkpoint.gguf_config import from_gguf
+from models.checkpoint.huggingface_config import from_hugging_face, to_hugging_face
+from models.config import ModelConfig
+from models.rope import RopeScaling, rope_frequencies
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 

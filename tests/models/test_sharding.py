@@ -4,7 +4,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from models.config import ModelConfig
-from models.llama import abstract_params, init_params
+from models.params import abstract_params, init_params
 from models.sharding import Rules, make_mesh
 
 CONFIG = ModelConfig(

@@ -17,14 +17,14 @@ from starlette.routing import BaseRoute, Route
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.http.errors import ApiError, on_error
-from kairos_jax.api.http.fields import read_object, shown
+from kairos_jax.api.http.fields import Fields, read_object, shown
 from kairos_jax.api.http.guard import Guard, OpenRoute, read_body
-from kairos_jax.api.http.request import Ask, read, slo_of_headers
+from kairos_jax.api.http.request import Ask, check_model, messages_of, read, renamed, slo_of_headers
 from kairos_jax.api.http.run import Answering
 from kairos_jax.api.http.server import HttpOptions
-from kairos_jax.api.http.tokens import detokenized, tokenized
-from kairos_jax.api.validator import BadField, UnknownModel
+from kairos_jax.api.validator import BadField, UnknownModel, Validator
 from kairos_jax.routing.fleet import Full, WorkerLost
+from kairos_jax.rpc import kairos_pb2 as pb
 
 _FORESEEN: Sequence[type[Exception]] = (
     HTTPException,
@@ -163,3 +163,39 @@ class Api:
         raw = await read_body(request, self._max_body_bytes)
         text = await asyncio.to_thread(detokenized, backend.validator, raw)
         return JSONResponse({"prompt": text})
+
+
+def tokenized(validator: Validator, raw: bytes) -> list[int]:
+    """The ids of the text or the conversation in a body. Raises BadField or UnknownModel."""
+    fields = Fields(read_object(raw))
+    check_model(fields, validator)
+    text, chat = fields.text("prompt"), "messages" in fields.values
+    if not chat and text is None:
+        raise BadField("prompt", "is missing: give text, or messages")
+    if (
+        validator.tokenizer
+        and text is not None
+        and fields.boolean("add_special_tokens", True) is False
+    ):
+        return validator.tokenizer.encode(text, add_special_tokens=False)
+    message = (
+        pb.GenerateRequest(chat=messages_of(fields)) if chat else pb.GenerateRequest(text=text)
+    )
+    try:
+        return validator.encode(message, "chat" if chat else "text")
+    except BadField as error:
+        place = "messages" if chat else "prompt"
+        raise BadField(renamed(error.field, place), error.problem) from error
+
+
+def detokenized(validator: Validator, raw: bytes) -> str:
+    """The text of the ids in a body. Raises BadField or UnknownModel."""
+    fields = Fields(read_object(raw))
+    check_model(fields, validator)
+    if fields.values.get("tokens") is None:
+        raise BadField("tokens", "is missing")
+    ids = fields.ids("tokens")
+    validator.check_ids(ids, "tokens")
+    if validator.tokenizer is None:
+        raise BadField("tokens", "need a tokenizer, and this model has none")
+    return validator.tokenizer.decode(ids)

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kairos_jax.lab.curves import cdf, thin
 from kairos_jax.lab.report import figures
-from kairos_jax.lab.report.curves import cdf, thin
 from kairos_jax.lab.report.figures import Figure, figure
 from kairos_jax.lab.report.page import TEMPLATES
 from schedulers.simulation.attainment import Outcome, summarize

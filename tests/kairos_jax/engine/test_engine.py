@@ -14,7 +14,7 @@ from kairos_jax.engine.calls import PromptLogprobs
 from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine, Shapes, bucket_sizes
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.worker.page_keys import page_keys
-from models import kv_cache, llama
+from models import kv_cache, transformer
 from models.checkpoint import open_checkpoint
 from models.kv_cache import StepInput
 from models.ops import KERNELS
@@ -222,8 +222,8 @@ def scored(tiny_llama):
 
     @jax.jit
     def plain(params, cache):
-        hidden, _ = llama.hidden_states(config, params, cache, step, kernels)
-        return jax.nn.log_softmax(llama.logits(config, params, hidden[0], kernels))
+        hidden, _ = transformer.hidden_states(config, params, cache, step, kernels)
+        return jax.nn.log_softmax(transformer.logits(config, params, hidden[0], kernels))
 
     return prompt, np.asarray(plain(params, cache))
 

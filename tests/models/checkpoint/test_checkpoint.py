@@ -14,8 +14,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from models.checkpoint import layout, open_checkpoint, save_hugging_face, save_orbax
+from models.checkpoint import open_checkpoint, save_hugging_face, save_orbax, source
+from models.families import FAMILIES
 from models.sharding import Rules, make_mesh
+from models.transformer import weights_of
+from models.weights import Weight
 
 
 def load(path, num_devices=1, dtype=jnp.float32):
@@ -75,29 +78,60 @@ def test_a_shard_holds_its_part(tiny_llama, params, num_devices):
     assert query.sharding.shard_shape(query.shape) == (24, 24 // num_devices, 8)
 
 
+def weight(axes, shape, num_inputs=0):
+    return Weight("w", shape, axes, num_inputs, False, "", "")
+
+
 @pytest.mark.parametrize(
-    ("path", "shape", "index", "source_index"),
+    ("declared", "index", "source_index"),
     [
-        ("layers.0.attention.q", (6, 4, 2), np.s_[:, 1:3, :], np.s_[2:6, 0:6]),
-        ("layers.0.attention.o", (4, 2, 6), np.s_[2:4, :, :], np.s_[0:6, 4:8]),
-        ("layers.0.attention.k_bias", (4, 2), np.s_[1:2, :], np.s_[2:4]),
-        ("layers.0.mlp.gate", (6, 8), np.s_[:, 4:8], np.s_[4:8, 0:6]),
-        ("layers.0.mlp.down", (8, 6), np.s_[0:4, :], np.s_[0:6, 0:4]),
-        ("embed", (8, 6), np.s_[4:8, :], np.s_[4:8, 0:6]),
+        (
+            weight(("embed", "heads", "head_dim"), (6, 4, 2), 1),
+            np.s_[:, 1:3, :],
+            np.s_[2:6, 0:6],
+        ),
+        (
+            weight(("heads", "head_dim", "embed"), (4, 2, 6), 2),
+            np.s_[2:4, :, :],
+            np.s_[0:6, 4:8],
+        ),
+        (weight(("kv_heads", "head_dim"), (4, 2)), np.s_[1:2, :], np.s_[2:4]),
+        (weight(("head_dim",), (4,)), np.s_[0:4,], np.s_[0:4]),
+        (weight(("embed", "mlp"), (6, 8), 1), np.s_[:, 4:8], np.s_[4:8, 0:6]),
+        (weight(("mlp", "embed"), (8, 6), 1), np.s_[0:4, :], np.s_[0:6, 0:4]),
+        (weight(("vocab", "embed"), (8, 6)), np.s_[4:8, :], np.s_[4:8, 0:6]),
     ],
 )
-def test_only_the_part_asked_for_is_read(path, shape, index, source_index):
-    source = np.arange(np.prod(shape)).reshape(layout.source_shape(path, shape))
+def test_only_the_part_asked_for_is_read(declared, index, source_index):
+    shape = declared.shape
+    tensor = np.arange(np.prod(shape)).reshape(source.source_shape(declared))
     asked = []
 
     def read(index):
         asked.append(index)
-        return source[index]
+        return tensor[index]
 
-    everything = layout.take_part(path, shape, (slice(None),) * len(shape), source.__getitem__)
-    part = layout.take_part(path, shape, index, read)
+    everything = source.take_part(declared, (slice(None),) * len(shape), tensor.__getitem__)
+    part = source.take_part(declared, index, read)
     assert asked == [source_index if isinstance(source_index, tuple) else (source_index,)]
     np.testing.assert_array_equal(part, everything[index])
+    np.testing.assert_array_equal(source.to_source(declared, everything), tensor)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_weight_is_declared_once_for_all_who_read_it(golden, family):
+    config = open_checkpoint(golden / family).config
+    weights = weights_of(config)
+    tensors = load_file(golden / family / "model.safetensors")
+    shapes = {w.hugging_face: source.source_shape(w) for w in weights.values()}
+    assert shapes == {name: tensor.shape for name, tensor in tensors.items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    if family in ("qwen2", "qwen3"):
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_layers)
+    for w in weights.values():
+        assert w.gguf == names.get_name(w.hugging_face, try_suffixes=(".weight", ".bias"))
+    rotated = {path.rpartition(".")[2] for path, w in weights.items() if w.rotated}
+    assert rotated == ({"q", "k", "q_bias", "k_bias"} if config.qkv_bias else {"q", "k"})
 
 
 def test_several_files_with_an_index(copy, params):
@@ -245,7 +279,7 @@ def llama_gguf(tiny_llama, tmp_path_factory):
 def test_gguf_gives_the_same_config_and_weights(golden, tmp_path, family):
     write_gguf(tmp_path / "tiny.gguf", golden / family)
     config = open_checkpoint(golden / family).config
-    # This writer leaves llama3 scaling out: test_config.py has it.
+    # This writer leaves llama3 scaling out: ../test_config.py has it.
     assert open_checkpoint(tmp_path).config == dataclasses.replace(config, rope_scaling=None)
     assert_equal(load(tmp_path, 2), load(golden / family))
 

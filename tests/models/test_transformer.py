@@ -10,9 +10,10 @@ import pytest
 
 from models.checkpoint import open_checkpoint
 from models.kv_cache import StepInput, allocate
-from models.llama import forward, pack, pack_config
 from models.ops import KERNELS, on_mesh
+from models.params import pack, pack_config
 from models.sharding import Rules, make_mesh
+from models.transformer import forward
 
 PAGE, PAGES = 16, 8  # tokens a page, pages a sequence
 RULES = Rules()

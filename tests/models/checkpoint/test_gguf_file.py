@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from models import gguf_file
+from models.checkpoint import gguf_file
 
 FIELDS = {
     "uint8": 200,
