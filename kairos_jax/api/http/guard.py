@@ -33,7 +33,7 @@ def digest(key: bytes) -> bytes:
 class Guard:
     """ASGI middleware: lets in who has a key, and gives each answer its X-Request-ID.
 
-    routes: of the app. A request for an `OpenRoute`, or for no route at all, needs no key.
+    routes: of the app. A request for anything but an `OpenRoute` needs a key.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[bytes], routes: Sequence[BaseRoute]):
@@ -80,7 +80,7 @@ class Guard:
             for found, route in matches:
                 if found is match:
                     return not isinstance(route, OpenRoute)
-        return False
+        return True
 
     def _check(self, given: str) -> None:
         scheme, _, key = given.partition(" ")

@@ -3,17 +3,19 @@
 import logging
 import os
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from kairos_jax.engine.engine import JaxEngine, Shapes
-from kairos_jax.engine.programs import NotKept, Programs
+from kairos_jax.engine.programs import NotKept, Programs, sources
 from models.checkpoint import open_checkpoint
 from models.sharding import Rules, make_mesh
 from schedulers.ledger.instance import Limits, Role
 
+ROOT = Path(__file__).parents[3]
 LIMITS = Limits(max_batch=1, max_chunk=16, max_context=64, page_size=8, num_pages=16)
 
 
@@ -53,6 +55,17 @@ def engine(directory, kept):
     params = checkpoint.load(mesh(), rules, "float32")
     shapes = Shapes.for_role(Role.BOTH, LIMITS, row_tokens=16)
     return JaxEngine(checkpoint.config, params, mesh(), rules, LIMITS, shapes, programs=kept)
+
+
+def test_code_that_would_drop_out_of_the_key_is_an_error(tmp_path, monkeypatch):
+    found = sources(ROOT)
+    for made_by in ("models/transformer.py", "models/ops/native.cc", "kairos_jax/engine/calls.py"):
+        assert (ROOT / made_by).read_text("utf-8") in found
+    with pytest.raises(FileNotFoundError, match=r"no file matches 'models/\*\*/\*\.py'"):
+        sources(tmp_path)
+    monkeypatch.setattr("kairos_jax.engine.programs._SOURCES", ("models/**/*.py", "moved.py"))
+    with pytest.raises(FileNotFoundError, match=r"no file matches 'moved\.py'"):
+        programs(tmp_path / "kept")
 
 
 def test_a_second_start_compiles_nothing_and_computes_the_same(tiny_llama, tmp_path, monkeypatch):

@@ -2,12 +2,20 @@
 server goes on.
 """
 
+import asyncio
 import json
+import time
 
 import http_fakes
+import httpx2
 import pytest
+from starlette.responses import Response
+from starlette.routing import Route
 
-from kairos_jax.api.http.guard import digest
+from kairos_jax.api.gate import Gate
+from kairos_jax.api.http.app import make_app
+from kairos_jax.api.http.guard import OpenRoute, digest
+from kairos_jax.api.http.live import Live
 from kairos_jax.api.http.server import HttpOptions
 
 TEXT = "/v1/completions"
@@ -193,6 +201,39 @@ def test_an_unknown_model_is_told_which_is_known(client, path):
     check(client.post(path, content=json.dumps(body)), 400, "model", "lone surrogate")
     body["model"] = "other" * 1000
     check(client.post(path, json=body), 404, "model", '"fake" is')
+
+
+async def nothing(request):
+    return Response()
+
+
+def test_a_route_that_does_not_say_that_it_is_open_needs_a_key():
+    opened = ["/health", "/metrics", "/version", "/probe"]
+    added = [
+        OpenRoute("/probe", nothing),
+        Route("/new", nothing),
+        *Live(Gate(time.monotonic)).routes(),
+    ]
+    app = make_app(Gate(time.monotonic), HttpOptions(0, keys=[digest(b"key")]), added)
+    paths = [route.path for route in app.routes if isinstance(route, Route)]
+    assert {"/new", "/live", "/", "/page/live.js", *opened, TEXT} < set(paths)
+
+    async def main():
+        transport = httpx2.ASGITransport(app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://kairos") as client:
+            asked = [path for path in paths if path != "/live"]
+            refused = {path for path in asked if (await client.get(path)).status_code == 401}
+            assert refused == {
+                *("/new", TEXT, CHAT, "/tokenize", "/detokenize", "/v1/models"),
+                "/v1/models/{id:path}",
+            }
+            for path in ("/live", "/nowhere", "/new/", "/health/"):
+                assert (await client.get(path)).status_code == 401
+            keyed = {"authorization": "Bearer key"}
+            assert (await client.get("/new", headers=keyed)).status_code == 200
+            assert (await client.get("/nowhere", headers=keyed)).status_code == 404
+
+    asyncio.run(main())
 
 
 def test_without_a_key_nothing_is_served_but_probes():
