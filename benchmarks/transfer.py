@@ -35,7 +35,8 @@ from absl import app, flags
 from jax.sharding import SingleDeviceSharding
 
 from kairos_jax.kv.manifest import Facts
-from kairos_jax.kv.remote import RemoteTransport, TransferOptions
+from kairos_jax.kv.options import TransferOptions
+from kairos_jax.kv.remote import RemoteTransport
 from kairos_jax.kv.transport import Ticket
 
 HOST = "127.0.0.1"

@@ -23,7 +23,7 @@ from absl import flags
 
 from kairos_jax.api.http import server
 from kairos_jax.engine import profile_file
-from kairos_jax.kv import remote
+from kairos_jax.kv import options as kv_options
 from kairos_jax.net import credentials
 from kairos_jax.observe import otlp
 from kairos_jax.process import launch, lifecycle
@@ -199,7 +199,7 @@ def define_flags() -> None:
     launch.define_config_flag()
     lifecycle.define_flags(port=50051)
     credentials.define_flags()
-    remote.define_flags()
+    kv_options.define_flags()
     server.define_flags()
     profile_file.define_flags()
     otlp.define_flags()
@@ -222,7 +222,7 @@ def main(argv: list[str]) -> int:
         module = values.find_module_defining_flag(name)
         if name.startswith("config") or module in _COMMON:
             common += _said(name)
-        elif module == remote.__name__:
+        elif module == kv_options.__name__:
             of_workers += _said(name)
         elif module == server.__name__:
             of_router += _said(name)

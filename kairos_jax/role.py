@@ -32,8 +32,10 @@ from kairos_jax.engine import followers, profile_file, profiling
 from kairos_jax.engine.build import build_engine, load_weights, open_programs, warm_up
 from kairos_jax.engine.devices import agree, define_distributed_flags, start_distributed, start_jax
 from kairos_jax.engine.model import open_model
-from kairos_jax.kv import remote
+from kairos_jax.kv import options as kv_options
 from kairos_jax.kv.manifest import facts
+from kairos_jax.kv.options import TransferOptions
+from kairos_jax.kv.remote import RemoteTransport
 from kairos_jax.net import address, credentials, health
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.observe import metrics_port, otlp, recording
@@ -64,7 +66,7 @@ def define_flags(port: int) -> None:
     define_distributed_flags()
     lifecycle.define_flags(port)
     credentials.define_flags()
-    remote.define_flags()
+    kv_options.define_flags()
     health.define_flags()
     profile_file.define_flags()
     recording.define_flags()
@@ -109,7 +111,7 @@ async def serve(
     role: Role,
     options: RoleOptions,
     net: Credentials,
-    carried: remote.TransferOptions,
+    carried: TransferOptions,
     prepare: Callable[[], PreparedRole],
     journal: Journal | None = None,
     debugging: Debug | None = None,
@@ -136,7 +138,7 @@ async def serve(
     if prepared is None:
         return 1
     engine, emit = prepared.engine, server.service.emit
-    transport = remote.RemoteTransport(
+    transport = RemoteTransport(
         prepared.facts,
         server.address,
         asyncio.get_running_loop(),
@@ -181,7 +183,7 @@ def _check_kv_host(host: str) -> None:
         raise command.UsageError(f"--kv_host={host}: {error}") from error
 
 
-def _print_state(server: RoleServer, worker: Worker, transport: remote.RemoteTransport) -> None:
+def _print_state(server: RoleServer, worker: Worker, transport: RemoteTransport) -> None:
     """As it is while the worker's own thread goes on: in the midst of a step, not to the last."""
     ledger = worker.instance
     state = {
@@ -232,7 +234,7 @@ def _run(role: Role) -> int:
     path = Path(values.profile) if values.profile else None
     if values.process_id > 0:  # it follows, and has no service of its own
         prepare(config, role, path)
-    carried = remote.TransferOptions.from_flags(options.host)
+    carried = TransferOptions.from_flags(options.host)
     if role is Role.DECODE:
         # What it offers are its own evicted sequences, which nobody else would fetch.
         carried = replace(carried, lease_s=math.inf)

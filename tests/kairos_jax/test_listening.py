@@ -9,7 +9,7 @@ import pytest
 
 from kairos_jax import role, router, serve
 from kairos_jax.api.http.server import HttpOptions
-from kairos_jax.kv.remote import TransferOptions
+from kairos_jax.kv.options import TransferOptions
 from kairos_jax.net import address
 from kairos_jax.net.credentials import PLAIN
 from kairos_jax.process.command import UsageError

@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from kairos_jax.kv.manifest import Facts
-from kairos_jax.kv.remote import RemoteTransport, TransferOptions
+from kairos_jax.kv.options import TransferOptions
+from kairos_jax.kv.remote import RemoteTransport
 
 HOST = "127.0.0.1"
 

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kairos_jax.kv.manifest import Facts
-from kairos_jax.kv.remote import RemoteTransport, TransferOptions
+from kairos_jax.kv.options import TransferOptions
+from kairos_jax.kv.remote import RemoteTransport
 
 TOKENS = 8
 FACTS = Facts("tiny", "f00d", "float32", 2, (2, TOKENS, 4, 2, 8), TOKENS)
