@@ -1,7 +1,8 @@
-"""What became of a router's requests, as Prometheus reads it. WORKSPACE.md lists the names.
+"""What became of a router's requests, for Prometheus. Names: docs/reference/metrics-and-traces.md.
+the names.
 
 A request is counted when its first token comes and when it ends, from its stream's own record; a
-token costs one addition to a tally. All else is looked at when somebody asks (`gauges.py`).
+token costs one addition to a tally. All else is read at a scrape (`collectors.py`).
 """
 
 import time

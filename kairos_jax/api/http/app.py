@@ -57,7 +57,7 @@ def make_app(gate: Gate, options: HttpOptions, routes: Sequence[BaseRoute] = ())
 
 
 class Api:
-    """The endpoints. Each raises what `openai_errors` describes."""
+    """The endpoints. Each raises what `errors.describe` knows."""
 
     def __init__(self, gate: Gate, max_body_bytes: int):
         self._gate, self._max_body_bytes = gate, max_body_bytes
