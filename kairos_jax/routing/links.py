@@ -146,6 +146,7 @@ class Links:
     def check(self, welcome: Welcome, role: Role, address: str) -> None:
         """Raises ValueError that says what of a worker does not fit, and to what."""
         config, limits = self._config, welcome.limits
+        codec.check_version(welcome.version, welcome.version)
         for what, theirs, ours in (
             ("role", welcome.role.value, role.value),
             ("model", welcome.model, Path(config.model).name),
@@ -194,8 +195,9 @@ class _Link:
     async def _greet(self, call: Any) -> Linked:
         """Hello, Welcome, and the first outline; then the worker joins."""
         links = self._links
+        hello = Hello(links.identity, codec.VERSION, codec.OLDEST)
         async with asyncio.timeout(_WELCOME_S):
-            await call.write(codec.encode(Hello(links.identity, codec.VERSION), 0.0))
+            await call.write(codec.encode(hello, 0.0))
             welcome = codec.decode(await _read(call), Sender())
             if not isinstance(welcome, Welcome):
                 raise ValueError(f"a Hello was answered by a {type(welcome).__name__}")

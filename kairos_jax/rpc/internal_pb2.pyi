@@ -57,12 +57,14 @@ class FromWorker(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., lost: _Optional[_Union[Lost, _Mapping]] = ..., died: _Optional[_Union[Died, _Mapping]] = ..., outlined: _Optional[_Union[Outlined, _Mapping]] = ..., returned: _Optional[_Union[Returned, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("router", "version")
+    __slots__ = ("router", "version", "oldest")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
     router: str
     version: int
-    def __init__(self, router: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+    oldest: int
+    def __init__(self, router: _Optional[str] = ..., version: _Optional[int] = ..., oldest: _Optional[int] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ()
@@ -103,7 +105,7 @@ class Status(_message.Message):
     def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., parked: _Optional[int] = ..., used_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., parked_tokens: _Optional[float] = ..., parked_limit: _Optional[float] = ..., steps: _Optional[int] = ..., measured_s: _Optional[float] = ..., predicted_s: _Optional[float] = ..., sequences: _Optional[int] = ..., begun: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("instance", "incarnation", "role", "model", "fingerprint", "dtype", "limits", "profile_json", "mesh_size", "device_kind", "kv_address", "prefix_cache")
+    __slots__ = ("instance", "incarnation", "role", "model", "fingerprint", "dtype", "limits", "profile_json", "mesh_size", "device_kind", "kv_address", "prefix_cache", "version")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +118,7 @@ class Welcome(_message.Message):
     DEVICE_KIND_FIELD_NUMBER: _ClassVar[int]
     KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     instance: str
     incarnation: str
     role: str
@@ -128,7 +131,8 @@ class Welcome(_message.Message):
     device_kind: str
     kv_address: str
     prefix_cache: bool
-    def __init__(self, instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., profile_json: _Optional[str] = ..., mesh_size: _Optional[int] = ..., device_kind: _Optional[str] = ..., kv_address: _Optional[str] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
+    version: int
+    def __init__(self, instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., profile_json: _Optional[str] = ..., mesh_size: _Optional[int] = ..., device_kind: _Optional[str] = ..., kv_address: _Optional[str] = ..., prefix_cache: _Optional[bool] = ..., version: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_batch", "max_chunk", "max_context", "page_size", "num_pages", "parked_tokens")

@@ -48,7 +48,7 @@ class WorkerServicer:
         """A router attaches to a worker for as long as both live. When the call ends, however it ends, the
         worker drops all requests that came over it, and the router takes the worker for lost.
 
-        FAILED_PRECONDITION: the first message is not a Hello of this protocol's version.
+        FAILED_PRECONDITION: the first message is not a Hello, or its version does not fit.
         RESOURCE_EXHAUSTED: the router read too slowly, and was dropped.
         DEADLINE_EXCEEDED: nothing came from the router for too long.
         UNAVAILABLE: the worker is starting or draining.

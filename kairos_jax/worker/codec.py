@@ -45,8 +45,11 @@ from schedulers.ledger.instance import Limits, Role
 from schedulers.ledger.request import Request, Slo
 from schedulers.policies.routing import Summary
 
-# Of internal.proto; both sides must have the same.
-VERSION = 2
+# Of internal.proto: the version of this process, and the oldest with which it still works. Routers
+# and workers may so be replaced one after another. A new version may add fields and kinds of
+# messages that an older peer can ignore, and must work without them; what changes the meaning of a
+# field, or must be understood, raises OLDEST.
+VERSION, OLDEST = 2, 2
 SERVICE = "kairos.internal.v1.Worker"
 # A prompt of a million tokens, and what else a message has.
 MAX_MESSAGE_BYTES = 16 << 20
@@ -96,8 +99,10 @@ TO_WORKER = (
         Hello,
         "hello",
         For.CALL,
-        lambda message, now: pb.Hello(router=message.router, version=message.version),
-        lambda sent, sender: Hello(sent.router, sent.version),
+        lambda message, now: pb.Hello(
+            router=message.router, version=message.version, oldest=message.oldest
+        ),
+        lambda sent, sender: Hello(sent.router, sent.version, sent.oldest or sent.version),
     ),
     Entry(Ping, "ping", For.CALL, lambda message, now: pb.Ping(), lambda sent, sender: Ping()),
     Entry(
@@ -249,6 +254,15 @@ def decode(sent: pb.ToWorker | pb.FromWorker, sender: Sender) -> Any:
     if entry is None:
         raise ValueError(f"{field} is no kind of {type(sent).__name__}")
     return entry.read(getattr(sent, entry.field), sender)
+
+
+def check_version(version: int, oldest: int) -> None:
+    """Raises ValueError for a peer with which this process does not work. version, oldest: its."""
+    if version < OLDEST or oldest > VERSION:
+        raise ValueError(
+            f"its protocol has version {version} and works with {oldest} or newer; this process "
+            f"has {VERSION} and works with {OLDEST} or newer"
+        )
 
 
 def address_of(event: Any) -> tuple[For, Any]:
@@ -405,6 +419,7 @@ def _to_welcome(said: pb.Welcome) -> Welcome:
     }
     limits = {each.name: getattr(said.limits, each.name) for each in fields(Limits)}
     told |= {"role": Role(said.role), "limits": Limits(**limits)}
+    told["version"] = said.version or 2  # the last version that did not tell
     return Welcome(**told, profile=json.loads(said.profile_json))
 
 

@@ -166,10 +166,13 @@ Event = Stepped | Offered | Moved | Lost | Returned | Draining | Died | Outlined
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A router's first message. router: random, new at each start. version: of internal.proto."""
+    """A router's first message. router: random, new at each start. version: of its protocol;
+    oldest: the oldest with which it works.
+    """
 
     router: str
     version: int
+    oldest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +180,8 @@ class Welcome:
     """Answers a Hello: who a worker is, and what it has.
 
     incarnation: random, new at each start. profile: its step times (see `schedulers.cost`).
-    kv_address: "host:port" of its KV service.
+    kv_address: "host:port" of its KV service. version: of its protocol; 2 was the last that did not
+    tell.
     """
 
     instance: str
@@ -192,6 +196,7 @@ class Welcome:
     device_kind: str = ""
     kv_address: str = ""
     prefix_cache: bool = False
+    version: int = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,6 +129,7 @@ class RoleServer:
             device_kind=prepared.device_kind,
             kv_address=self.address,
             prefix_cache=worker.page_keys is not None,
+            version=codec.VERSION,
         )
         self.service.open(worker, welcome)
         worker.start()

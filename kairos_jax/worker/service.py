@@ -41,7 +41,7 @@ from kairos_jax.worker.messages import (
 from kairos_jax.worker.status import status_of
 from kairos_jax.worker.unseen import Receipts
 from kairos_jax.worker.worker import Worker
-from schedulers.ledger.request import Request
+from schedulers.ledger.instance import Role
 
 log = logging.getLogger(__name__)
 
@@ -205,10 +205,10 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
         hello = None if first is codec.EOF else codec.decode(first, Sender())
         if not isinstance(hello, Hello):
             raise _Refused(unfit, "the first message must be a Hello")
-        if hello.version != codec.VERSION:
-            raise _Refused(
-                unfit, f"version must be {codec.VERSION}, as of this worker, got {hello.version}"
-            )
+        try:
+            codec.check_version(hello.version, hello.oldest)
+        except ValueError as error:
+            raise _Refused(unfit, str(error)) from error
         router = _Attached(hello.router, self.max_behind)
         # As it was when last told; what was sent here since is in the next one.
         waited_s = self.clock() - self._outlined_at
@@ -268,7 +268,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
         assert self._worker is not None
         match message:
             case Submit(request) | Handover(request=request):
-                self._check(request)
+                self._check(message)
                 if request.id in router.ahead:
                     router.ahead.discard(request.id)
                 else:
@@ -277,6 +277,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
                     self.spans.took(message)
                 self._receipts.posted(router)
             case Prefetch(ticket):
+                self._check(message)
                 self._know(ticket.request_id, router)
                 router.ahead.add(ticket.request_id)
             case Release(id) | Cancel(id):
@@ -292,8 +293,16 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
         self._router_of[id] = router
         self._empty.clear()
 
-    def _check(self, request: Request) -> None:
-        """Raises ValueError for what would end the step loop."""
+    def _check(self, message: Submit | Handover | Prefetch) -> None:
+        """Raises ValueError for a message that would end the step loop."""
+        role, kind = self._welcome.role, type(message).__name__
+        if role is (Role.DECODE if isinstance(message, Submit) else Role.PREFILL):
+            raise ValueError(f"a {kind} is not for a worker whose role is {role.value!r}")
+        if isinstance(message, Prefetch):
+            return
+        request = message.request
+        if isinstance(message, Handover) and not message.tokens:
+            raise ValueError(f"request {request.id!r}: a Handover must have at least 1 token")
         if request.max_length > (most := self._welcome.limits.max_context):
             raise ValueError(
                 f"request {request.id!r}: prompt and max_tokens together must be at most {most} "

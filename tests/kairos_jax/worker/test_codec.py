@@ -171,13 +171,14 @@ WELCOME = Welcome(
     device_kind="TPU v5e",
     kv_address="10.0.0.1:50061",
     prefix_cache=True,
+    version=3,
 )
 STATUS = Status(1, 2, 3, 4, 5, 6.5, math.inf, 7, 8.5, 9.5, 10, ("a", "b"))
 
 
 @pytest.mark.parametrize(
     "message",
-    [Hello("r", 7), WELCOME, Ping(), Pong(), Pong(STATUS)],
+    [Hello("r", 7, 6), WELCOME, Ping(), Pong(), Pong(STATUS)],
     ids=lambda m: type(m).__name__,
 )
 def test_what_the_ends_of_a_call_say_to_each_other_arrives_as_it_was(message):

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import fakes
 import grpc
+import pytest
 
 from kairos_jax.engine.calls import Token
 from kairos_jax.kv.transport import Ticket
@@ -316,7 +318,12 @@ async def test_strangers_are_sent_away(service, worker, call):
         (
             pb.ToWorker(hello=pb.Hello(version=99)),
             grpc.StatusCode.FAILED_PRECONDITION,
-            f"version must be {codec.VERSION}, as of this worker, got 99",
+            "its protocol has version 99 and works with 99 or newer",
+        ),
+        (
+            pb.ToWorker(hello=pb.Hello(version=codec.OLDEST - 1)),
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"this process has {codec.VERSION} and works with {codec.OLDEST} or newer",
         ),
     ):
         caller = call()
@@ -344,3 +351,41 @@ async def test_a_call_that_is_closed_has_told_all_before(service, worker, call):
         assert stepped(await caller.hear()) == ["a"]
     assert await caller.hear() == Returned("a")
     assert (await caller.ended())[0] is grpc.StatusCode.OK
+
+
+@attached()
+async def test_a_router_of_a_newer_version_that_still_works_with_this_one_is_taken(
+    service, worker, call
+):
+    caller = call()
+    newer = pb.Hello(router="r", version=codec.VERSION + 5, oldest=codec.VERSION)
+    await caller.send(pb.ToWorker(hello=newer))
+    assert (await caller.read()).HasField("welcome")
+
+
+@pytest.mark.parametrize(
+    ("role", "message", "why"),
+    [
+        (Role.DECODE, submit("a"), "a Submit is not for a worker whose role is 'decode'"),
+        (Role.PREFILL, handover("a"), "a Handover is not for a worker whose role is 'prefill'"),
+        (Role.PREFILL, ahead("a"), "a Prefetch is not for a worker whose role is 'prefill'"),
+        (
+            Role.DECODE,
+            replace(handover("a"), tokens=()),
+            "request 'a': a Handover must have at least 1 token",
+        ),
+    ],
+)
+def test_what_is_not_for_a_workers_role_ends_the_call_and_not_the_worker(role, message, why):
+    @attached()
+    async def run(service, worker, call):
+        service._welcome = replace(WELCOME, role=role)
+        caller = call()
+        await caller.send(pb.ToWorker(hello=pb.Hello(router="r", version=codec.VERSION)))
+        await caller.read(), await caller.read()
+        await caller.say(message)
+        code, details = await caller.ended()
+        assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, why)
+        assert not worker.got
+
+    run()
