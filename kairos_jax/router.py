@@ -13,6 +13,7 @@ model.
 """
 
 import asyncio
+import contextlib
 import logging
 import sys
 import time
@@ -60,6 +61,9 @@ def define_flags() -> None:
     flags.DEFINE_float("resolve_s", 5.0, "Seconds after which names are resolved again.", 0.1)
     flags.DEFINE_float("heartbeat_s", 0.25, "Seconds between two pings to a worker.", 0.01)
     flags.DEFINE_float("hang_s", 1.0, "Silence after which a worker is lost.", 0.05)
+    flags.DEFINE_float(
+        "rejoin_s", 10.0, "Seconds that requests wait for a worker when a role has none.", 0.0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,7 @@ class RouterOptions:
     resolve_s: float = 5.0
     heartbeat_s: float = 0.25
     hang_s: float = 1.0
+    rejoin_s: float = 10.0
     health_port: int = 0
     admission: str = "none"
     http: HttpOptions | None = None
@@ -106,6 +111,7 @@ class RouterOptions:
             values.resolve_s,
             values.heartbeat_s,
             values.hang_s,
+            values.rejoin_s,
             values.health_port,
             values.admission,
             HttpOptions.from_flags(),
@@ -141,6 +147,7 @@ async def serve(
         cost,
         admission=options.admission,
         observers=[metrics, options.tracing] if options.tracing else [metrics],
+        rejoin_s=options.rejoin_s,
     )
     metrics.watch(router)
     links = Links(router, config, net, changed.set, options.heartbeat_s, options.hang_s)
@@ -148,9 +155,8 @@ async def serve(
         asyncio.ensure_future(_watch(links, role, targets, options.resolve_s))
         for role, targets in options.targets.items()
     ]
-    tasks.append(
-        asyncio.ensure_future(_keep_open(server, config, model, router, metrics, links, changed))
-    )
+    keeping = _keep_open(server, config, model, router, metrics, links, changed, options.rejoin_s)
+    tasks.append(asyncio.ensure_future(keeping))
     await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         if task.done():
@@ -182,8 +188,11 @@ async def _keep_open(
     metrics: Metrics,
     links: Links,
     changed: asyncio.Event,
+    rejoin_s: float,
 ) -> None:
-    """Opens the server while there is a worker of each role."""
+    """Opens the server while there is a worker of each role; where a role has none any more, it
+    stays open for so long.
+    """
     said = False
     while True:
         changed.clear()
@@ -192,6 +201,10 @@ async def _keep_open(
             f"a {role.value} worker" for role, of in zip(_ROLES, workers, strict=True) if not of
         ]
         if missing:
+            if said:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), rejoin_s)
+                    continue
             await server.shut(f"waiting for {' and '.join(missing)}")
         else:
             first, last = (of[0].welcome for of in workers)

@@ -130,6 +130,11 @@ class Metrics(Observer):
         elif outcome != "cancelled":
             self._answered(stream, stream.timing(), name)
 
+    def transfer_failed(self, source: str, target: str) -> None:
+        """KV did not move from one worker to another."""
+        names = (id.partition("@")[0] for id in (source, target))
+        self._failed_transfers.labels(*names).inc()
+
     def recovered(self, cause: str) -> None:
         """A request is prefilled again."""
         self._recoveries.labels(cause).inc()
@@ -192,6 +197,12 @@ class Metrics(Observer):
         registry = self.registry
         self._recoveries = Counter(
             "kairos_recoveries", "Requests that were prefilled again.", ["cause"], registry=registry
+        )
+        self._failed_transfers = Counter(
+            "kairos_transfers_failed",
+            "KV transfers that failed, by the workers between which.",
+            ["source", "target"],
+            registry=registry,
         )
         self._lost = Counter(
             "kairos_workers_lost", "Workers lost without a drain.", ["role"], registry=registry

@@ -1,6 +1,8 @@
 """A request's way from worker to worker: to prefill, to decode, elsewhere when one is lost."""
 
+import asyncio
 import contextlib
+import functools
 import itertools
 import secrets
 from collections.abc import Callable, Sequence
@@ -12,10 +14,10 @@ from kairos_jax.routing.fleet import Fleet, WorkerLost
 from kairos_jax.routing.observer import Observer
 from kairos_jax.routing.peer import Peer
 from kairos_jax.routing.stream import Stream
+from kairos_jax.routing.waiting_room import WaitingRoom
 from kairos_jax.worker import codec
 from kairos_jax.worker.codec import For
 from kairos_jax.worker.messages import (
-    Cancel,
     Died,
     Draining,
     Event,
@@ -33,6 +35,10 @@ from kairos_jax.worker.page_keys import page_keys
 
 # After so many losses a stream fails: what is lost wherever it goes may be the cause of it.
 MAX_RECOVERIES = 3
+# A request that was in so many steps that failed is refused: it may be the cause.
+MAX_ABOARD = 2
+# Before a request whose KV did not come over is prefilled again; it doubles with each try.
+_BACKOFF_S, _MOST_BACKOFF_S = 0.1, 2.0
 
 
 class Dispatch:
@@ -42,8 +48,9 @@ class Dispatch:
     prefilled again, under a new id, so that events about the old id are ignored.
 
     over: called with each stream that ends by its workers or for want of them, and with how.
-    streams: in progress, by the ids by which workers know them. serials: of requests, by which
-    workers order them.
+    rejoin_s: how long a stream waits for a worker where none can go on with it. streams: in
+    progress, by the ids by which workers know them. serials: of requests, by which workers order
+    them.
     """
 
     def __init__(
@@ -51,8 +58,11 @@ class Dispatch:
         fleet: Fleet,
         observers: Sequence[Observer],
         over: Callable[[Stream, str], None],
+        loop: asyncio.AbstractEventLoop,
+        rejoin_s: float = 0.0,
     ):
         self.fleet, self._observers, self._over = fleet, observers, over
+        self.rejoin_s, self._waiting = rejoin_s, WaitingRoom(loop)
         self.streams: dict[str, Stream] = {}
         self.serials = itertools.count(1)
         # Workers may have several routers, so ids must differ from those of every other.
@@ -62,10 +72,17 @@ class Dispatch:
         """Sends a stream to prefill. Inside, ids never come back, so that a late message can never
         meet a new try.
         """
-        fleet = self.fleet
         id = f"{self._identity}/{stream.name}#{serial}"
         stream.request = replace(stream.request, id=id, serial=serial)
         self.streams[id] = stream
+        self._prefill(stream)
+
+    def _prefill(self, stream: Stream) -> None:
+        fleet = self.fleet
+        try:
+            fleet.check_served()
+        except WorkerLost as error:
+            return self._await_worker(stream, str(error), lambda: self._prefill(stream))
         peers, request = fleet.taking(prefill=True), stream.rest(fleet.clock(), fleet.cost)
         shares = len(peers) > 1 and not wants_prompt_logprobs(request)
         if shares and (size := peers[0].page_size):
@@ -82,12 +99,17 @@ class Dispatch:
         if self.streams.get(stream.request.id) is not stream:
             return False
         del self.streams[stream.request.id]
+        self._waiting.leave(stream)
         return True
+
+    def joined(self) -> None:
+        """A worker has joined the fleet: streams that wait for one go on."""
+        self._waiting.joined()
 
     def drop(self, stream: Stream) -> None:
         """Cancels what workers may have of a stream."""
         for peer in stream.peers:
-            peer.post(Cancel(stream.request.id))
+            peer.cancel(stream.request.id)
         stream.peers = []
 
     def lose(self, peer: Peer, reason: str, alive: bool) -> None:
@@ -97,7 +119,7 @@ class Dispatch:
         self.fleet.remove(peer, reason)
         for stream in [each for each in self.streams.values() if peer in each.peers]:
             if alive:
-                peer.post(Cancel(stream.request.id))
+                peer.cancel(stream.request.id)
             goes_on = stream.peers[-1] is not peer
             stream.peers.remove(peer)
             # Where its KV was being fetched from the lost one, the fetch will tell how it ended.
@@ -128,8 +150,7 @@ class Dispatch:
             case Moved(_, at):
                 self._on_moved(stream, at)
             case Lost(_, error):
-                stream.num_lost += 1
-                self._recover(stream, f"the KV transfer failed: {error}", "transfer_failed")
+                self._on_transfer_failed(stream, error)
             case Returned(_, ticket):
                 self._on_returned(stream, ticket)
 
@@ -139,14 +160,16 @@ class Dispatch:
                 peer.update(summary, num_received, self.fleet.clock())
             case Draining():
                 self.fleet.drains(peer)
-            case Died(instance, error):
+            case Died(_, error, aboard):
                 if not peer.draining:
                     for each in self._observers:
                         each.lost(peer.role)
-                self.lose(peer, f"instance {instance} failed: {error}", alive=False)
+                for stream in filter(None, map(self.streams.get, aboard)):
+                    stream.num_aboard += 1
+                self.lose(peer, f"{peer.noun} failed: {error}", alive=False)
 
     def _on_output(self, stream: Stream, output: Output) -> None:
-        last_at = stream.last_token_at
+        last_at, stream.stalled_at = stream.last_token_at, None
         stream.put(output)
         for each in self._observers:
             if last_at is None:
@@ -157,16 +180,38 @@ class Dispatch:
             self._hand_over(stream, output.ticket)
         elif output.finish_reason:
             for peer in stream.peers[:-1]:  # where it was to go on
-                peer.post(Cancel(stream.request.id))
+                peer.cancel(stream.request.id)
             self.forget(stream)
             self._over(stream, output.finish_reason)
 
     def _on_offered(self, stream: Stream, ticket: Ticket) -> None:
         """Its KV may go ahead of it to where it will be decoded."""
         with contextlib.suppress(WorkerLost):
-            peer = self._choose_decode(stream, self.fleet.taking(prefill=False))
+            source = stream.peers[-1]
+            peer = self._choose_decode(stream, self.fleet.taking(prefill=False), source)
             stream.peers.insert(0, peer)
-            peer.post(Prefetch(ticket, stream.request.prompt))
+            peer.prefetch(Prefetch(ticket, stream.request.prompt), stream.request.slo)
+
+    def _on_transfer_failed(self, stream: Stream, error: Exception) -> None:
+        """Prefills a request again, elsewhere if it can be, and not at once: what failed may mend
+        itself.
+        """
+        if len(stream.peers) > 1:
+            source, target = stream.peers[-2:]
+            self.fleet.transfer_failed(source, target)
+            for each in self._observers:
+                each.transfer_failed(source.id, target.id)
+        now = self.fleet.clock()
+        stream.num_lost += 1
+        if stream.refused_at is None:
+            stream.refused_at = now
+        reason = f"its KV could not be transferred: {error}"
+        if stream.num_lost > MAX_RECOVERIES and now >= stream.refused_at + self.rejoin_s:
+            return self._fail(stream, f"{reason} (lost {stream.num_lost} times)")
+        pause_s = min(_BACKOFF_S * 2 ** (stream.num_lost - 1), _MOST_BACKOFF_S)
+        self.drop(stream)
+        again = functools.partial(self._go_on_elsewhere, stream, reason, "transfer_failed")
+        self._waiting.pause(stream, pause_s, again)
 
     def _on_returned(self, stream: Stream, ticket: Ticket | None) -> None:
         """Goes on elsewhere: with its KV, if who offers that is still there."""
@@ -176,12 +221,14 @@ class Dispatch:
         self._hand_over(stream, ticket)
 
     def _on_moved(self, stream: Stream, at: float) -> None:
+        stream.refused_at = None
         if stream.moved_at is None:
             stream.moved_at = at
         # Those before the last had its KV until now, save for one that was lost meanwhile.
         *before, last = stream.peers
         for peer in before:
             peer.post(Release(stream.request.id))
+            self.fleet.transferred(peer, last)
         stream.peers = [last]
 
     def _hand_over(self, stream: Stream, ticket: Ticket) -> None:
@@ -191,33 +238,67 @@ class Dispatch:
         try:
             peers = self.fleet.taking(prefill=False)
         except WorkerLost as error:
-            return self._fail(stream, str(error))
+            again = functools.partial(self._hand_over, stream, ticket)
+            return self._await_worker(stream, str(error), again)
         *ahead, source = stream.peers
-        peer = ahead[0] if ahead and ahead[0] in peers else self._choose_decode(stream, peers)
+        peer = self._choose_handover(stream, peers, ahead, source)
         for other in ahead:
             if other is not peer:
-                other.post(Cancel(stream.request.id))
+                other.cancel(stream.request.id)
         stream.peers = [source, peer]
         peer.hand_over(stream.handover(ticket))
 
-    def _choose_decode(self, stream: Stream, peers: Sequence[Peer]) -> Peer:
+    def _choose_handover(
+        self, stream: Stream, peers: Sequence[Peer], ahead: Sequence[Peer], source: Peer
+    ) -> Peer:
+        """The worker to which its KV was sent ahead, unless that has filled up since."""
+        length, now = len(stream.request.prompt) + len(stream.tokens), self.fleet.clock()
+        for peer in ahead:
+            peer.unbook(stream.request.id)  # or it would count twice
+            if peer in peers and (len(peers) == 1 or peer.fits(length, stream.request.slo, now)):
+                return peer
+        return self._choose_decode(stream, peers, source)
+
+    def _choose_decode(self, stream: Stream, peers: Sequence[Peer], source: Peer) -> Peer:
         length = len(stream.request.prompt) + len(stream.tokens)
-        return self.fleet.choose_decode(peers, length, stream.request.slo)
+        return self.fleet.choose_decode(peers, length, stream.request.slo, source)
 
     def _recover(self, stream: Stream, reason: str, cause: str) -> None:
         """Goes on with a stream that its workers will not bring to its end. cause: in a word."""
+        if stream.num_aboard >= MAX_ABOARD:
+            return self._fail(
+                stream, f"{reason}; it was in {stream.num_aboard} steps that failed, and is refused"
+            )
         if stream.num_lost > MAX_RECOVERIES:
             return self._fail(stream, f"{reason} (lost {stream.num_lost} times)")
+        self._go_on_elsewhere(stream, reason, cause)
+
+    def _go_on_elsewhere(self, stream: Stream, reason: str, cause: str) -> None:
+        """Prefills a stream again, as soon as there are workers for it."""
         try:
             self.fleet.check_served()
         except WorkerLost as error:
             missing = str(error)
-            return self._fail(stream, missing if reason in missing else f"{reason}; {missing}")
+            told = missing if reason in missing else f"{reason}; {missing}"
+            self.drop(stream)
+            again = functools.partial(self._go_on_elsewhere, stream, reason, cause)
+            return self._await_worker(stream, told, again)
         self.drop(stream)
-        del self.streams[stream.request.id]
+        self.forget(stream)
         self.start(stream, next(self.serials))
         for each in self._observers:
             each.recovered(cause)
+
+    def _await_worker(self, stream: Stream, reason: str, go_on: Callable[[], None]) -> None:
+        """Goes on with a stream when a worker joins; fails it where none does in time."""
+        now = self.fleet.clock()
+        if stream.stalled_at is None:
+            stream.stalled_at = now
+        left_s = stream.stalled_at + self.rejoin_s - now
+        if left_s <= 0:
+            return self._fail(stream, reason)
+        give_up = functools.partial(self._fail, stream, reason)
+        self._waiting.until_joined(stream, left_s, go_on, give_up)
 
     def _fail(self, stream: Stream, reason: str) -> None:
         self.drop(stream)

@@ -29,6 +29,10 @@ class WorkerLost(Exception):
     """The instance that served this request failed, and there is no other to go on with it."""
 
 
+# For how long a pair of workers between which KV did not move is avoided, at first and at most.
+_AVOID_S = (1.0, 30.0)
+
+
 class Fleet:
     """Workers, which join and leave at any time. Used on one event loop.
 
@@ -46,6 +50,8 @@ class Fleet:
         self.peers: dict[str, Peer] = {}
         self.last_loss = "none has joined"
         self._admission = ADMISSION[admission]
+        # By the ids of source and target: until when they are avoided, and for how long.
+        self._failed: dict[tuple[str, str], tuple[float, float]] = {}
 
     def join(self, peer: Peer) -> None:
         """Takes in a worker. Raises ValueError if its id is in use."""
@@ -57,11 +63,23 @@ class Fleet:
         """Does without a worker from now on."""
         del self.peers[peer.id]
         self.last_loss = reason
+        self._failed = {pair: until for pair, until in self._failed.items() if peer.id not in pair}
 
     def drains(self, peer: Peer) -> None:
         """A worker takes no new requests from now on."""
         peer.draining = True
-        self.last_loss = f"instance {peer.id} is draining"
+        self.last_loss = f"{peer.noun} is draining"
+
+    def transfer_failed(self, source: Peer, target: Peer) -> None:
+        """KV did not move between two workers: they are not chosen together for a while."""
+        pair = source.id, target.id
+        _, last_s = self._failed.get(pair, (0.0, 0.0))
+        avoid_s = min(max(2 * last_s, _AVOID_S[0]), _AVOID_S[1])
+        self._failed[pair] = self.clock() + avoid_s, avoid_s
+
+    def transferred(self, source: Peer, target: Peer) -> None:
+        """KV has moved between two workers."""
+        self._failed.pop((source.id, target.id), None)
 
     def taking(self, prefill: bool) -> list[Peer]:
         """The workers that take requests to prefill, or to decode. A colocated one does both, and
@@ -109,18 +127,33 @@ class Fleet:
         """Where a new request is best sent, of at least one worker."""
         if len(peers) == 1:
             return peers[0]
-        now = self.clock()
+        now, targets = self.clock(), self._taking(prefill=False)
+        peers = [
+            peer
+            for peer in peers
+            if peer.role is Role.BOTH or any(not self._avoided(peer, each) for each in targets)
+        ] or peers
         summaries = [peer.summary(now) for peer in peers]
         cached = [peer.cached(message.request) for peer in peers]
         return peers[route_prefill(message.request, summaries, self.cost, now, cached)]
 
-    def choose_decode(self, peers: Sequence[Peer], length: int, slo: Slo) -> Peer:
-        """Where a request of so many tokens is best sent to decode, of at least one worker."""
+    def choose_decode(
+        self, peers: Sequence[Peer], length: int, slo: Slo, source: Peer | None = None
+    ) -> Peer:
+        """Where a request of so many tokens is best sent to decode, of at least one worker. source:
+        the worker that has its KV.
+        """
+        if source:
+            peers = [peer for peer in peers if not self._avoided(source, peer)] or peers
         if len(peers) == 1:
             return peers[0]
         now = self.clock()
         summaries = [peer.summary(now) for peer in peers]
         return peers[route_decode(length, slo, summaries, self.cost, now)]
+
+    def _avoided(self, source: Peer, target: Peer) -> bool:
+        until, _ = self._failed.get((source.id, target.id), (0.0, 0.0))
+        return self.clock() < until
 
     def _taking(self, prefill: bool) -> list[Peer]:
         some = [peer for peer in self.peers.values() if (peer.role is not Role.DECODE) == prefill]

@@ -175,6 +175,7 @@ class _Link:
     def __init__(self, links: Links, role: Role, address: str):
         self.linked: Linked | None = None
         self.status: Status | None = None
+        self._aboard: tuple[str, ...] = ()
         self._links, self._role, self._address = links, role, address
         self._outbox: asyncio.Queue[Message | Ping] = asyncio.Queue()
 
@@ -243,8 +244,9 @@ class _Link:
                     self.status = status
                 case Welcome():
                     raise ValueError("a Welcome came, which only answers a Hello")
-                case Died(_, error):
-                    raise codec.RemoteError(error)
+                case Died(_, error, aboard):
+                    self._aboard = aboard
+                    raise error
                 case event:
                     if isinstance(event, Draining):
                         links.part(linked.id)
@@ -262,7 +264,8 @@ class _Link:
     def _lost(self, error: Exception) -> None:
         if self.linked is not None:
             self._links.part(self.linked.id)
-            self._links.router.emit(Died(self.linked.id, error))
+            gone = ConnectionError(_words(error))
+            self._links.router.emit(Died(self.linked.id, gone, self._aboard))
 
 
 async def _read(call: Any) -> pb.FromWorker:
@@ -270,6 +273,16 @@ async def _read(call: Any) -> pb.FromWorker:
     if said is codec.EOF:
         raise ConnectionError("it has left")
     return said
+
+
+def _words(error: Exception) -> str:
+    """What clients are told of a lost worker. The log has the error itself, with its address."""
+    match error:
+        case codec.RemoteError():
+            return f"its step failed with {error}"
+        case TimeoutError():
+            return "it stopped answering"
+    return "its connection ended"
 
 
 def _reason(error: Exception) -> str:

@@ -29,6 +29,9 @@ class Observer(Protocol):
     def ended(self, stream: Stream, outcome: str) -> None:
         """A request is over. outcome: "stop", "length", "cancelled" or "failed"."""
 
+    def transfer_failed(self, source: str, target: str) -> None:
+        """KV did not move from one worker to another. source, target: their ids."""
+
     def recovered(self, cause: str) -> None:
         """A request is prefilled again. cause: in a word."""
 

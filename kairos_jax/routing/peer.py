@@ -4,12 +4,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
-from kairos_jax.worker.messages import Handover, Message, Submit
+from kairos_jax.worker.messages import Cancel, Handover, Message, Prefetch, Submit
 from kairos_jax.worker.status import Status
 from kairos_jax.worker.unseen import Unseen
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
-from schedulers.ledger.request import Request
+from schedulers.ledger.request import Request, Slo
 from schedulers.policies.routing import Summary, prompt_s
 
 
@@ -41,6 +41,11 @@ class Peer:
         # Keys of the pages that it had to compute or to find, those of the latest last.
         self._pages: OrderedDict[int, None] = OrderedDict()
 
+    @property
+    def noun(self) -> str:
+        """What clients are told of it: not its id, which may hold an address."""
+        return f"a {self.role.value} instance" if self.role is not Role.BOTH else "an instance"
+
     def summary(self, now: float) -> Summary:
         """Its state as far as is known at `now`."""
         return self._unseen.summary(now)
@@ -67,10 +72,35 @@ class Peer:
         pages = next((i for i, key in enumerate(keys) if key not in self._pages), len(keys))
         return min(pages, (len(request.prompt) - 1) // self.page_size) * self.page_size
 
+    def prefetch(self, message: Prefetch, slo: Slo) -> None:
+        """Announces a request that will be handed over, and keeps a place for it."""
+        length = len(message.prompt) + 1
+        self.post(message)
+        self._unseen.book(
+            message.ticket.request_id,
+            lambda summary: summary.with_context(length, slo, self.cost),
+        )
+
+    def unbook(self, id: str) -> None:
+        """Gives up a place that was kept."""
+        self._unseen.unbook(id)
+
+    def fits(self, length: int, slo: Slo, now: float) -> bool:
+        """Whether it has room and time for a further sequence of so many tokens."""
+        summary = self.summary(now)
+        after = summary.with_context(length, slo, self.cost)
+        return after.room >= 0 and (after.load <= 1 or not summary.load)
+
+    def cancel(self, id: str) -> None:
+        """The request is to be forgotten there."""
+        self._unseen.unbook(id)
+        self.post(Cancel(id))
+
     def hand_over(self, message: Handover) -> None:
         """Sends a request to decode."""
         request = message.request
         length, slo = len(request.prompt) + len(message.tokens), request.slo
+        self._unseen.unbook(request.id)
         self.post(message)
         self._unseen.sent(lambda summary: summary.with_context(length, slo, self.cost))
 

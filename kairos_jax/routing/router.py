@@ -36,8 +36,9 @@ class Router:
     """Carries requests to a prefill worker, on to a decode worker, and their tokens back. On
     colocated instances one worker is both.
 
-    cost, admission: see `Fleet`. observers: told what becomes of requests. fleet: its workers.
-    died: the first instance that failed.
+    cost, admission: see `Fleet`. observers: told what becomes of requests. rejoin_s: how long a
+    request waits for a worker where none can go on with it; 0: it fails at once. fleet: its
+    workers. died: the first instance that failed.
     """
 
     def __init__(
@@ -48,12 +49,13 @@ class Router:
         clock: Callable[[], float] = time.monotonic,
         admission: str = "none",
         observers: Sequence[Observer] = (),
+        rejoin_s: float = 0.0,
     ):
         self.max_requests, self.clock = max_requests, clock
         self.fleet = Fleet(cost, admission, clock)
         self.died: asyncio.Future[Died] = loop.create_future()
         self._loop, self.observers = loop, list(observers)
-        self._dispatch = Dispatch(self.fleet, self.observers, self._over)
+        self._dispatch = Dispatch(self.fleet, self.observers, self._over, loop, rejoin_s)
         self._names: set[str] = set()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -75,11 +77,12 @@ class Router:
     def join(self, peer: Peer) -> None:
         """Takes in a worker, at any time. Raises ValueError if its id is in use."""
         self.fleet.join(peer)
+        self._dispatch.joined()
 
     def leave(self, id: str, reason: str = "it has left") -> None:
         """Does without a worker; its requests go on elsewhere. An unknown id is ignored."""
         if peer := self.fleet.peers.get(id):
-            self._dispatch.lose(peer, f"instance {id}: {reason}", alive=True)
+            self._dispatch.lose(peer, f"{peer.noun}: {reason}", alive=True)
 
     def emit(self, event: Event) -> None:
         """Takes an event from any thread. Nothing happens once the loop is closed."""
@@ -132,9 +135,13 @@ class Router:
         self.check_room(request.slo)
         try:
             self.fleet.check_admission(request)
-        except (Full, WorkerLost) as error:
-            self.rejected(error.limit if isinstance(error, Full) else "no_worker", request.slo)
+        except Full as error:
+            self.rejected(error.limit, request.slo)
             raise
+        except WorkerLost:
+            if not self._dispatch.rejoin_s:  # else it waits for a worker, as those in progress do
+                self.rejected("no_worker", request.slo)
+                raise
         stream = Stream(name, request, trace=trace or {})
         for each in self.observers:
             each.begun(stream)

@@ -296,10 +296,12 @@ class Lost(_message.Message):
     def __init__(self, id: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Died(_message.Message):
-    __slots__ = ("error",)
+    __slots__ = ("error", "aboard")
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    ABOARD_FIELD_NUMBER: _ClassVar[int]
     error: str
-    def __init__(self, error: _Optional[str] = ...) -> None: ...
+    aboard: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, error: _Optional[str] = ..., aboard: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Outlined(_message.Message):
     __slots__ = ("free_s", "due_in_s", "ahead_s", "pace", "load", "room", "num_received", "end_s", "parked_room")

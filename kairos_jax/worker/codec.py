@@ -223,8 +223,8 @@ FROM_WORKER = (
         Died,
         "died",
         For.INSTANCE,
-        lambda event, now: pb.Died(error=_error(event.error)),
-        lambda said, sender: Died(sender.instance, RemoteError(said.error)),
+        lambda event, now: pb.Died(error=_error(event.error), aboard=event.aboard),
+        lambda said, sender: Died(sender.instance, RemoteError(said.error), tuple(said.aboard)),
     ),
 )
 

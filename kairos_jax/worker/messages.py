@@ -140,10 +140,13 @@ class Draining:
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """The step loop has ended by an error; nothing on this instance will go on."""
+    """The step loop has ended by an error; nothing on this instance will go on. aboard: the
+    requests of the step that raised it, if a step did.
+    """
 
     instance: str
     error: BaseException
+    aboard: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -357,7 +357,11 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
                 router.tell(replace(event, num_received=self._receipts.of(router)))
             return
         for router in self._routers:
-            router.tell(event)
+            if isinstance(event, Died):
+                own = tuple(id for id in event.aboard if id in router.requests)
+                router.tell(replace(event, aboard=own))
+            else:
+                router.tell(event)
         if isinstance(event, Died) and not self.died.done():
             self.died.set_result(event)
 

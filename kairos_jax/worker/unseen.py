@@ -23,6 +23,16 @@ class Unseen:
         self._num_sent = 0
         # What each request adds that the summary does not count yet, in the order sent.
         self._adds: deque[Callable[[Summary], Summary]] = deque()
+        # What each request adds for which a place is kept, and which was not sent yet.
+        self._booked: dict[str, Callable[[Summary], Summary]] = {}
+
+    def book(self, id: str, add: Callable[[Summary], Summary]) -> None:
+        """Keeps a place for a request that will be sent. add: as of `sent`."""
+        self._booked[id] = add
+
+    def unbook(self, id: str) -> None:
+        """The request was sent, or will not come. Unknown ids are ignored."""
+        self._booked.pop(id, None)
 
     def sent(self, add: Callable[[Summary], Summary]) -> None:
         """A request was sent. add: what it adds to a summary that does not count it."""
@@ -41,7 +51,10 @@ class Unseen:
     def summary(self, now: float) -> Summary:
         """The worker's state as far as is known at `now`."""
         free_s = max(self._summary.free_s - (now - self._at), 0.0)
-        return replace(self._summary, free_s=free_s)
+        summary = replace(self._summary, free_s=free_s)
+        for add in self._booked.values():
+            summary = add(summary)
+        return summary
 
 
 class Receipts:

@@ -94,6 +94,7 @@ class Worker:
         self._steps: queue.SimpleQueue[_Wait | None] = queue.SimpleQueue()
         self._num_received = 0
         self._draining = False
+        self._aboard: tuple[str, ...] = ()  # requests of the step under way
         self._tickets: dict[str, Ticket] = {}  # of KV that is to be fetched
         self._ahead: dict[str, Ticket] = {}  # of KV that was asked for ahead of its request
         self._offers: dict[str, Ticket] = {}  # of KV that was copied out of this pool
@@ -135,7 +136,7 @@ class Worker:
         except BaseException as error:
             log.exception("instance %s died", self.instance.id)
             self._tell()
-            self.emit(Died(self.instance.id, error))
+            self.emit(Died(self.instance.id, error, self._aboard))
             # What it offered must not be fetched from a pool that nobody owns any more.
             for tickets in (self._tickets, self._ahead, self._offers):
                 for ticket in tickets.values():
@@ -231,6 +232,7 @@ class Worker:
             self._fetch(self.instance.waiting[id])
 
     def _start_step(self, batch: Batch) -> None:
+        self._aboard = tuple(batch.work)
         running = self.instance.running
         work = [(running[id], count) for id, count in batch.work.items()]
         self._steps.put(self.engine.start(work))
@@ -238,6 +240,7 @@ class Worker:
     def _end_step(self, batch: Batch, begun: float) -> None:
         seqs = {id: self.instance.running[id] for id in batch.work}
         tokens = self._until_ended()
+        self._aboard = ()
         now = self.clock()
         self.ran.add(now - begun, batch.predicted_s, len(batch.work))
         for id, token in tokens.items():

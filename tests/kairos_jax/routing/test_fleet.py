@@ -101,6 +101,7 @@ SCARCE = fakes.altered(decode__kv_tokens=128)
 async def test_workers_come_and_go_while_hundreds_of_requests_run(config, seed, monkeypatch):
     """Some are killed, some drained, some requests are cancelled, and some KV is lost."""
     monkeypatch.setattr(dispatch, "MAX_RECOVERIES", 100)
+    monkeypatch.setattr(dispatch, "MAX_ABOARD", 100)
     rng, fleet = random.Random(seed), Fleet(config)
     ended = 0
 
