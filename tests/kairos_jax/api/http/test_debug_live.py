@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import threading
+import time
 import urllib.request
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -51,10 +52,11 @@ def test_a_server_takes_a_profile_and_tells_its_decisions(environment, profile, 
         (written,) = (tmp_path / "plugins" / "profile").glob("*/*.xplane.pb")
         named = b"attention" in written.read_bytes()
         assert named, "parts of the compiled steps have their names"
-        names = {
-            event["name"] for event in ask(f"{url}/debug/schedule", method="GET")["traceEvents"]
-        }
-        assert {"queued", "prefill 1", "decode 1"} <= names
+        by, names = time.monotonic() + 30, set()
+        while not {"queued", "prefill 1", "decode 1"} <= names:  # it may be half a second old
+            assert time.monotonic() < by, names
+            schedule = ask(f"{url}/debug/schedule", method="GET")
+            names = {event["name"] for event in schedule["traceEvents"]}
         server.send(signal.SIGTERM)
         assert server.wait() == 0
         assert "INFO" not in server.errors()
