@@ -11,7 +11,7 @@ import fakes
 import jax
 import pytest
 
-from kairos_jax.process.hub import cache_dir
+from kairos_jax.process.cache import cache_dir
 from models.ops import KERNELS, attention_gpu, attention_tpu, native
 
 jax.config.update("jax_num_cpu_devices", 8)

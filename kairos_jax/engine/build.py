@@ -12,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine.engine import JaxEngine, Shapes
 from kairos_jax.engine.model import Model
-from kairos_jax.engine.programs import NotKept, Programs
+from kairos_jax.engine.programs import Programs
+from kairos_jax.process.cache import NotPrivate, private_cache_dir
 from kairos_jax.process.command import UsageError
-from kairos_jax.process.hub import cache_dir
 from kairos_jax.process.progress import Progress
 from models.ops import native
 from models.sharding import make_mesh
@@ -137,8 +137,8 @@ def open_programs(
     described, rules = model.checkpoint.config, config.rules
     about = (described, rules, config.dtype, roles, kernels, limits, row_tokens)
     try:
-        return Programs(cache_dir("programs"), repr(about), devices)
-    except NotKept as error:
+        return Programs(private_cache_dir("programs"), repr(about), devices)
+    except NotPrivate as error:
         log.warning("compiled programs are not kept: %s", error)
         return None
 
@@ -165,8 +165,8 @@ def choose_kernels(config: ServerConfig, devices: Sequence[Any]) -> str:
             )
         return "cpu"
     try:
-        native.load(cache_dir("native"))
-    except native.NotAvailable as error:
+        native.load(private_cache_dir("native"))
+    except (native.NotAvailable, NotPrivate) as error:
         if asked == "native":
             raise UsageError(f"config.kernels=native: {error}") from error
         log.warning("the kernels in C++ are not used, which is slower: %s", error)

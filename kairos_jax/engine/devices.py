@@ -13,8 +13,10 @@ from jax.experimental import multihost_utils
 
 from kairos_jax.net import address
 from kairos_jax.net.address import split_address
+from kairos_jax.process.cache import NotPrivate, private_cache_dir
 from kairos_jax.process.command import UsageError
-from kairos_jax.process.hub import cache_dir
+
+log = logging.getLogger(__name__)
 
 # JAX's own watch over the processes of a mesh is for what happens before ours begins, and for when
 # ours fails (kairos_jax.engine.followers): it kills a process to which one of the others was lost.
@@ -167,7 +169,10 @@ def start_jax(num_devices: int, cpu_devices: int = 0, processes: Processes = ALO
     # That a platform is not there is no news.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     jax.config.update("jax_num_cpu_devices", cpu_devices or each)
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(private_cache_dir("xla")))
+    except NotPrivate as error:
+        log.warning("compiled programs are not kept: %s", error)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     local = [jax.local_devices(id) for id in range(processes.count)]

@@ -20,7 +20,7 @@ from kairos_jax.config import ServerConfig
 from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine
 from kairos_jax.engine.model import Model
 from kairos_jax.engine.profile_file import read
-from kairos_jax.process.hub import cache_dir
+from kairos_jax.process.cache import cache_dir
 from kairos_jax.process.progress import Progress
 from schedulers import cost
 from schedulers.ledger.request import Request, Seq, Slo

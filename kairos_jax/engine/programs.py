@@ -15,7 +15,6 @@ import os
 import pickle
 import platform
 import shutil
-import stat
 import sys
 import tempfile
 import time
@@ -27,6 +26,8 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
+
+from kairos_jax.process.cache import make_private
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +41,6 @@ _SETTINGS = ("JAX_", "XLA_")
 _KEPT_DAYS = 30.0
 
 
-class NotKept(Exception):
-    """Programs cannot be kept in this folder; the message says why."""
-
-
 class Programs:
     """The programs of one deployment. Turns JAX's own cache off: XLA for CPU writes programs that
     do not run, if it is to write what it has itself read from there.
@@ -52,13 +49,13 @@ class Programs:
     for versions, code and machine. devices: all that they may run on.
 
     Raises:
-        NotKept: the folder is not private, or cannot be made.
+        NotPrivate: the folder is open to others, or cannot be made.
     """
 
     def __init__(self, folder: Path, about: str, devices: Sequence[Any]):
-        _make_private(folder)
+        make_private(folder)
         self._folder = folder / _digest(about, *_surroundings(devices))
-        _make_private(self._folder)
+        make_private(self._folder)
         os.utime(self._folder)
         _remove_old(folder)
         logging.getLogger(compilation_cache.reset_cache.__module__).setLevel(logging.WARNING)
@@ -107,16 +104,6 @@ class Programs:
             os.replace(file.name, path)  # whole, or not at all
         except Exception as error:  # of a disk, or of a program that cannot be written
             log.warning("the program %s is not kept: %s", path, str(error).partition("\n")[0])
-
-
-def _make_private(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except OSError as error:
-        raise NotKept(str(error)) from error
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise NotKept(f"{folder} must be this user's own and closed to others (chmod 700)")
 
 
 def _remove_old(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Where a model's files are: a path, the default model, or a Hugging Face id."""
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
+
+from kairos_jax.process.cache import cache_dir
 
 # What serving reads. Left out on purpose: pickles, code, and the same weights in other formats.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
@@ -72,12 +73,6 @@ def resolve_model(name_or_path: str) -> Path:
         f"model {name_or_path!r} is not an existing path, not one of {sorted(PACKAGED_MODELS)} "
         'and not a Hugging Face id ("org/name")'
     )
-
-
-def cache_dir(name: str) -> Path:
-    """A folder of ours in the user's cache, whether it is there yet or not."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "kairos_jax" / name
 
 
 def cached_path(model: PackagedModel) -> Path:

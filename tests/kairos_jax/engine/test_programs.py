@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kairos_jax.engine.engine import JaxEngine, Shapes
-from kairos_jax.engine.programs import NotKept, Programs, sources
+from kairos_jax.engine.programs import Programs, sources
+from kairos_jax.process.cache import NotPrivate
 from models.checkpoint import open_checkpoint
 from models.sharding import Rules, make_mesh
 from schedulers.ledger.instance import Limits, Role
@@ -131,7 +132,7 @@ def test_a_folder_open_to_others_is_not_used(on_a_mesh, tmp_path):
     doubled(tmp_path / "kept", on_a_mesh)
     assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
     (tmp_path / "kept").chmod(0o770)
-    with pytest.raises(NotKept, match=r"kept must be this user's own and closed to others"):
+    with pytest.raises(NotPrivate, match=r"kept belongs to another user, or others can write"):
         programs(tmp_path / "kept")
 
 
