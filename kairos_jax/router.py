@@ -14,6 +14,7 @@ model.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import sys
 import time
@@ -227,12 +228,10 @@ def _ready_line(config: ServerConfig, links: Links, addresses: str) -> str:
 def main(argv: list[str]) -> None:
     """Serves, and ends the process."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    config, options, net = (
-        launch.read_config(),
-        RouterOptions.from_flags(),
-        Credentials.from_flags(),
-    )
-    public = Credentials.public_from_flags()
+    config, options = launch.read_config(), RouterOptions.from_flags()
+    net, public = Credentials.from_flags(), Credentials.public_from_flags()
+    for target in itertools.chain(*options.targets.values()):
+        net.check_target(discovery.Target.parse(target).address)
     lifecycle.end(asyncio.run(serve(config, options, net, public)))
 
 

@@ -27,7 +27,13 @@ from kairos_jax.process.command import UsageError
 # Probes come without a token, and learn nothing from health but that a server is there.
 _OPEN = f"/{health.SERVICE_NAME}/"
 # Peers are called by name; a proxy of the environment is for calls to elsewhere.
-_OPTIONS = (("grpc.enable_http_proxy", 0),)
+# Where a peer cannot be reached, gRPC's own pause before the next try would grow to minutes.
+_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
 
 _log = logging.getLogger(__name__)
 
@@ -105,14 +111,18 @@ class Credentials:
         Raises:
             UsageError: the token would go there in the clear.
         """
-        if self.ca is None and self.token and not is_loopback(split_address(address)[0]):
-            raise UsageError(f"--token_file needs --tls_ca to call {address}: {_IN_CLEAR}")
+        self.check_target(address)
         named = [("grpc.ssl_target_name_override", self.name)] if self.name else []
         options = [*_OPTIONS, *named, *options]
         if self.ca is None:
             return grpc.aio.insecure_channel(address, options)
         credentials = grpc.ssl_channel_credentials(self.ca, self.key, self.cert)
         return grpc.aio.secure_channel(address, credentials, options)
+
+    def check_target(self, address: str) -> None:
+        """Raises UsageError if the token would go to "host:port" in the clear."""
+        if self.ca is None and self.token and not is_loopback(split_address(address)[0]):
+            raise UsageError(f"--token_file needs --tls_ca to call {address}: {_IN_CLEAR}")
 
     def add_port(self, server: grpc.aio.Server, host: str, port: int) -> int:
         """Has a server listen on one more address. Returns the port: port 0 is any free one.

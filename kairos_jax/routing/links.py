@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from kairos_jax.rpc import internal_pb2_grpc
 from kairos_jax.worker import codec
 from kairos_jax.worker.codec import Sender
 from kairos_jax.worker.messages import Died, Draining, Hello, Message, Outlined, Ping, Pong, Welcome
+from kairos_jax.worker.service import STARTING
 from kairos_jax.worker.status import Status
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
@@ -81,10 +83,13 @@ class Links:
         self.router, self.net, self.clock = router, net, clock
         self.heartbeat_s, self.hang_s = heartbeat_s, hang_s
         self.workers: dict[str, Linked] = {}
+        self._links: set[_Link] = set()  # of workers that have joined
         self.identity = secrets.token_hex(8)
         self._config, self._on_change = config, on_change
         self._listed: dict[Role, frozenset[str]] = {}
         self._tasks: dict[tuple[Role, str], asyncio.Task[None]] = {}
+        # Of each worker that fits but for its weights: which those are.
+        self._weights: dict[tuple[Role, str], str] = {}
 
     def found(self, role: Role, addresses: frozenset[str]) -> None:
         """Takes the addresses at which workers of a role are to be had now. A link to another goes
@@ -95,6 +100,7 @@ class Links:
             key = role, address
             if key not in self._tasks or self._tasks[key].done():
                 self._tasks[key] = asyncio.ensure_future(self._keep(role, address))
+                self._tasks[key].add_done_callback(_on_end)
 
     def of(self, role: Role) -> list[Linked]:
         """The workers of a role that take requests."""
@@ -115,6 +121,10 @@ class Links:
             reason = _reason(error)
             if link.linked is not None:
                 delay, said = _LEAST_BACKOFF_S, ""
+            elif isinstance(error, grpc.aio.AioRpcError):
+                self._weights.pop((role, address), None)
+            if reason.endswith(STARTING):  # which it will not be for long
+                delay = _LEAST_BACKOFF_S
             if reason != said:  # once, not at every try
                 # That a worker is not there yet, or has left, is no error.
                 away = link.linked is None and isinstance(error, grpc.aio.AioRpcError)
@@ -130,13 +140,18 @@ class Links:
 
     # What a link tells.
 
-    def join(self, peer: Peer, linked: Linked) -> None:
+    def join(self, link: "_Link", peer: Peer, linked: Linked) -> None:
         """The worker takes requests from now on."""
+        self._links.add(link)
         self.router.join(peer)
         self.workers[linked.id] = linked
         if (prefill := self.of(Role.PREFILL)) and (decode := self.of(Role.DECODE)):
             self.router.fleet.cost = replace(prefill[0].cost, decode=decode[0].cost.decode)
         self._on_change()
+
+    def left(self, link: "_Link") -> None:
+        """The call to a worker that had joined is over."""
+        self._links.discard(link)
 
     def part(self, id: str) -> None:
         """The worker takes no more requests."""
@@ -162,11 +177,28 @@ class Links:
         for other in self.workers.values():
             if other.welcome.incarnation == welcome.incarnation:
                 raise ValueError(f"it is linked already, at {other.address}")
-            if other.welcome.fingerprint != welcome.fingerprint:
-                raise ValueError(
-                    f"its weights ({welcome.fingerprint}) are others than those of "
-                    f"{other.welcome.instance} at {other.address} ({other.welcome.fingerprint})"
-                )
+        self._weights[role, address] = welcome.fingerprint
+        self._check_weights(welcome.fingerprint)
+
+    def _check_weights(self, mine: str) -> None:
+        """The weights that most workers have are served. Raises ValueError for a worker of others;
+        where its weights are those of most, the workers that are linked leave.
+        """
+        others = [each for each in self._links if each.weights != mine]
+        if not others:
+            return
+        served = others[0].weights
+        votes = Counter(self._weights.values())
+        if votes[mine] <= votes[served]:
+            raise ValueError(
+                f"its weights ({mine}) are those of {votes[mine]} workers, and {served}, of "
+                f"{votes[served]} workers, are served"
+            )
+        for link in others:
+            link.refuse(
+                f"its weights ({served}) are those of {votes[served]} workers, and {mine}, of "
+                f"{votes[mine]} workers, are served from now on"
+            )
 
 
 class _Link:
@@ -178,6 +210,17 @@ class _Link:
         self._aboard: tuple[str, ...] = ()
         self._links, self._role, self._address = links, role, address
         self._outbox: asyncio.Queue[Message | Ping] = asyncio.Queue()
+        self._refused: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def weights(self) -> str:
+        """Fingerprint of those that its worker has; "" before it has joined."""
+        return self.linked.welcome.fingerprint if self.linked else ""
+
+    def refuse(self, reason: str) -> None:
+        """Ends the call: its worker does not fit any more."""
+        if not self._refused.done():
+            self._refused.set_exception(ValueError(reason))
 
     async def attach(self) -> Exception:
         """Returns why it could not be, or why it is over; a peer that had joined has died then."""
@@ -223,7 +266,7 @@ class _Link:
             lambda: self.status,
         )
         self.linked = linked
-        links.join(peer, linked)
+        links.join(self, peer, linked)
         return linked
 
     async def _go_on(self, call: Any, linked: Linked) -> None:
@@ -232,7 +275,11 @@ class _Link:
             self._listen(call, linked, heartbeat),
             self._speak(call),
             heartbeat.lost(lambda: self._outbox.put_nowait(Ping())),
+            self._until_refused(),
         )
+
+    async def _until_refused(self) -> None:
+        await self._refused
 
     async def _listen(self, call: Any, linked: Linked, heartbeat: Heartbeat) -> None:
         """Passes events on to the router until there are no more."""
@@ -263,6 +310,7 @@ class _Link:
 
     def _lost(self, error: Exception) -> None:
         if self.linked is not None:
+            self._links.left(self)
             self._links.part(self.linked.id)
             gone = ConnectionError(_words(error))
             self._links.router.emit(Died(self.linked.id, gone, self._aboard))
@@ -273,6 +321,12 @@ async def _read(call: Any) -> pb.FromWorker:
     if said is codec.EOF:
         raise ConnectionError("it has left")
     return said
+
+
+def _on_end(task: asyncio.Task[None]) -> None:
+    """No link ends unheard."""
+    if not task.cancelled() and (error := task.exception()):
+        log.error("a link to a worker has ended by an error", exc_info=error)
 
 
 def _words(error: Exception) -> str:

@@ -45,6 +45,8 @@ from schedulers.ledger.instance import Role
 
 log = logging.getLogger(__name__)
 
+# Why a router is refused for a moment: it tries again soon.
+STARTING = "the worker is starting"
 # Events that a router may be behind: minutes of them, or a few hundred MB at the worst.
 MAX_BEHIND = 10_000
 
@@ -198,7 +200,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
         if self.draining:
             raise _Refused(unavailable, "the worker is draining")
         if self._worker is None:
-            raise _Refused(unavailable, "the worker is starting")
+            raise _Refused(unavailable, STARTING)
         if not self._goes_on():
             raise _Refused(unavailable, "the worker's step loop has ended, or hangs in a step")
         unfit = grpc.StatusCode.FAILED_PRECONDITION

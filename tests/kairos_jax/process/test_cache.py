@@ -40,7 +40,7 @@ def test_what_others_can_write_is_not_trusted(home, open_to, which):
     (home / "native").mkdir(parents=True, mode=0o700)
     home.chmod(0o700)
     (home / which).chmod(open_to)
-    with pytest.raises(NotPrivate, match="others can write to it.*XDG_CACHE_HOME"):
+    with pytest.raises(NotPrivate, match=r"others can write to it.*XDG_CACHE_HOME"):
         private_cache_dir("native")
     assert mode(home / which) == open_to
 

@@ -221,7 +221,10 @@ def test_a_worker_whose_loop_ends_is_lost_with_its_reason():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"facts": replace(cluster.FACTS, fingerprint="beef")}, "its weights (beef) are others"),
+        (
+            {"facts": replace(cluster.FACTS, fingerprint="beef")},
+            "its weights (beef) are those of 1 workers",
+        ),
         ({"facts": replace(cluster.FACTS, model="other")}, "its model is 'other'"),
         ({"config": fakes.altered(dtype="bfloat16")}, "its dtype is 'bfloat16'"),
         ({"config": fakes.altered(page_size=16)}, "its page_size is 16"),
@@ -239,8 +242,33 @@ def test_a_worker_that_does_not_fit_is_named_and_does_not_join(changes, reason, 
             assert reason in line
             assert len(front.links.workers) == 2
             if "weights" in reason:
-                assert any(f"than those of {node.server.name}" in line for node in nodes[:2])
-                assert "(f00d)" in line
+                assert "f00d, of 2 workers, are served" in line
+
+    run(main)
+
+
+def test_the_weights_of_most_workers_are_served_whichever_linked_first(logged):
+    async def main():
+        transport, odd = LocalTransport(), replace(cluster.FACTS, fingerprint="beef")
+        first = await cluster.Node.start(Role.DECODE, transport, facts=odd)
+        front, nodes = cluster.Front.start([first]), [first]
+        await front.linked(1)
+        for role in (Role.PREFILL, Role.DECODE):
+            nodes.append(await cluster.Node.start(role, transport))
+        of_role = {role: [n for n in nodes if n.server.role is role] for role in Role}
+        for role in (Role.PREFILL, Role.DECODE):
+            addresses = frozenset(node.server.address for node in of_role[role])
+            front.links.found(role, addresses)
+        await logged(1, "(beef) are those of 1 workers, and f00d, of 2 workers, are served")
+        served = {node.server.name for node in nodes[1:]}
+        while {each.welcome.instance for each in front.links.workers.values()} != served:
+            front.changed.clear()
+            await asyncio.wait_for(front.changed.wait(), 30)
+        await front.ask([1, 2, 3], 9)
+        await front.links.close()
+        for node in nodes:
+            await node.die()
+        transport.close()
 
     run(main)
 
