@@ -88,8 +88,9 @@ class Feed:
     def num_streams(self) -> int:
         return len(self._streams)
 
-    def check_room(self) -> None:
-        """There always is."""
+    def wait_s(self) -> float:
+        """Not predicted here."""
+        return 0.0
 
     def rejected(self, reason: str, slo: object = None) -> None:
         """Not counted here."""

@@ -34,7 +34,7 @@ from kairos_jax.net.credentials import Credentials
 from kairos_jax.observe import otlp
 from kairos_jax.observe.metrics import Metrics
 from kairos_jax.observe.tracing import Tracing
-from kairos_jax.process import command, launch, lifecycle
+from kairos_jax.process import command, descriptors, launch, lifecycle
 from kairos_jax.routing import discovery, router
 from kairos_jax.routing.links import Links
 from kairos_jax.routing.router import Router
@@ -228,6 +228,7 @@ def _ready_line(config: ServerConfig, links: Links, addresses: str) -> str:
 def main(argv: list[str]) -> None:
     """Serves, and ends the process."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    descriptors.ensure()
     config, options = launch.read_config(), RouterOptions.from_flags()
     net, public = Credentials.from_flags(), Credentials.public_from_flags()
     for target in itertools.chain(*options.targets.values()):

@@ -37,7 +37,7 @@ from kairos_jax.net.credentials import Credentials
 from kairos_jax.observe import otlp, recording
 from kairos_jax.observe.metrics import Metrics
 from kairos_jax.observe.tracing import Tracing
-from kairos_jax.process import command, launch, lifecycle
+from kairos_jax.process import command, descriptors, launch, lifecycle
 from kairos_jax.process.progress import bars
 from kairos_jax.routing import router
 from kairos_jax.routing.router import Router
@@ -167,6 +167,7 @@ def _ready_line(config: ServerConfig, prepared: Prepared, addresses: str) -> str
 def main(argv: list[str]) -> None:
     """Serves, and ends the process."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    descriptors.ensure()
     config, public = launch.read_config(), Credentials.public_from_flags()
     values, http, traced = flags.FLAGS, HttpOptions.from_flags(), Tracing.from_flags()
     path = Path(values.profile) if values.profile else None

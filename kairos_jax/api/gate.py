@@ -1,9 +1,10 @@
 """Whether requests are taken, and by what they are answered: shared by all APIs of one server."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kairos_jax.api.backend import Backend
+from kairos_jax.api.slots import Slots
 
 
 class Closed(Exception):
@@ -12,11 +13,21 @@ class Closed(Exception):
 
 @dataclass(slots=True)
 class Gate:
-    """clock: of arrivals, in seconds. closed: why no new requests are taken, where none are."""
+    """clock: of arrivals, in seconds. closed: why no new requests are taken, where none are. slots:
+    of the requests that are held.
+    """
 
     clock: Callable[[], float]
     backend: Backend | None = None
     closed: str | None = "the server is starting"
+    slots: Slots = field(default_factory=Slots)
+
+    def open(self, backend: Backend) -> None:
+        """Takes requests for a backend from now on."""
+        self.backend, self.closed = backend, None
+        self.slots.limit = backend.validator.config.max_requests
+        self.slots.wait_s = backend.router.wait_s
+        self.slots.on_full = lambda: backend.router.rejected("max_requests")
 
     def enter(self) -> Backend:
         """What answers a request that has come. Raises Closed."""

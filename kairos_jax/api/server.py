@@ -80,7 +80,7 @@ class Server:
         """Serves, until `shut`, and again after; not any more once it drains."""
         if self._draining:
             return
-        self.gate.backend, self.gate.closed = backend, None
+        self.gate.open(backend)
         await self._health.say(serving=True)
 
     async def shut(self, reason: str) -> None:
@@ -97,11 +97,10 @@ class Server:
         self._draining, self.gate.closed = True, "the server is draining"
         await self._health.say(serving=False)
         drained = True
-        if self.gate.backend and self.gate.backend.router.num_streams:
-            try:
-                await asyncio.wait_for(self.gate.backend.router.drained(), grace_s)
-            except TimeoutError:
-                drained = False
+        try:
+            await asyncio.wait_for(self.gate.slots.idle(), grace_s)
+        except TimeoutError:
+            drained = False
         self._live.close()
         # The last answers may still be on their way out.
         stops = [self._grpc.stop(grace=1.0 if drained else 0.0)]

@@ -1,6 +1,5 @@
 """The gRPC service kairos.v1.Kairos: reads requests, and writes answers."""
 
-import asyncio
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -47,12 +46,9 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
         arrival = self.gate.clock()
         backend = await self._entered(context, self.gate.admit)
         try:
-            backend.router.check_room()
-            # In a thread: a long text takes the tokenizer longer than others should wait.
-            checked = await asyncio.to_thread(backend.validator.request, request, arrival)
-            await self._entered(context, self.gate.admit)  # it may have closed meanwhile
-            trace = trace_of(context.invocation_metadata() or ())
-            stream = backend.router.submit(checked, trace)
+            with self.gate.slots.take():
+                stream = await self._submit(backend, request, arrival, context)
+                await _answer(backend, stream, context)
         except UnknownModel as error:
             backend.router.rejected("unknown_model")
             await context.abort(grpc.StatusCode.NOT_FOUND, _cut(error))
@@ -67,8 +63,15 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _cut(error), retry)
         except WorkerLost as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(error))
-        else:
-            await _answer(backend, stream, context)
+
+    async def _submit(
+        self, backend: Backend, request: pb.GenerateRequest, arrival: float, context
+    ) -> Stream:
+        checked = await self.gate.slots.tokenize(
+            lambda: backend.validator.request(request, arrival)
+        )
+        await self._entered(context, self.gate.admit)  # it may have closed since
+        return backend.router.submit(checked, trace_of(context.invocation_metadata() or ()))
 
     async def _entered(self, context, enter: Callable[[], Backend]) -> Backend:
         try:

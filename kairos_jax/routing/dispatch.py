@@ -205,7 +205,7 @@ class Dispatch:
         stream.num_lost += 1
         if stream.refused_at is None:
             stream.refused_at = now
-        reason = f"its KV could not be transferred: {error}"
+        reason = f"the KV transfer failed: {error}"
         if stream.num_lost > MAX_RECOVERIES and now >= stream.refused_at + self.rejoin_s:
             return self._fail(stream, f"{reason} (lost {stream.num_lost} times)")
         pause_s = min(_BACKOFF_S * 2 ** (stream.num_lost - 1), _MOST_BACKOFF_S)

@@ -158,6 +158,10 @@ class Router:
             self._dispatch.drop(stream)
             self._over(stream, outcome)
 
+    def wait_s(self) -> float:
+        """Seconds until something of what is in progress has ended, as predicted."""
+        return self.fleet.wait_s()
+
     async def drained(self) -> None:
         """Returns when no request is in progress."""
         await self._empty.wait()

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
@@ -118,17 +119,26 @@ class Api:
             "max_model_len": backend.validator.config.max_context,
         }
 
-    async def completions(self, request: Request) -> Answering:
+    async def completions(self, request: Request) -> ASGIApp:
         """Goes on with prompts."""
         return await self._generate(request, chat=False)
 
-    async def chat_completions(self, request: Request) -> Answering:
+    async def chat_completions(self, request: Request) -> ASGIApp:
         """Answers a conversation."""
         return await self._generate(request, chat=True)
 
-    async def _generate(self, request: Request, chat: bool) -> Answering:
+    async def _generate(self, request: Request, chat: bool) -> ASGIApp:
         arrival, backend = self._gate.clock(), self._gate.admit()
-        backend.router.check_room()
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            with self._gate.slots.take() as slot:
+                asked = await self._read(request, backend, arrival, chat)
+                slot.grow(len(asked.requests) * asked.n)
+                await Answering(asked, backend)(scope, receive, send)
+
+        return answer
+
+    async def _read(self, request: Request, backend: Backend, arrival: float, chat: bool) -> Ask:
         raw = await read_body(request, self._max_body_bytes)
         headers = request.headers
 
@@ -138,30 +148,31 @@ class Api:
             return read(body, backend.validator, arrival, slo, name, chat)
 
         try:
-            # In a thread: a long text takes the tokenizer longer than others should wait.
-            asked = await asyncio.to_thread(ask)
+            asked = await self._gate.slots.tokenize(ask)
         except UnknownModel:
             backend.router.rejected("unknown_model")
             raise
         except BadField:
             backend.router.rejected("bad_request")
             raise
-        self._gate.admit()  # it may have closed meanwhile
-        return Answering(asked, backend)
+        self._gate.admit()  # it may have closed since
+        return asked
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a text, or of a conversation."""
         backend = self._gate.enter()
-        raw = await read_body(request, self._max_body_bytes)
-        ids = await asyncio.to_thread(tokenized, backend.validator, raw)
+        with self._gate.slots.take():
+            raw = await read_body(request, self._max_body_bytes)
+            ids = await self._gate.slots.tokenize(lambda: tokenized(backend.validator, raw))
         limit = backend.validator.config.max_context
         return JSONResponse({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
         backend = self._gate.enter()
-        raw = await read_body(request, self._max_body_bytes)
-        text = await asyncio.to_thread(detokenized, backend.validator, raw)
+        with self._gate.slots.take():
+            raw = await read_body(request, self._max_body_bytes)
+            text = await self._gate.slots.tokenize(lambda: detokenized(backend.validator, raw))
         return JSONResponse({"prompt": text})
 
 

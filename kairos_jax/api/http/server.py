@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import ssl
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,15 +12,15 @@ from typing import Any
 
 import uvicorn
 from absl import flags
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from kairos_jax.api.http.connections import Connections, Protocol
 from kairos_jax.api.http.guard import digest
 from kairos_jax.net.address import join_address, listen
 from kairos_jax.net.credentials import Credentials
+from kairos_jax.process import descriptors
 from kairos_jax.process.command import UsageError
 
 _DEFAULT_PORT = 8000
-_MAX_HEADER_BYTES = 64 << 10
 
 
 def define_flags() -> None:
@@ -82,10 +83,11 @@ class HttpServer:
             raise UsageError(f"--http_port={port}: {error}") from error
         self.port = self._socket.getsockname()[1]
         self.address = join_address(host, self.port)
+        self.connections = Connections(descriptors.for_clients())
         context = _tls(net)
         config = uvicorn.Config(
             app,
-            http=_Protocol,
+            http=functools.partial(Protocol, self.connections),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
@@ -118,29 +120,6 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-class _Protocol(HttpToolsProtocol):
-    """Bounds the headers of a request, which the parser would gather without end."""
-
-    _num_header_bytes = 0
-
-    def on_message_begin(self) -> None:
-        self._num_header_bytes = 0
-        super().on_message_begin()
-
-    def on_url(self, url: bytes) -> None:
-        self._count(url)
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(name + value)
-        super().on_header(name, value)
-
-    def _count(self, data: bytes) -> None:
-        self._num_header_bytes += len(data)
-        if self._num_header_bytes > _MAX_HEADER_BYTES:
-            raise ValueError(f"the headers have more than {_MAX_HEADER_BYTES} bytes")
 
 
 def _tls(net: Credentials) -> ssl.SSLContext | None:
