@@ -120,4 +120,5 @@ def _scaling(
 
 def _shortest(value: Any) -> float:
     """GGUF stores f32: 1e-5 instead of 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):  # of a field in f64, which is refused further on
+        return float(str(np.float32(value)))

@@ -1,5 +1,6 @@
 """Theta, rope scaling and sliding windows of a Hugging Face config.json."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,8 @@ def read_rope(fields: Fields, window: int | None) -> tuple[float, RopeScaling | 
     new, old = fields.object("rope_parameters"), fields.object("rope_scaling")
     if new and old and new != old:
         raise ValueError(
-            f"{fields.where}: rope_parameters and rope_scaling differ: {dict(new)} and {dict(old)}"
+            f"{fields.where}: rope_parameters and rope_scaling differ: {reprlib.repr(new)} and "
+            f"{reprlib.repr(old)}"
         )
     key = "rope_parameters" if new else "rope_scaling"
     ropes = {
@@ -89,20 +91,22 @@ def _read_one(fields: Fields, rope: Fields) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind == "linear":
         return theta, RopeScaling("linear", rope.number("factor"))
-    original = "original_max_position_embeddings"
-    places = (
-        (fields, original),
-        (rope, original),
-        (fields, "max_position_embeddings"),
-    )
-    found = next(place for place in places if place[0].values.get(place[1]) is not None)
     return theta, RopeScaling(
         "llama3",
         rope.number("factor"),
         rope.number("low_freq_factor"),
         rope.number("high_freq_factor"),
-        found[0].integer(found[1]),
+        _original_context(fields, rope),
     )
+
+
+def _original_context(fields: Fields, rope: Fields) -> int:
+    """Positions before scaling: said beside the rope or in it, else as many as there are."""
+    key = "original_max_position_embeddings"
+    beside, within = fields.optional_integer(key), rope.optional_integer(key)
+    if beside and within and beside != within:
+        raise rope.error(key, f"as outside of it, {beside}")
+    return beside or within or fields.integer("max_position_embeddings")
 
 
 def write_rope(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -48,7 +48,8 @@ def test_where_the_original_context_of_llama3_scaling_stands():
     for change, original in (
         ({"rope_scaling": LLAMA3}, 8192),
         ({"rope_scaling": without}, 512),
-        ({"rope_scaling": LLAMA3, key: 64}, 64),
+        ({"rope_scaling": without, key: 64}, 64),
+        ({"rope_scaling": LLAMA3, key: 8192}, 8192),
     ):
         assert rope_of(**change)[1].original_max_position == original
 
@@ -89,6 +90,10 @@ IN_USE = {"use_sliding_window": True, "sliding_window": 128}
         (
             {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": "8192"}},
             "rope_scaling: original_max_position_embeddings must be a whole number",
+        ),
+        (
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64},
+            "rope_scaling: original_max_position_embeddings must be as outside of it, 64, got 8192",
         ),
         ({"rope_parameters": {"rope_theta": [1]}}, "rope_parameters: rope_theta must be a number"),
         ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
