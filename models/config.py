@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from models.families import FAMILIES
 from models.rope import RopeScaling
 
+# Far beyond any model: a damaged file that asks for more would keep the loader busy for hours.
+_MOST_LAYERS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -46,6 +49,10 @@ class ModelConfig:
             value = getattr(self, field)
             if type(value) is not int or value < 1:
                 raise ValueError(f"config.{field} must be an integer of at least 1, got {value!r}")
+        if self.num_layers > _MOST_LAYERS:
+            raise ValueError(
+                f"config.num_layers must be at most {_MOST_LAYERS}, got {self.num_layers}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"config.num_heads must be a multiple of num_kv_heads {self.num_kv_heads}, "

@@ -26,12 +26,9 @@ def from_gguf(
 
     tied: the file holds no `output.weight`; GGUF has no field that says so. rope_divisors: its
     `rope_freqs.weight` [head_dim / 2], if any. GGUF's 'llama' stands for Mistral as well, which
-    computes the same.
-
-    Raises:
-        ValueError: a field is missing or of the wrong type, or asks for what is not computed.
+    computes the same. ValueError for a field that is missing, wrong or not supported.
     """
-    family = _family(metadata)
+    family, general = _family(metadata), Fields("gguf", metadata)
     fields = _fields_of(metadata, f"{family.gguf}.")
     hidden, num_heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     head_dim = fields.optional_integer("attention.key_length") or hidden // num_heads
@@ -41,10 +38,12 @@ def from_gguf(
     max_context = fields.integer("context_length")
     window = fields.optional_integer("attention.sliding_window", least=0)  # 0: none
     theta = fields.number("rope.freq_base") if "rope.freq_base" in fields.values else 10000.0
-    tokens = Fields("gguf", metadata).strings("tokenizer.ggml.tokens")
+    num_tokens = len(general.strings("tokenizer.ggml.tokens"))
+    if not num_tokens or "vocab_size" in fields.values:
+        num_tokens = fields.integer("vocab_size")
     return ModelConfig(
         name=family.name,
-        vocab_size=fields.optional_integer("vocab_size") or len(tokens),
+        vocab_size=num_tokens,
         hidden_size=hidden,
         num_layers=fields.integer("block_count"),
         num_heads=num_heads,
@@ -60,9 +59,7 @@ def from_gguf(
         max_context=max_context,
         sliding_window=window if window and window < max_context else None,
         eos_token_ids=end_tokens(metadata),
-        bos_token_id=Fields("gguf", metadata).optional_integer(
-            "tokenizer.ggml.bos_token_id", least=0
-        ),
+        bos_token_id=general.optional_integer("tokenizer.ggml.bos_token_id", least=0),
     )
 
 

@@ -25,6 +25,7 @@ SMALL = ModelConfig(
     [
         ({"vocab_size": 0}, "config.vocab_size must be an integer of at least 1, got 0"),
         ({"num_layers": True}, "config.num_layers must be an integer of at least 1, got True"),
+        ({"num_layers": 10**9}, "config.num_layers must be at most 1024, got 1000000000"),
         ({"num_kv_heads": 3}, "config.num_heads must be a multiple of num_kv_heads 3, got 4"),
         ({"head_dim": 7}, "config.head_dim must be even for rope, got 7"),
         ({"norm_eps": 0.0}, "config.norm_eps must be a positive number, got 0.0"),

@@ -155,6 +155,14 @@ def test_a_missing_field_is_named(key):
         from_gguf(metadata, tied=True)
 
 
+def test_the_vocabulary_is_as_large_as_the_list_of_its_tokens():
+    metadata = {name: value for name, value in GGUF.items() if name != "llama.vocab_size"}
+    listed = {**metadata, "tokenizer.ggml.tokens": [f"<{i}>" for i in range(7)]}
+    assert from_gguf(listed, tied=True).vocab_size == 7
+    with pytest.raises(ValueError, match=r"llama\.vocab_size is missing"):
+        from_gguf(metadata, tied=True)
+
+
 def test_a_bos_token_of_the_wrong_type_is_named():
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.bos_token_id must be a whole number"):
         from_gguf({**GGUF, "tokenizer.ggml.bos_token_id": "1"}, tied=True)
