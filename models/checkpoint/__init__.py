@@ -1,4 +1,6 @@
-"""Reads a model from disk into its shardings: Hugging Face, GGUF or Orbax, told by its files."""
+"""Reads a model from disk into its shardings. The files say which form it has: Hugging Face, GGUF or
+Orbax.
+"""
 
 from pathlib import Path
 from typing import Protocol

@@ -1,6 +1,7 @@
-"""Opens files only where that cannot block or raise anything but a ValueError."""
+"""Checks files before they are opened, so that nothing blocks and every error is a ValueError."""
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ def check_regular(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
         raise ValueError(f"checkpoint {path}: must be a regular file, but is {kind}")
+
+
+def is_there(path: Path) -> bool:
+    """Whether a directory has this entry, even if it is a link to a file that is gone."""
+    return os.path.lexists(path)
 
 
 def unreadable(path: Path, error: OSError) -> ValueError:

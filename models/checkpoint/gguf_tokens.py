@@ -39,7 +39,7 @@ _NOT_WITH = {
 
 
 def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids of the tokens that end an output, each once, those that the metadata names first.
+    """Ids of the tokens that end an output, each once; the ids in the metadata come first.
 
     metadata: of a GGUF file, as plain values by key. An id outside the vocabulary counts as not
     given, as in llama.cpp: some writers put 2**32 - 1 for none.

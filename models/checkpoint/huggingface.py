@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from models.checkpoint import source
 from models.checkpoint.fields import Fields
-from models.checkpoint.files import read_json
+from models.checkpoint.files import is_there, read_json
 from models.checkpoint.huggingface_config import from_hugging_face, to_hugging_face
 from models.checkpoint.safetensors_files import open_tensors
 from models.config import ModelConfig
@@ -62,7 +62,7 @@ def open_hugging_face(path: Path) -> HuggingFaceCheckpoint:
     """Reads the config of a directory; ValueError if that cannot be read or is not supported."""
     raw = read_json(path / "config.json")
     generation = path / "generation_config.json"
-    if generation.exists():  # chat models end their turns with ids that only this file lists
+    if is_there(generation):  # chat models end their turns with ids that only this file lists
         fields = Fields(f"checkpoint {generation}", read_json(generation))
         if ids := fields.ids("eos_token_id"):
             raw["eos_token_id"] = list(ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from models.checkpoint.files import check_regular, read_json, unreadable
+from models.checkpoint.files import check_regular, is_there, read_json, unreadable
 
 INDEX = "model.safetensors.index.json"
 
@@ -71,7 +71,7 @@ def _files(directory: Path, promised: dict[str, Path]) -> list[Path]:
 def _promised(directory: Path) -> dict[str, Path]:
     """Tensor -> the file that holds it, as the index says; empty if there is none."""
     index = directory / INDEX
-    if not index.exists():
+    if not is_there(index):
         return {}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -17,7 +17,7 @@ class Family:
         qk_norm: each head of q and k is normed.
         gguf_interleaves: GGUF files keep the rows of q and k in another order (see
             `models.checkpoint.gguf`).
-        windows: which layers use `sliding_window` of config.json: none, all, or those that
+        windows: which layers use `sliding_window` of config.json: none, all, or the layers that
             `layer_types` or `max_window_layers` name.
         biases: keys of config.json that add biases to the model.
         defaults: what transformers takes where config.json lacks a key. A key that is null there

@@ -63,6 +63,13 @@ def test_a_fifo_among_the_weights_is_named(directory, name):
         load(directory)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors.index.json"])
+def test_a_link_to_nothing_is_named(directory, name):
+    (directory / name).symlink_to(directory / "gone")
+    with pytest.raises(ValueError, match=f"{name}: no such file"):
+        load(directory)
+
+
 def test_a_directory_in_place_of_a_file_is_named(directory):
     (directory / "config.json").unlink()
     (directory / "config.json").mkdir()
