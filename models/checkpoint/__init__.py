@@ -1,6 +1,4 @@
-"""Reads a model from disk into its shardings. The files say which form it has: Hugging Face, GGUF or
-Orbax.
-"""
+"""Reads a model from disk into its shardings, from a Hugging Face, GGUF or Orbax checkpoint."""
 
 from pathlib import Path
 from typing import Protocol
