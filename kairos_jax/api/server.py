@@ -20,6 +20,9 @@ from kairos_jax.net.health import Health
 from kairos_jax.process.command import UsageError
 from kairos_jax.rpc import kairos_pb2_grpc
 
+# Calls at once, those included that are refused for want of a slot.
+MAX_CALLS = 4096
+
 
 class Server:
     """The gRPC server, and the HTTP server beside it. Health says NOT_SERVING until `open`, and
@@ -44,8 +47,12 @@ class Server:
         options = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
+            # A client that has gone without a word is noticed, and frees what it held.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
         ]
-        self._grpc = grpc.aio.server(options=options)
+        self._grpc = grpc.aio.server(options=options, maximum_concurrent_rpcs=MAX_CALLS)
         self.gate, self._draining = Gate(clock), False
         kairos_pb2_grpc.add_KairosServicer_to_server(Servicer(self.gate), self._grpc)
         try:  # first: what is wrong with the host is wrong with all the ports

@@ -1,6 +1,8 @@
 """The gRPC service kairos.v1.Kairos: reads requests, and writes answers."""
 
+import asyncio
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import grpc
@@ -18,15 +20,14 @@ from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.text.detokenizer import Detokenizer
 from kairos_jax.worker.messages import Output
 
+log = logging.getLogger(__name__)
+
 SERVICE = "kairos.v1.Kairos"
-
-
 MAX_MESSAGE_BYTES = 4 << 20
-
-
+# A client that takes nothing for so long is cut off.
+WRITE_S = 30.0
 # Prompt tokens a message: with 20 alternatives each, 250 KB of the 4 MiB that clients take.
 _PROMPT_PART = 1000
-
 
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
@@ -91,16 +92,26 @@ async def _answer(backend: Backend, stream: Stream, context) -> None:
             ended = outputs[-1].finish_reason is not None
             if (prompt := outputs[0].token.prompt) is not None:
                 for part in _of_prompt(stream, prompt):
-                    await context.write(part)
+                    await _write(context, part)
             response = _response(stream, outputs, detokenizer)
             if ended:
                 _finish(response, stream)
-            await context.write(response)
+            await _write(context, response)
     except WorkerLost as error:
         await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(error))
+    except TimeoutError:
+        why = f"the client has read nothing of its answer for {WRITE_S:g} s"
+        log.warning("%s: it is cut off", why)
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, why)
     finally:
         # Where the client went away, or its deadline passed, this task was cancelled.
         backend.router.cancel(stream)
+
+
+async def _write(context, response: pb.GenerateResponse) -> None:
+    """Raises TimeoutError where the client does not read."""
+    async with asyncio.timeout(WRITE_S):
+        await context.write(response)
 
 
 def _cut(error: Exception) -> str:

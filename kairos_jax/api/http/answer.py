@@ -24,15 +24,15 @@ quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Answer:
-    """The choices of one request, and how they are written. of_prompt: it has log-probabilities of
-    the prompts.
+    """The choices of one request, and how they are written. is_large: to make a part of it may take
+    longer than tokens of others should wait.
     """
 
     def __init__(
         self, ask: Ask, model: str, choices: Sequence[Choice], tokenizer: Tokenizer | None
     ):
         self.ask, self.choices, self._tokenizer = ask, choices, tokenizer
-        self.of_prompt = ask.echo and ask.logprobs is not None
+        self.is_large = ask.logprobs is not None and (ask.echo or not ask.stream)
         self.id = ("chatcmpl-" if ask.chat else "cmpl-") + secrets.token_hex(12)
         self._created, self._model = int(time.time()), model
         kind = ("chat.completion" if ask.chat else "text_completion") + (
@@ -92,10 +92,17 @@ class Answer:
 
     # Whole.
 
-    def body(self, pieces: Sequence[Sequence[Piece]]) -> bytes:
-        """The answer once all is there. pieces: of each choice."""
-        choices = [self._whole(*each) for each in zip(self.choices, pieces, strict=True)]
-        return quoted(self._head | {"choices": choices, "usage": self._usage()}).encode()
+    def opening(self) -> bytes:
+        """What goes before the choices."""
+        return (quoted(self._head)[:-1] + ', "choices": [').encode()
+
+    def closing(self) -> bytes:
+        """What goes after them."""
+        return ('], "usage": ' + quoted(self._usage()) + "}").encode()
+
+    def whole(self, choice: Choice, pieces: Sequence[Piece]) -> bytes:
+        """A choice of which all is there."""
+        return quoted(self._whole(choice, pieces)).encode()
 
     def _whole(self, choice: Choice, pieces: Sequence[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)

@@ -20,7 +20,15 @@ from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.http.errors import ApiError, on_error
 from kairos_jax.api.http.fields import Fields, read_object, shown
 from kairos_jax.api.http.guard import Guard, OpenRoute, read_body
-from kairos_jax.api.http.request import Ask, check_model, messages_of, read, renamed, slo_of_headers
+from kairos_jax.api.http.request import (
+    Ask,
+    check_model,
+    check_size,
+    messages_of,
+    read,
+    renamed,
+    slo_of_headers,
+)
 from kairos_jax.api.http.run import Answering
 from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.api.validator import BadField, UnknownModel, Validator
@@ -156,6 +164,7 @@ class Api:
             backend.router.rejected("bad_request")
             raise
         self._gate.admit()  # it may have closed since
+        check_size(asked)
         return asked
 
     async def tokenize(self, request: Request) -> Response:

@@ -15,6 +15,9 @@ from kairos_jax.rpc import kairos_pb2 as pb
 from models.sampling import MAX_TOP_LOGPROBS
 from schedulers.ledger.request import Request
 
+# Log-probabilities of one answer: 50 MB as JSON.
+MAX_LOGPROBS = 1 << 19
+
 MAX_CHOICES = 128
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
@@ -332,3 +335,16 @@ def seconds(field: str, milliseconds: float) -> float:
     if not (math.isfinite(milliseconds) and milliseconds > 0):
         raise BadField(field, f"must be a positive number of milliseconds, got {milliseconds:g}")
     return milliseconds / 1000
+
+
+def check_size(ask: Ask) -> None:
+    """Raises BadField for an answer with more numbers than one is made of."""
+    if ask.logprobs is None:
+        return
+    tokens = ask.n * sum(request.max_tokens for request in ask.requests)
+    if (total := tokens * (1 + ask.logprobs)) > MAX_LOGPROBS:
+        raise BadField(
+            "logprobs",
+            f"of {tokens} tokens in all choices and {ask.logprobs} alternatives each make {total} "
+            f"numbers; at most {MAX_LOGPROBS} are served",
+        )

@@ -16,6 +16,7 @@ from kairos_jax.api.http.answer import DONE, Answer, event_of
 from kairos_jax.api.http.choice import Choice, Piece, StopTexts
 from kairos_jax.api.http.errors import describe, error_object
 from kairos_jax.api.http.request import Ask
+from kairos_jax.api.http.writing import Comments, in_time, write_whole
 from kairos_jax.observe.tracing import trace_of
 from kairos_jax.routing.fleet import WorkerLost
 from kairos_jax.routing.router import IdInUse, Router
@@ -37,6 +38,7 @@ class Answering:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
+        send = in_time(send, scope)
         streams: list[Stream] = []
         write: _Events | None = None
         trace = trace_of(Headers(scope=scope).items())
@@ -134,17 +136,18 @@ async def _whole(answer: Answer, send: Send, router: Router) -> None:
         _ended(choice, router)
 
     await _each_done([read(choice) for choice in answer.choices])
-    body = await _made(answer, answer.body, pieces)
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    parts = [answer.opening()]
+    for choice, its in zip(answer.choices, pieces, strict=True):
+        comma = b"," if choice.index else b""
+        parts.append(comma + await _made(answer, answer.whole, choice, its))
+    await write_whole(send, [*parts, answer.closing()])
 
 
 async def _made(answer: Answer, make: Callable[..., bytes], *args: Any) -> bytes:
     """In a thread where it is much: others' tokens must not wait for the texts of a whole prompt's
-    tokens.
+    tokens, or of many alternatives.
     """
-    return await asyncio.to_thread(make, *args) if answer.of_prompt else make(*args)
+    return await asyncio.to_thread(make, *args) if answer.is_large else make(*args)
 
 
 class _Events:
@@ -154,11 +157,13 @@ class _Events:
 
     def __init__(self, answer: Answer, send: Send, router: Router):
         self._answer, self._send, self._router = answer, send, router
+        self._comments = Comments(self._write)
         self.begun = False
 
     async def all(self) -> None:
         """All there is to write."""
         answer = self._answer
+        commenting = asyncio.ensure_future(self._comments.run())
         try:
             await _each_done([self._run(choice) for choice in answer.choices])
         except WorkerLost as error:
@@ -168,6 +173,8 @@ class _Events:
         else:
             usage = answer.usage_event() if answer.ask.include_usage else b""
             await self._write(usage + DONE)
+        finally:
+            commenting.cancel()
         await self._send({"type": "http.response.body", "body": b""})
 
     async def _run(self, choice: Choice) -> None:
@@ -185,6 +192,7 @@ class _Events:
         if not self.begun:
             self.begun = True
             await self._send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+        self._comments.written()
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
 
