@@ -1,8 +1,9 @@
 """Offers of KV, and who may take them until when. Used by one thread, the event loop's."""
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -31,6 +32,7 @@ class Lease:
     whoever adds to it looks after it.
 
     complete: no more blocks come. num_claims: how often it was claimed, retries included.
+    num_calls: claims whose calls are open: while there is one, the lease does not run out.
     registered: arrays that a transfer server holds on to until they are deleted. changed: set
     whenever blocks have come, or it was claimed again or released.
     """
@@ -42,6 +44,7 @@ class Lease:
     state: State = State.OFFERED
     claimant: Claimant | None = None
     num_claims: int = 0
+    num_calls: int = 0
     registered: list[Any] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -92,6 +95,18 @@ class Leases:
         self._prolong(lease, now)
         return lease
 
+    @contextlib.contextmanager
+    def in_call(self, lease: Lease, clock: Callable[[], float]) -> Iterator[None]:
+        """While the block lasts, the claimant takes what is offered, however slowly; its time
+        begins anew at the end.
+        """
+        lease.num_calls += 1
+        try:
+            yield
+        finally:
+            lease.num_calls -= 1
+            self._prolong(lease, clock())
+
     def delivered(self, uuid: int, claimant: Claimant) -> None:
         """Releases an offer if it is this claimant's."""
         lease = self._leases.get(uuid)
@@ -113,7 +128,7 @@ class Leases:
 
     def expire(self, now: float) -> list[Lease]:
         """Frees all that have run out, and returns them."""
-        late = [lease for lease in self if lease.deadline <= now]
+        late = [lease for lease in self if lease.deadline <= now and not lease.num_calls]
         for lease in late:
             self.release(lease.ticket.uuid)
         return late

@@ -54,10 +54,11 @@ class KVServicer(kv_pb2_grpc.KVServicer):
             return
         port = None if request.as_bytes else self._port
         still_ours = _watch(lease)
-        async for response in self._tell(lease, port, first, still_ours):
-            yield response
-        while port and still_ours():
-            await _change(lease)
+        with self._leases.in_call(lease, self._clock):
+            async for response in self._tell(lease, port, first, still_ours):
+                yield response
+            while port and still_ours():
+                await _change(lease)
 
     async def Delivered(self, request: pb.DeliveredRequest, context) -> pb.DeliveredResponse:
         """See kv.proto."""

@@ -92,6 +92,9 @@ class RoleServer:
             options=[
                 ("grpc.max_receive_message_length", codec.MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
+                # A peer that hangs is noticed: what it had claimed is not held for it for ever.
+                ("grpc.keepalive_time_ms", 10_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
             ],
         )
         internal_pb2_grpc.add_WorkerServicer_to_server(self.service, self.grpc)

@@ -5,6 +5,7 @@ import asyncio
 import kv_member
 from kv_member import num_sockets, sharding, some_kv
 
+from kairos_jax.kv import jax_transfer
 from kairos_jax.kv.client import arrived
 from kairos_jax.kv.jax_transfer import TransferPort
 from kairos_jax.kv.manifest import describe
@@ -64,5 +65,50 @@ def test_no_peer_costs_another_its_connection():
         assert ours.num_connections == 1
         ours.drop("10.0.0.3:50052")
         assert ours.num_connections == 1
+
+    asyncio.run(run())
+
+
+def test_a_pull_that_is_cancelled_leaves_its_connection_to_others(monkeypatch):
+    async def run():
+        ours, theirs, reached = new_port(), new_port(), asyncio.Event()
+        await pull(ours, theirs, 1)
+
+        async def held(arrays):
+            reached.set()
+            await asyncio.Event().wait()
+
+        where = sharding(1, "rows")
+        blocks = some_kv(SHAPE, "float32", 1, 0, where)
+        uuid, _ = theirs.register(blocks)
+        told = describe(FACTS, Ticket("a", SHAPE[1]), blocks[0], theirs.address, 1)
+        cancelled = asyncio.ensure_future(ours.pull(PEER, told, uuid, 1, where, False, held))
+        await asyncio.wait_for(reached.wait(), 30)
+        opened = num_sockets()
+        cancelled.cancel()
+        await asyncio.gather(cancelled, return_exceptions=True)
+        await asyncio.gather(*ours._watching)
+        assert ours.num_connections == 1
+        await pull(ours, theirs, 1)
+        assert num_sockets() == opened, "by the connection that was there"
+
+    asyncio.run(run())
+
+
+def test_a_connection_whose_cancelled_pull_never_ends_is_given_up(monkeypatch):
+    monkeypatch.setattr(jax_transfer, "_WATCH_S", 0.05)
+
+    async def run():
+        ours, theirs = new_port(), new_port()
+        await pull(ours, theirs, 1)
+        (peer,) = ours._connections
+
+        class Stuck:
+            def is_ready(self):
+                return False
+
+        ours._watch(peer, ours._connections[peer], [Stuck()])
+        await asyncio.gather(*ours._watching)
+        assert ours.num_connections == 0
 
     asyncio.run(run())

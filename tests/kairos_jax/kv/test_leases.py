@@ -88,3 +88,16 @@ def test_uuids_are_64_random_bits():
     uuids = {Ticket("a", 1).uuid for _ in range(1000)}
     assert len(uuids) == 1000
     assert max(uuids).bit_length() == 64
+
+
+def test_a_lease_does_not_run_out_while_it_is_taken_however_slowly():
+    leases, now = Leases(lease_s=10.0, claim_s=5.0), 0.0
+    ticket = Ticket("a", 8)
+    leases.open(ticket)
+    leases.extend(ticket, ["block"], True, 0.0)
+    lease = leases.claim(ticket.uuid, "a", Claimant(1, 2), 0.0)
+    with leases.in_call(lease, lambda: now):
+        assert not leases.expire(100.0)
+        now = 100.0
+    assert not leases.expire(104.0), "its time begins anew where the call ends"
+    assert leases.expire(105.0) == [lease]
