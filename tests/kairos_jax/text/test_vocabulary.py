@@ -8,54 +8,10 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+from vocabularies import ALPHABET, byte_level, metaspace, plain, sentencepiece
 
 from kairos_jax.text.tokenizer import Tokenizer
-
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-
-
-def bpe(tokens, merges=(), **options) -> tokenizers.Tokenizer:
-    vocab = {token: id for id, token in enumerate(tokens)}
-    return tokenizers.Tokenizer(models.BPE(vocab, list(merges), **options))
-
-
-def byte_level(alphabet=ALPHABET, normalizer=None, **added) -> Tokenizer:
-    backend = bpe([*alphabet, "hi", "Ġhi", "Ã©"], [("h", "i"), ("Ġ", "hi"), ("Ã", "©")])
-    backend.normalizer = normalizer
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if added:
-        backend.add_special_tokens([tokenizers.AddedToken(**added)])
-    return Tokenizer(backend)
-
-
-def sentencepiece() -> Tokenizer:
-    tokens = ["<unk>", "▁", "a", "▁a", "▁▁", *BYTES]
-    merges = [("▁", "a"), ("▁", "▁")]
-    backend = bpe(tokens, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    backend.add_special_tokens(["<s>"])
-    return Tokenizer(backend)
-
-
-def metaspace() -> Tokenizer:
-    backend = bpe(["▁", "a", "▁a", *BYTES], [("▁", "a")], unk_token="a", byte_fallback=True)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    return Tokenizer(backend)
-
-
-def plain(normalizer=None, splits=None, tokens=("a", "b", " "), **options) -> Tokenizer:
-    backend = bpe(tokens, **options)
-    backend.normalizer, backend.pre_tokenizer = normalizer, splits
-    return Tokenizer(backend)
-
 
 # The bytes of tokens.
 
