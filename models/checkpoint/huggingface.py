@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.checkpoint import source
-from models.checkpoint.huggingface_config import from_hugging_face, to_hugging_face
+from models.checkpoint.huggingface_config import from_hugging_face, to_hugging_face, token_ids
 from models.config import ModelConfig
 from models.params import abstract_params
 from models.sharding import Rules
@@ -84,7 +84,9 @@ def open_hugging_face(path: Path) -> HuggingFaceCheckpoint:
     raw = read_json(path / "config.json")
     generation = path / "generation_config.json"
     if generation.exists():  # chat models end their turns with ids that only this file lists
-        raw["eos_token_id"] = read_json(generation).get("eos_token_id", raw.get("eos_token_id"))
+        ends = token_ids(read_json(generation), "eos_token_id", f"checkpoint {generation}")
+        if ends:
+            raw["eos_token_id"] = list(ends)
     return HuggingFaceCheckpoint(path, read_config(path, raw))
 
 

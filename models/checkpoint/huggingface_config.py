@@ -21,7 +21,7 @@ def from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
     theta, scaling = _rope_from_hugging_face(raw, max_context)
     hidden = required(raw, "hidden_size", "config.json")
     num_heads = required(raw, "num_attention_heads", "config.json")
-    eos = raw.get("eos_token_id")
+    bos = token_ids(raw, "bos_token_id", "config.json")
     return ModelConfig(
         name=family.name,
         vocab_size=required(raw, "vocab_size", "config.json"),
@@ -38,9 +38,18 @@ def from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias,
         max_context=max_context,
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        bos_token_id=raw.get("bos_token_id"),
+        eos_token_ids=token_ids(raw, "eos_token_id", "config.json"),
+        bos_token_id=bos[0] if bos else None,
     )
+
+
+def token_ids(raw: Mapping[str, Any], field: str, file: str) -> tuple[int, ...]:
+    """The token ids of a field of a file: one, a list of them, or none. Raises ValueError."""
+    value = raw.get(field)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id) is int for id in ids):
+        raise ValueError(f"{file}: {field} must be a token id or a list of them, got {value!r}")
+    return tuple(ids)
 
 
 def to_hugging_face(config: ModelConfig) -> dict[str, Any]:

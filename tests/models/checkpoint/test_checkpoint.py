@@ -206,6 +206,38 @@ def test_stop_tokens_of_the_generation_config_win(copy):
     assert open_checkpoint(directory).config.eos_token_ids == (5, 6)
 
 
+@pytest.mark.parametrize("said", ["{}", '{"eos_token_id": null}', '{"eos_token_id": []}'])
+def test_a_generation_config_without_stop_tokens_hides_none(copy, said):
+    directory, _ = copy
+    (directory / "generation_config.json").write_text(said)
+    assert open_checkpoint(directory).config.eos_token_ids == (2, 3)
+
+
+@pytest.mark.parametrize(("bos", "expected"), [([1, 2], 1), ([], None), (None, None), (3, 3)])
+def test_a_list_of_first_tokens_gives_its_first(copy, bos, expected):
+    directory, _ = copy
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(raw | {"bos_token_id": bos}))
+    assert open_checkpoint(directory).config.bos_token_id == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("config.json", "bos_token_id", "<s>"),
+        ("config.json", "eos_token_id", ["</s>"]),
+        ("config.json", "eos_token_id", True),
+        ("generation_config.json", "eos_token_id", {"id": 1}),
+    ],
+)
+def test_token_ids_of_another_type_are_named(copy, file, field, value):
+    directory, _ = copy
+    raw = json.loads((directory / "config.json").read_text()) if file == "config.json" else {}
+    (directory / file).write_text(json.dumps(raw | {field: value}))
+    with pytest.raises(ValueError, match=rf"{file}: {field} must be a token id or a list of them"):
+        open_checkpoint(directory)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_what_is_written_is_what_was_read(golden, tmp_path, family):
     source = open_checkpoint(golden / family)
