@@ -3,10 +3,10 @@ from pathlib import Path
 
 import gguf
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from kairos_jax.process.hub import DEFAULT_MODEL, PACKAGED_MODELS, cached_path
+from kairos_jax.text import gguf_tokenizer
 from kairos_jax.text.detokenizer import Detokenizer
 from kairos_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -107,6 +107,51 @@ def test_other_gguf_tokenizers_are_refused_by_name(tmp_path, pre, kind, message)
         load_tokenizer(write_gguf(tmp_path / "tiny.gguf", pre, kind))
 
 
+FIELDS = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())],
+    "tokenizer.ggml.merges": [],
+    "tokenizer.ggml.token_type": [3, 3, 3],
+}
+
+
+def test_gguf_has_the_tokens_and_templates_that_chats_need():
+    fields = FIELDS | {
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.chat_template": "{{ bos_token }}{{ pad_token }}{{ unk_token is defined }}",
+        "tokenizer.chat_templates": ["tool_use"],
+        "tokenizer.chat_template.tool_use": "with tools",
+    }
+    parts = gguf_tokenizer.read(Path("a.gguf"), fields)
+    assert parts.eos_ids == {1}
+    assert parts.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    assert parts.templates == {
+        "default": fields["tokenizer.chat_template"],
+        "tool_use": "with tools",
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("ggml.tokens", None, "must be a list of str, it is missing"),
+        ("ggml.tokens", [1], r"must be a list of str, got \[1\]"),
+        ("ggml.merges", None, "must be a list of str, it is missing"),
+        ("ggml.merges", ["a b"], "can't be used: .*out of vocabulary"),
+        ("ggml.token_type", 3, "must be a list of int, got 3"),
+        ("ggml.bos_token_id", 259, "must be a token id below 259, got 259"),
+        ("ggml.eos_token_id", "</s>", "must be a token id below 259, got '</s>'"),
+        ("chat_template", ["x"], "must be a string, got "),
+        ("chat_template.rag", 1, "must be a string, got 1"),
+    ],
+)
+def test_what_is_wrong_with_gguf_fields_is_named(field, value, words):
+    with pytest.raises(ValueError, match=rf"^tokenizer\.{field} of a\.gguf {words}"):
+        gguf_tokenizer.read(Path("a.gguf"), FIELDS | {f"tokenizer.{field}": value})
+
+
 def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "out")
     loaded = load_tokenizer(tmp_path / "out")
@@ -140,29 +185,9 @@ def test_no_tokenizer_is_said_clearly(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="can't be read"):
         load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "no chat template"),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages.append(1) }}", "refused"),
-        ("{{ ''.__class__.__mro__ }}", "refused"),
-        ("{% if %}", "can't be compiled"),
-    ],
-)
-def test_a_bad_chat_template_is_a_value_error(template, message):
-    tokenizer = Tokenizer(tokenizers.Tokenizer(models.BPE()), chat_template=template)
-    with pytest.raises(ValueError, match=message):
-        tokenizer.render_chat(HI)
-
-
-def test_tojson_keeps_what_html_would_escape():
-    tokenizer = Tokenizer(
-        tokenizers.Tokenizer(models.BPE()), chat_template="{{ messages[0].content | tojson }}"
-    )
-    assert tokenizer.render_chat([{"role": "user", "content": "<é'>"}]) == '"<é\'>"'
+    (tmp_path / "other.gguf").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"other\.gguf can't be read: 4 bytes"):
+        load_tokenizer(tmp_path / "other.gguf")
 
 
 # Against transformers, on the default model where it is in the cache.
