@@ -87,8 +87,8 @@ class Bound:
     """A lower bound on the tokens of a text.
 
     Attributes:
-      longest: the most UTF-8 bytes of a text that one token stands for, `free` bytes apart.
-      free: bytes that may become no token, or any number of which may become one.
+      longest: the most UTF-8 bytes that one token stands for. `free` bytes do not count.
+      free: bytes of which any number may become one token, or none.
     """
 
     longest: int

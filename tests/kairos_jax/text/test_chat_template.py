@@ -176,8 +176,8 @@ def test_a_model_with_several_templates_is_asked_by_name():
         (made("{% if %}"), {}, "the model's chat template can't be compiled: line 1: Expected an"),
         (
             made("{{ messages[0] | tojson }}"),
-            {"messages": [{"role": {1}}]},
-            "the model's chat template can't be given the messages: Object of type set",
+            {"messages": [{"role": object()}]},
+            "the model's chat template can't be given the messages: a value is of no JSON",
         ),
     ],
 )

@@ -124,7 +124,7 @@ def test_a_question_that_is_broken_off_leaves_no_answer_for_the_next(started, mo
     render(renderer)
 
     class Interrupted:
-        def readline(self):
+        def read(self, size):
             raise KeyboardInterrupt
 
         def close(self):
