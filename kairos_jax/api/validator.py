@@ -92,7 +92,15 @@ class Validator:
     def encode(
         self, message: pb.GenerateRequest, kind: str, add_special_tokens: bool = True
     ) -> list[int]:
-        """The ids of a message's text or chat. add_special_tokens: to a text. Raises BadField."""
+        """The ids of a message's text or chat.
+
+        Args:
+            kind: "text" or "chat", the one that the message holds.
+            add_special_tokens: puts the BOS token in front of a text, where the model wants it.
+
+        Raises:
+            BadField: there is no tokenizer, the chat cannot be rendered, or it cannot fit.
+        """
         if self.tokenizer is None:
             raise BadField(f"prompt.{kind}", "needs a tokenizer, and this model has none: send ids")
         if kind == "text":
