@@ -83,7 +83,7 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
 
 async def _answer(backend: Backend, stream: Stream, context) -> None:
     tokenizer = backend.validator.tokenizer
-    detokenizer = Detokenizer(tokenizer) if tokenizer else None
+    detokenizer = Detokenizer(tokenizer, stream.request.prompt) if tokenizer else None
     ended = False
     try:
         while not ended:

@@ -89,12 +89,23 @@ class Validator:
             )
         return ids
 
-    def encode(self, message: pb.GenerateRequest, kind: str) -> list[int]:
-        """The ids of a message's text or chat. Raises BadField."""
+    def encode(
+        self, message: pb.GenerateRequest, kind: str, add_special_tokens: bool = True
+    ) -> list[int]:
+        """The ids of a message's text or chat.
+
+        Args:
+            kind: "text" or "chat", the one that the message holds.
+            add_special_tokens: puts the BOS token in front of a text, where the model wants it.
+
+        Raises:
+            BadField: there is no tokenizer, the chat cannot be rendered, or it cannot fit.
+        """
         if self.tokenizer is None:
             raise BadField(f"prompt.{kind}", "needs a tokenizer, and this model has none: send ids")
         if kind == "text":
-            return self.tokenizer.encode(message.text)
+            self._check_size(message.text, "prompt.text")
+            return self.tokenizer.encode(message.text, add_special_tokens)
         if not message.chat.messages:
             raise BadField("prompt.chat", "is empty: at least 1 message is needed")
         turns = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
@@ -102,7 +113,19 @@ class Validator:
             text = self.tokenizer.render_chat(turns)
         except ValueError as error:
             raise BadField("prompt.chat", f"cannot be rendered: {error}") from error
+        self._check_size(text, "prompt.chat")
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _check_size(self, text: str, field: str) -> None:
+        """Refuses a text that cannot fit, which would take seconds to tokenize. Raises BadField."""
+        assert self.tokenizer
+        least = self.tokenizer.least_tokens(text)
+        if least > self.config.max_context:
+            raise BadField(
+                field,
+                f"has {len(text.encode())} bytes, which are at least {least} tokens; with at least "
+                f"1 token of output it must fit the context of {self.config.max_context}",
+            )
 
     def check_ids(self, ids: Sequence[int], field: str) -> None:
         """Raises BadField for an id out of the vocabulary."""

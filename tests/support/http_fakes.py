@@ -127,11 +127,14 @@ ASK = {"model": "fake", "temperature": 0, "ignore_eos": True}
 
 @contextlib.asynccontextmanager
 async def serving(
-    config: ServerConfig = fakes.CONFIG, app: HttpOptions | None = None, **headers: str
+    config: ServerConfig = fakes.CONFIG,
+    app: HttpOptions | None = None,
+    words: Tokenizer | None = None,
+    **headers: str,
 ) -> AsyncIterator[Api]:
-    """A server that is up, and a client of it; both end with the block."""
+    """A server that is up, and a client of it; both end with the block. words: its tokenizer."""
     http = app or HttpOptions(0)
-    async with fakes.running(config, tokenizer=tokenizer(), http=http) as harness:
+    async with fakes.running(config, tokenizer=words or tokenizer(), http=http) as harness:
         assert harness.server.http
         url = f"http://{harness.server.http.address}"
         async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=30) as client:

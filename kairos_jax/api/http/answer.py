@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kairos_jax.api.http.choice import Choice, Piece, token_text
+from kairos_jax.api.http.choice import Choice, Offsets, Piece, token_bytes, token_text
 from kairos_jax.api.http.request import Ask
 from kairos_jax.engine.calls import Token
 from kairos_jax.text.tokenizer import Tokenizer
@@ -34,11 +34,11 @@ class Answer:
         self.ask, self.choices, self._tokenizer = ask, choices, tokenizer
         self.is_large = ask.logprobs is not None and (ask.echo or not ask.stream)
         self.id = ("chatcmpl-" if ask.chat else "cmpl-") + secrets.token_hex(12)
-        self._created, self._model = int(time.time()), model
+        self._offsets: dict[int, Offsets] = {}  # of the output of each choice, by its index
         kind = ("chat.completion" if ask.chat else "text_completion") + (
             ".chunk" if ask.chat and ask.stream else ""
         )
-        head = {"id": self.id, "object": kind, "created": self._created, "model": model}
+        head = {"id": self.id, "object": kind, "created": int(time.time()), "model": model}
         self._head = head
         # Every event of a choice begins so, up to its text, and most end so.
         opened = quoted(head)[:-1] + ',"choices":[{"index":'
@@ -60,7 +60,7 @@ class Answer:
             return self._event({"index": choice.index, "delta": delta})
         if self.ask.echo:
             shown = {"index": choice.index, "text": self._prompt(choice)}
-            return self._event(shown | {"logprobs": self._logprobs(choice, self._echoed(choice))})
+            return self._event(shown | {"logprobs": self._logprobs(choice, (), with_prompt=True)})
         return b""
 
     def event(self, choice: Choice, piece: Piece) -> bytes:
@@ -112,7 +112,7 @@ class Answer:
             shown["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             shown["text"] = self._prompt(choice) + text if self.ask.echo else text
-        shown["logprobs"] = self._logprobs(choice, [*self._echoed(choice), *tokens])
+        shown["logprobs"] = self._logprobs(choice, tokens, with_prompt=True)
         shown["finish_reason"] = choice.finish_reason
         if self.ask.return_token_ids:
             shown["token_ids"] = [token.id for token in tokens]
@@ -151,22 +151,31 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": found},
         }
 
-    def _logprobs(self, choice: Choice, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(
+        self, choice: Choice, tokens: Sequence[Token], with_prompt: bool = False
+    ) -> dict[str, Any] | None:
+        """The log-probabilities of some of the output, after those of an echoed prompt."""
         if self.ask.logprobs is None:
             return None
         if self.ask.chat:
             return {"content": [self._chat_logprob(token) for token in tokens], "refusal": None}
-        texts = [self._text(token.id) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(choice.text_length)
-            choice.text_length += len(text)
+        echoed = self._echoed(choice) if with_prompt else []
+        offsets = Offsets(self._tokenizer, ()).push(token.id for token in echoed)
+        offsets += self._output_offsets(choice).push(token.id for token in tokens)
+        shown = [*echoed, *tokens]
         return {
             "text_offset": offsets,
-            "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "tokens": texts,
-            "top_logprobs": [self._top(token) for token in tokens],
+            "token_logprobs": [_finite(token.logprob) for token in shown],
+            "tokens": [self._text(token.id) for token in shown],
+            "top_logprobs": [self._top(token) for token in shown],
         }
+
+    def _output_offsets(self, choice: Choice) -> Offsets:
+        if choice.index not in self._offsets:
+            start = len(self._prompt(choice)) if self.ask.echo else 0
+            prompt = choice.stream.request.prompt
+            self._offsets[choice.index] = Offsets(self._tokenizer, prompt, start)
+        return self._offsets[choice.index]
 
     def _top(self, token: Token) -> dict[str, float | None] | None:
         if token.logprob is None:
@@ -178,8 +187,8 @@ class Answer:
 
     def _chat_logprob(self, token: Token) -> dict[str, Any]:
         def shown(id: int, value: float | None) -> dict[str, Any]:
-            text = self._text(id)
-            return {"token": text, "logprob": _finite(value), "bytes": list(text.encode())}
+            spelled = list(token_bytes(self._tokenizer, id))
+            return {"token": self._text(id), "logprob": _finite(value), "bytes": spelled}
 
         top = [shown(*each) for each in token.top]
         return shown(token.id, token.logprob) | {"top_logprobs": top}

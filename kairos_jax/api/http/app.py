@@ -192,17 +192,12 @@ def tokenized(validator: Validator, raw: bytes) -> list[int]:
     text, chat = fields.text("prompt"), "messages" in fields.values
     if not chat and text is None:
         raise BadField("prompt", "is missing: give text, or messages")
-    if (
-        validator.tokenizer
-        and text is not None
-        and fields.boolean("add_special_tokens", True) is False
-    ):
-        return validator.tokenizer.encode(text, add_special_tokens=False)
     message = (
         pb.GenerateRequest(chat=messages_of(fields)) if chat else pb.GenerateRequest(text=text)
     )
+    add_special_tokens = fields.boolean("add_special_tokens", True)
     try:
-        return validator.encode(message, "chat" if chat else "text")
+        return validator.encode(message, "chat" if chat else "text", add_special_tokens)
     except BadField as error:
         place = "messages" if chat else "prompt"
         raise BadField(renamed(error.field, place), error.problem) from error

@@ -1,7 +1,7 @@
 """One choice of an answer: tokens in, text out, up to where it ends."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kairos_jax.engine.calls import PromptLogprobs, Token
 from kairos_jax.routing.stream import Stream
@@ -72,7 +72,6 @@ class Choice:
     silent: bool = False
     num_tokens: int = 0
     finish_reason: str | None = None
-    text_length: int = field(default=0)  # of its tokens, for their offsets
     prompt: PromptLogprobs | None = None
 
     async def next(self) -> Piece:
@@ -132,8 +131,33 @@ class Choice:
         return self.detokenizer.push([token.id for token in tokens])
 
 
+class Offsets:
+    """Where in a text each of its tokens begins: the first character that it has a part in.
+
+    Args:
+      prompt: token ids in front of the text.
+      start: the offset of the first token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], start: int = 0):
+        self._detokenizer = Detokenizer(tokenizer, prompt) if tokenizer else None
+        self._next = start
+
+    def push(self, ids: Iterable[int]) -> list[int]:
+        """Takes the next tokens; returns the offset of each."""
+        offsets = []
+        for id in ids:
+            offsets.append(self._next)
+            if self._detokenizer:
+                self._next += len(self._detokenizer.push([id]))
+        return offsets
+
+
 def token_text(tokenizer: Tokenizer | None, id: int) -> str:
     """A token by itself; bytes that are no character show as U+FFFD."""
-    if tokenizer is None:
-        return f"token_id:{id}"
-    return tokenizer.backend.decode([id], skip_special_tokens=False)
+    return token_bytes(tokenizer, id).decode(errors="replace")
+
+
+def token_bytes(tokenizer: Tokenizer | None, id: int) -> bytes:
+    """The bytes that a token stands for; without a tokenizer, its id in words."""
+    return tokenizer.token_bytes(id) if tokenizer else b"token_id:%d" % id

@@ -65,7 +65,7 @@ class Answering:
             Choice(
                 index,
                 stream,
-                Detokenizer(tokenizer) if tokenizer else None,
+                Detokenizer(tokenizer, stream.request.prompt) if tokenizer else None,
                 StopTexts(ask.stops) if ask.stops else None,
                 ask.min_tokens,
                 ask.late_stops,

@@ -88,6 +88,58 @@ def test_refusals_name_field_value_and_limit(validator, message, words):
     assert str(error.value) == words
 
 
+@pytest.fixture(scope="module")
+def bounded():
+    """Whose longest token, "abcd", has 4 bytes: 512 bytes are 128 tokens at least."""
+    tokens = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "ab", "cd", "abcd"]
+    merges = [("a", "b"), ("c", "d"), ("ab", "cd")]
+    vocab = {token: id for id, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    class Spy(Tokenizer):
+        def encode(self, text, add_special_tokens=True):
+            assert len(text.encode()) <= 512, "a text that cannot fit was tokenized"
+            return super().encode(text, add_special_tokens)
+
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return replace(NONE, tokenizer=Spy(backend, chat_template=template))
+
+
+def of_text(text):
+    return pb.GenerateRequest(text=text)
+
+
+def of_chat(*texts):
+    chat = pb.Chat(messages=[pb.Message(role="user", content=text) for text in texts])
+    return pb.GenerateRequest(chat=chat)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (of_text("abcd" * 128 + "a"), "prompt.text has 513 bytes, which are at least 129 tokens; "),
+        (of_text("é" * 256 + "a"), "prompt.text has 513 bytes, which are at least 129 tokens; "),
+        (
+            of_text("a" * 2**23),
+            "prompt.text has 8388608 bytes, which are at least 2097152 tokens; ",
+        ),
+        (of_chat("abcd", "é" * 255), "prompt.chat has 514 bytes, which are at least 129 tokens; "),
+        (of_text("abcd" * 128), "prompt.text has 128 tokens; "),
+    ],
+)
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(bounded, message, words):
+    with pytest.raises(BadField) as error:
+        bounded.request(message, 0.0)
+    limit = "with at least 1 token of output it must fit the context of 128"
+    assert str(error.value) == words + limit
+
+
+def test_a_text_that_fits_by_its_bytes_is_tokenized(bounded):
+    assert len(bounded.request(of_text("abcd" * 127), 0.0).prompt) == 127
+    assert len(bounded.request(of_chat("abcd" * 120, "ab" * 7), 0.0).prompt) == 127
+
+
 def test_an_unknown_model_is_refused(validator):
     with pytest.raises(UnknownModel, match="model 'other' is not served here; 'fake' is"):
         validator.request(ids(1, model="other"), 0.0)
