@@ -156,6 +156,11 @@ class CostModel:
         per_row_s = cost.per_seq_s + cost.per_context_token_s * max_context
         return factor * (cost.base_s + size * per_row_s)
 
+    @property
+    def decode_base_s(self) -> float:
+        """Seconds of a step that its sequences do not add. No TPOT below it can be kept."""
+        return float(self._bucket(1)[1]) * self.decode.base_s
+
     def _bucket(self, batch: Number) -> tuple[Number, Number]:
         """The batch that a padded step computes for a `batch`: a bucket, if one is as large; and
         the bucket's factor.

@@ -16,7 +16,8 @@ class View:
     """All sequences of an instance that has some, running ones first, judged at a time [S].
 
     left: output tokens still expected. own: seconds that each adds to a step. period: seconds in
-    which it must step once.
+    which it must step once. base_s: seconds of a step without its sequences. feasible: it can keep
+    its SLO.
     """
 
     def __init__(self, cost: CostModel, instance: Instance, now: float, least: float):
@@ -34,8 +35,9 @@ class View:
         self.own = decode.per_seq_s + decode.per_context_token_s * self.length
         if instance.pace != 1.0:
             self.own = instance.pace * self.own
+        self.base_s = instance.pace * cost.decode_base_s
         in_time = cells[Column.FIRST_AT] <= cells[Column.DEADLINE]
-        self.feasible = in_time & (self.period >= least * tpot)
+        self.feasible = in_time & (self.period >= least * tpot) & (tpot >= self.base_s)
 
     def serve(self, target: float, newcomers: float) -> tuple[np.ndarray, np.ndarray]:
         """Which feasible ones to serve: those of least remaining work, while the load is at most
