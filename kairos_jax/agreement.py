@@ -8,7 +8,10 @@ Step times are measured first. The knee is the highest rate at which a simulated
 engines in this process, and every decision is asked for again; then the same arrivals are simulated
 with the same profile, limits and policies. Machines drift, and above the knee attainment is steep
 in the step time: so they are simulated once as the profile has it, and once more with all steps
-longer by what the live ones came to in sum. Nothing else should run on the machine meanwhile.
+longer by what the live ones came to in sum. Nothing else should run on the machine at that time.
+
+The contexts of the workload must be of different lengths: the form by which the profile says that
+steps read contexts shows only in mixed batches. The table has a ratio for these steps alone.
 
 Exit codes: 0; 1 if an instance died, or a decision came out otherwise.
 """
@@ -21,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -33,41 +37,27 @@ from kairos_jax.engine import profile_file, profiling
 from kairos_jax.engine.build import build_engines
 from kairos_jax.engine.devices import start_jax
 from kairos_jax.engine.model import open_model
-from kairos_jax.lab.flags import parse_list, slo_text, workload_text
+from kairos_jax.lab.flags import parse_list, workload_text
 from kairos_jax.lab.open_loop import InstanceDied, Live, serve
 from kairos_jax.lab.replay import fit_to_model
+from kairos_jax.lab.simulated import KINDS, attained, drifted_by, find_knee, scenario_of, simulated
+from kairos_jax.lab.step_ratios import Steps, measure_steps
 from kairos_jax.process import launch
 from kairos_jax.process.command import UsageError
 from kairos_jax.process.progress import Progress, bars
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.worker.build import build_policy
 from schedulers.cost import CostModel
-from schedulers.ledger.instance import Instance, Role
-from schedulers.ledger.journal import Journal, Ledgers, Record, check, to_lines
-from schedulers.simulation.attainment import Outcome, summarize
-from schedulers.simulation.scenario import Scenario, build
-from schedulers.simulation.workload import Arrival, SloClass, rescale, synthetic
+from schedulers.ledger.instance import Instance
+from schedulers.ledger.journal import Journal, Record, check, to_lines
+from schedulers.simulation.workload import Arrival, rescale, synthetic
 
-KNEE_PERCENT = 90.0
-KINDS: tuple[str, ...] = ("ttft", "tpot", "e2e")
 # Requests that the workload has, at most, and those that the knee is found with.
 _NUM_REQUESTS, _NUM_KNEE = 5000, 500
-_KNEE_PRECISION = 0.01
 # Simulations that tell how much chance there is in an attainment.
 _NUM_CHANCES = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """How live steps compare with what the profile says of them.
-
-    ratio: time that they took to time predicted, of all in sum. noise: standard deviation of the
-    logarithm of the same of each. between_s: median time from the end of one to the next's begin.
-    """
-
-    ratio: float
-    noise: float
-    between_s: float
+# One request in a hundred must have a context so many times the median.
+_SPREAD = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,47 +83,6 @@ class Agreement:
         return max((simulated[kind] - self.live[kind] for kind in KINDS), key=abs)
 
 
-def scenario_of(config: ServerConfig, cost: CostModel) -> Scenario:
-    """What the config describes, to be simulated."""
-    first, second, colocated = config.prefill, config.decode, config.colocated
-    return Scenario(
-        cost,
-        (SloClass(1.0, config.default_slo),),
-        num_prefill=0 if colocated else first.instances,
-        num_decode=0 if colocated else second.instances,
-        colocated=first.instances if colocated else 0,
-        prefill_policy=first.policy,
-        decode_policy=second.policy,
-        pack=first.pack,
-        limits={role: config.limits(role) for role in Role},
-    )
-
-
-def find_knee(scenario: Scenario, arrivals: Sequence[Arrival]) -> float:
-    """The highest rate, in requests a second, at which KNEE_PERCENT attain both SLOs.
-
-    Raises UsageError if there is none.
-    """
-    scenario = replace(scenario, prefill_policy="kairos_plus", decode_policy="kairos_plus")
-
-    def holds(rate: float) -> bool:
-        return _attained(_simulate(scenario, rescale(arrivals, rate)))["e2e"] >= KNEE_PERCENT
-
-    # Prompts alone would keep all instances busy.
-    prompts_s = sum(scenario.cost.prefill_s(arrival.num_prompt) for arrival in arrivals)
-    most = (scenario.colocated or scenario.num_prefill) * len(arrivals) / prompts_s
-    low, high = most / 100, most
-    if not holds(low):
-        raise UsageError(
-            f"the SLO ({slo_text(scenario.classes)}) is too tight for these step times: "
-            f"at {low:.2g} requests/s fewer than {KNEE_PERCENT:g} % attain it"
-        )
-    while high > (1 + _KNEE_PRECISION) * low:
-        middle = (low + high) / 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
-
-
 def compare(
     live: Live, arrivals: Sequence[Arrival], load: float, rate: float, progress: Progress
 ) -> tuple[Agreement, list[Record]]:
@@ -153,64 +102,29 @@ def compare(
     records = list(journal.take())
     steps, scenario = measure_steps(records), scenario_of(live.config, live.cost)
     noisy = [
-        _attained(_simulate(replace(scenario, noise=steps.noise, seed=seed), arrivals))
+        simulated(replace(scenario, noise=steps.noise, seed=seed), arrivals)
         for seed in range(_NUM_CHANCES)
     ]
     return Agreement(
         load,
         rate,
         len(arrivals),
-        _attained(served.outcomes),
-        _attained(_simulate(scenario, arrivals)),
-        _attained(_simulate(drifted_by(scenario, steps.ratio), arrivals)),
+        attained(served.outcomes),
+        simulated(scenario, arrivals),
+        simulated(drifted_by(scenario, steps.ratio), arrivals),
         {kind: statistics.pstdev(each[kind] for each in noisy) for kind in KINDS},
         check(records, policies),
         steps,
     ), records
 
 
-def measure_steps(records: Sequence[Record]) -> Steps:
-    """Looks at all steps of a run that has at least one."""
-    ledgers, began, ended = Ledgers(), {}, {}
-    took, predicted, between = [], [], []
-    for record in records:
-        event = ledgers.read(record)
-        id = event.instance.id
-        if event.verb == "begin" and event.batch.work:
-            began[id] = event.at
-            if id in ended:
-                between.append(event.at - ended[id])
-        elif event.verb == "end":
-            ended[id] = event.at
-            took.append(event.at - began[id])
-            predicted.append(event.batch.predicted_s)
-        ledgers.apply(event)
-    ratios = np.array(took) / np.array(predicted)
-    between_s = float(np.median(between)) if between else 0.0
-    return Steps(sum(took) / sum(predicted), float(np.log(ratios).std()), between_s)
-
-
-def drifted_by(scenario: Scenario, ratio: float) -> Scenario:
-    """Every step takes `ratio` times as long; the policies believe what they did."""
-    return replace(scenario, cost=scenario.cost.scaled(ratio), bias=1 / ratio - 1)
-
-
-def _simulate(scenario: Scenario, arrivals: Sequence[Arrival]) -> list[Outcome]:
-    return build(scenario, arrivals).run()
-
-
-def _attained(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    summary = summarize(outcomes)
-    return {kind: summary[f"{kind}_attainment"] for kind in KINDS}
-
-
 def print_table(rows: Sequence[Agreement], console: Console) -> None:
     """A line a load. Attainments are live, simulated, and simulated with the drift of the live
-    steps; ± is the chance in the simulated ones.
+    steps; ± is the chance in the simulated ones. mixed: the ratio of steps with mixed contexts.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     attained = [f"{name}\nlive   sim drift" for name in ("TTFT", "TPOT", "end to end")]
-    headers = ("load", "rate", "requests", *attained, "±", "decisions", "steps\nratio")
+    headers = ("load", "rate", "requests", *attained, "±", "decisions", "steps\nratio", "mixed")
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
@@ -225,6 +139,7 @@ def print_table(rows: Sequence[Agreement], console: Console) -> None:
             f"{row.chance['e2e']:.1f}",
             str(row.decisions),
             f"{row.steps.ratio:.3f}",
+            "-" if row.steps.mixed_ratio is None else f"{row.steps.mixed_ratio:.3f}",
         )
     console.print(table)
 
@@ -258,6 +173,28 @@ def compare_loads(
     return knee, rows
 
 
+def make_workload(config: ServerConfig, values: Any) -> list[Arrival]:
+    """What the flags say. Raises UsageError: contexts so alike that mixed batches are rare."""
+    limits = pb.Model(max_context=config.max_context, max_tokens=config.max_tokens)
+    made = synthetic(_NUM_REQUESTS, 1.0, values.seed, prompt_sigma=values.prompt_sigma)
+    arrivals = fit_to_model(made, limits, values.max_prompt, values.max_output)
+    middle, longest = _contexts(arrivals)
+    if longest < _SPREAD * middle:
+        raise UsageError(
+            f"the contexts of the workload are too alike: median {middle:.0f} tokens, 99th "
+            f"percentile {longest:.0f}; it must be {_SPREAD:g} times the median: raise "
+            "--prompt_sigma or --max_prompt"
+        )
+    return arrivals
+
+
+def _contexts(arrivals: Sequence[Arrival]) -> tuple[float, float]:
+    """Median and 99th percentile of the requests' tokens, prompt and output together."""
+    contexts = [arrival.num_prompt + arrival.num_output for arrival in arrivals]
+    middle, longest = np.percentile(contexts, (50, 99)).tolist()
+    return middle, longest
+
+
 def _load(text: str) -> float:
     """Raises ValueError."""
     value = float(text)
@@ -270,9 +207,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit code."""
     values, config = flags.FLAGS, launch.read_config()
     loads, folder = parse_list("loads", values.loads, _load), Path(values.output)
-    limits = pb.Model(max_context=config.max_context, max_tokens=config.max_tokens)
-    workload = synthetic(_NUM_REQUESTS, 1.0, values.seed)
-    workload = fit_to_model(workload, limits, values.max_prompt, values.max_output)
+    workload = make_workload(config, values)
     folder.mkdir(parents=True, exist_ok=True)
     devices = start_jax(config.num_devices, values.cpu_devices)
     with bars() as progress:
@@ -296,14 +231,17 @@ def main(argv: list[str]) -> int:
         "policies": [config.prefill.policy, config.decode.policy],
         "slo": asdict(config.slo),
         "workload": workload_text(workload, "synthetic"),
+        "contexts": dict(zip(("median", "p99"), _contexts(workload), strict=True)),
         "step_times": profiling.fit_line(measured),
+        "form": cost.decode.form,
         "knee_rps": knee,
         "loads": [asdict(row) for row in rows],
     }
     (folder / "agreement.json").write_text(json.dumps(report, indent=1) + "\n")
     console = Console()
-    console.width = max(console.width, 100)
+    console.width = max(console.width, 110)
     console.print(f"{config.layout}, knee at {knee:.2f} requests/s", highlight=False)
+    console.print(f"step times: {profiling.fit_line(measured)}", highlight=False)
     print_table(rows, console)
     plain = max((row.largest(row.simulated) for row in rows), key=abs)
     drifted = max((row.largest(row.drifted) for row in rows), key=abs)
@@ -323,6 +261,7 @@ def define_flags() -> None:
     flags.DEFINE_float("duration_s", 60.0, "Seconds from first arrival to last, a load.", 1.0)
     flags.DEFINE_integer("max_prompt", 1024, "Longest prompt of the workload, tokens.", 1)
     flags.DEFINE_integer("max_output", 128, "Longest output of the workload, tokens.", 1)
+    flags.DEFINE_float("prompt_sigma", 1.0, "Spread of prompts: deviation of their logarithm.", 0.0)
     flags.DEFINE_integer("seed", 0, "Of the workload.")
 
 

@@ -3,25 +3,30 @@
   python -m kairos_jax.demo --config=configs/smollm2_135m_cpu.py --output=out/demo
 
 Each pair gets a fresh server process and the same requests at the same times, over gRPC. The rate
-is chosen from the measured profile so that the baseline is under pressure.
+is chosen from the measured profile so that the baseline is under pressure. The pairs are served one
+after another, so the machine may be slower for one of them. A row whose pace differs from the other
+rows by more than a tenth is run again once. If the rows still differ, the demo says so.
 """
 
 import asyncio
 import contextlib
 import functools
 import json
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import flags
 from rich.console import Console
 
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine.profiling import fit_line
+from kairos_jax.lab.pace import level, pace_text, read_pace
 from kairos_jax.lab.replay import fit_to_model, replay
 from kairos_jax.lab.report.comparison import Run, print_table, write_report
 from kairos_jax.process import launch
@@ -32,6 +37,17 @@ from schedulers.simulation.workload import Arrival, synthetic
 
 PAIRS = (("fcfs", "continuous"), ("kairos", "kairos"), ("kairos_plus", "kairos_plus"))
 _STOP_TIMEOUT_S = 40.0
+
+
+Pair = tuple[str, str]
+"""A prefill policy and a decode policy."""
+
+
+class Addresses(NamedTuple):
+    """Where a server listens, each as host:port."""
+
+    http: str
+    grpc: str
 
 
 class ProcessFailed(Exception):
@@ -94,8 +110,8 @@ def choose_workload(config: ServerConfig, profile: dict) -> Workload:
 
 
 @contextlib.contextmanager
-def server(arguments: Sequence[str], console: Console) -> Iterator[str]:
-    """A server process on a free port; yields its address once it is ready, and ends it after.
+def server(arguments: Sequence[str], console: Console) -> Iterator[Addresses]:
+    """A server process on free ports; yields its addresses once it is ready, and ends it after.
 
     Raises:
         ProcessFailed: it ended before it was ready.
@@ -103,7 +119,7 @@ def server(arguments: Sequence[str], console: Console) -> Iterator[str]:
     command = [sys.executable, "-m", "kairos_jax.serve", "--port=0", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        yield _address(process, console)
+        yield _addresses(process, console)
     finally:
         process.terminate()
         try:
@@ -113,12 +129,14 @@ def server(arguments: Sequence[str], console: Console) -> Iterator[str]:
             process.wait()
 
 
-def _address(process: subprocess.Popen, console: Console) -> str:
+def _addresses(process: subprocess.Popen, console: Console) -> Addresses:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("ready"):
             console.print(f"  {line.strip()}", style="dim", highlight=False)
-            return line.rsplit("gRPC on ", 1)[1].strip()
+            found = re.search(r"HTTP on (\S+), gRPC on (\S+)$", line.strip())
+            assert found, line
+            return Addresses(*found.groups())
     raise ProcessFailed(f"the server ended with code {process.wait()} before it was ready")
 
 
@@ -131,25 +149,39 @@ def measure(arguments: Sequence[str], output: Path) -> dict:
     return json.loads(output.read_text())
 
 
-def replay_pair(
-    pair: tuple[str, str], arguments: Sequence[str], config: ServerConfig, load: Workload
-) -> Run:
+def replay_pairs(
+    pairs: Sequence[Pair], replay: Callable[[Pair], Run], say: Callable[[str], object]
+) -> list[Run]:
+    """A row for each pair, at one pace as far as a second run brings it about.
+
+    replay: serves the workload under a pair. say: is told of second runs.
+    """
+    runs = [replay(pair) for pair in pairs]
+    return level(runs, lambda row: replay(pairs[row]), say)
+
+
+def replay_pair(pair: Pair, arguments: Sequence[str], config: ServerConfig, load: Workload) -> Run:
     """Serves the workload under one pair of policies."""
     label = " + ".join(pair)
     console = Console()
     console.rule(f"[bold]{label}", align="left")
     policies = [f"--config.prefill.policy={pair[0]}", f"--config.decode.policy={pair[1]}"]
-    with server([*arguments, *policies], console) as address, bars() as progress:
-        show = functools.partial(progress, f"replay under {label}", total=len(load.arrivals))
-        slo = config.default_slo
-        records = asyncio.run(
-            replay(address, load.arrivals, slo, seed=flags.FLAGS.seed, on_ended=show)
-        )
-    for error in sorted({record.error for record in records if record.error}):
-        console.print(f"  failed requests: {error}", style="red")
-    if not any(record.outcome.done for record in records):
-        raise ProcessFailed(f"the server under {label} answered nothing")
-    return Run(label, [record.outcome for record in records])
+    with server([*arguments, *policies], console) as addresses:
+        with bars() as progress:
+            show = functools.partial(progress, f"replay under {label}", total=len(load.arrivals))
+            slo, seed = config.default_slo, flags.FLAGS.seed
+            records = asyncio.run(
+                replay(addresses.grpc, load.arrivals, slo, seed=seed, on_ended=show)
+            )
+        for error in sorted({record.error for record in records if record.error}):
+            console.print(f"  failed requests: {error}", style="red")
+        if not any(record.outcome.done for record in records):
+            raise ProcessFailed(f"the server under {label} answered nothing")
+        try:
+            pace = read_pace(addresses.http)
+        except (OSError, ValueError) as error:
+            raise ProcessFailed(f"the server under {label} tells no pace: {error}") from error
+    return Run(label, [record.outcome for record in records], pace)
 
 
 def _facts(config: ServerConfig, profile: dict, load: Workload) -> dict[str, str]:
@@ -179,16 +211,19 @@ def main(argv: list[str]) -> int:
         load = choose_workload(config, profile)
         console.print(f"  {fit_line(profile)}", f"  workload: {load}", sep="\n", highlight=False)
         arguments = [*passed, f"--profile={output / 'profile.json'}"]
-        runs = [replay_pair(pair, arguments, config, load) for pair in PAIRS]
+        run = functools.partial(replay_pair, arguments=arguments, config=config, load=load)
+        runs = replay_pairs(PAIRS, run, lambda text: console.print(f"  {text}", highlight=False))
     except ProcessFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     console.rule("[bold]the same requests under each pair of policies", align="left")
     print_table(runs)
-    summaries = {run.label: run.summary for run in runs}
+    print(f"\n{pace_text(runs)}")
+    summaries = {run.label: run.summary | {"pace": run.pace} for run in runs}
     (output / "summary.json").write_text(json.dumps(summaries, indent=1) + "\n")
     report = output / "report.html"
-    write_report(report, runs, "kairos_jax demo", _facts(config, profile, load))
+    facts = _facts(config, profile, load) | {"Pace": pace_text(runs)}
+    write_report(report, runs, "kairos_jax demo", facts)
     print(
         f"\nReport: {report}\n"
         "Talk to a server yourself:\n"

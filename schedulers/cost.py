@@ -1,10 +1,9 @@
 """Predicts how long a prefill step, a decode step and a KV transfer take, from a profile.
 
-The policies ask it for urgency and slack; in the simulator it is the engine. `fit` makes the
-coefficients from measured samples. All times are seconds, all lengths tokens.
+The policies ask it for urgency and slack; in the simulator it is the engine. `schedulers.fitting`
+makes the coefficients from measured samples. All times are seconds, all lengths tokens.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,9 @@ from schedulers.ledger.rows import Rows
 
 KINDS = ("prefill", "decode", "transfer")
 """What a profile has times of."""
+
+FORMS = ("ragged", "padded")
+"""How a decode step reads the contexts of its sequences: see `DecodeCost`."""
 
 Number = Any
 """A number, or an array of numbers of one shape: these formulas hold elementwise."""
@@ -37,9 +39,10 @@ class PrefillCost:
 class DecodeCost:
     """base_s a step; per_seq_s and per_context_token_s for its sequences.
 
-    form: "ragged" reads each context as long as it is; "padded" reads every context as long as
-    the longest, and rounds the number of sequences up to one of `buckets`, if any. factors: by how
-    much a step of each bucket takes longer than these coefficients say; empty: by nothing.
+    form: "ragged" reads each context at its own length, "padded" reads every context at the length
+    of the longest. buckets: a step computes a number of sequences that is rounded up to one of
+    these, if there are any. factors: how much longer a step of each bucket takes than these
+    coefficients say; empty: no longer.
     """
 
     base_s: float
@@ -82,9 +85,11 @@ class CostModel:
         profile = {kind: _UNKNOWN for kind in KINDS if kind not in kinds} | dict(profile)
         prefill, decode, transfer = (_table(profile, kind) for kind in KINDS)
         form = decode.get("form", "ragged")
-        if form not in ("ragged", "padded"):
+        if form not in FORMS:
             raise ValueError(f'profile decode.form must be "ragged" or "padded", got {form!r}')
         buckets, factors = _buckets(decode.get("buckets", ()), decode.get("factors", ()))
+        if form == "ragged" and not factors:
+            buckets = ()  # files from before ragged steps had factors: buckets did not count there
         return cls(
             PrefillCost(
                 *_coefficients(prefill, "prefill", "base_s", "per_token_s", "per_token_sq_s"),
@@ -150,15 +155,18 @@ class CostModel:
     def decode_step_s(self, batch: Number, sum_context: Number, max_context: Number) -> Number:
         """`decode_s` from its aggregates, of one batch of at least one or an array of them."""
         cost = self.decode
-        if cost.form == "ragged":
-            return cost.base_s + cost.per_seq_s * batch + cost.per_context_token_s * sum_context
         size, factor = self._bucket(batch)
-        per_row_s = cost.per_seq_s + cost.per_context_token_s * max_context
-        return factor * (cost.base_s + size * per_row_s)
+        tokens = sum_context if cost.form == "ragged" else size * max_context
+        return factor * (cost.base_s + cost.per_seq_s * size + cost.per_context_token_s * tokens)
+
+    @property
+    def decode_base_s(self) -> float:
+        """Seconds of a step that its sequences do not add. No TPOT below it can be kept."""
+        return float(self._bucket(1)[1]) * self.decode.base_s
 
     def _bucket(self, batch: Number) -> tuple[Number, Number]:
-        """The batch that a padded step computes for a `batch`: a bucket, if one is as large; and
-        the bucket's factor.
+        """The number of sequences that a step computes for `batch` of them: a bucket, if one is as
+        large; and the bucket's factor.
         """
         buckets, factors = self.decode.buckets, self.decode.factors
         if not buckets:
@@ -185,123 +193,6 @@ class CostModel:
     def transfer_s(self, num_tokens: int) -> float:
         """Bringing the KV of one request over."""
         return self.transfer.base_s + self.transfer.per_token_s * num_tokens
-
-
-def fit(
-    prefill: Sequence[tuple[int, int, float]] | None = None,
-    decode: Sequence[tuple[int, int, float]] | None = None,
-    transfer: Sequence[tuple[int, float]] | None = None,
-    *,
-    form: str = "ragged",
-    buckets: Sequence[int] = (),
-    row_tokens: int = 1,
-) -> dict[str, Any]:
-    """Fits a profile's coefficients to measured samples, by relative error. A kind without samples,
-    None, is left out.
-
-    Args:
-        prefill: (num_tokens, computed, seconds) of steps of one chunk.
-        decode: (batch, context, seconds) of steps whose sequences all have `context` tokens.
-        transfer: (num_tokens, seconds).
-        form, buckets: see DecodeCost.
-        row_tokens: see PrefillCost.
-
-    Returns:
-        "prefill", "decode" and "transfer" as a profile has them, and in "fit" for each of them r2
-        (None where all samples are equal), p50_rel_error and p90_rel_error.
-
-    Raises:
-        ValueError: an empty list of samples, or a time that is not positive.
-    """
-
-    def padded(batch: int) -> int:
-        sizes = [size for size in buckets if size >= batch]
-        return min(sizes) if form == "padded" and sizes else batch
-
-    rows = [(-(-n // row_tokens) * row_tokens, computed) for n, computed, _ in prefill or ()]
-    batches = [(padded(batch), context) for batch, context, _ in decode or ()]
-    fitted, lines = {}, {}
-    for kind, features, names, samples in (
-        (
-            "prefill",
-            [(1, n, n * (2 * computed + n)) for n, computed in rows],
-            ("base_s", "per_token_s", "per_token_sq_s"),
-            prefill,
-        ),
-        (
-            "decode",
-            [(1, batch, batch * context) for batch, context in batches],
-            ("base_s", "per_seq_s", "per_context_token_s"),
-            decode,
-        ),
-        (
-            "transfer",
-            [(1, n) for n, _ in transfer or ()],
-            ("base_s", "per_token_s"),
-            transfer,
-        ),
-    ):
-        if samples is None:
-            continue
-        seconds = [sample[-1] for sample in samples]
-        if not seconds or min(seconds) <= 0:
-            raise ValueError(f"{kind} needs samples with positive times, got {seconds[:3]}")
-        x, y = np.array(features, dtype=float), np.array(seconds, dtype=float)
-        coefficients = _relative_nnls(x, y)
-        fitted[kind] = dict(zip(names, coefficients.tolist(), strict=True))
-        lines[kind] = x @ coefficients, y
-    if "prefill" in fitted:
-        fitted["prefill"]["row_tokens"] = row_tokens
-    if "decode" in fitted:
-        fitted["decode"] |= {"form": form, "buckets": list(buckets)}
-    if "decode" in fitted and form == "padded" and buckets:
-        predicted, measured = lines["decode"]
-        sizes = np.array([batch for batch, _ in batches])
-        factors, of_samples = _factors(sizes, measured / predicted, sorted(buckets))
-        fitted["decode"]["factors"] = factors
-        lines["decode"] = predicted * of_samples, measured
-    return fitted | {"fit": {kind: _residuals(*line) for kind, line in lines.items()}}
-
-
-def _factors(
-    sizes: np.ndarray, ratios: np.ndarray, buckets: Sequence[int]
-) -> tuple[list[float], np.ndarray]:
-    """A factor for each bucket: the geometric mean of its samples' ratios of measured to predicted
-    times, or between those of its neighbours where it has none. And the factor of each sample [S].
-    """
-    known = np.unique(sizes)
-    logs = np.array([np.log(ratios[sizes == size]).mean() for size in known])
-    factors = np.exp(np.interp(buckets, known, logs))
-    return factors.tolist(), np.exp(np.interp(sizes, known, logs))
-
-
-def _relative_nnls(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Least squares of (x @ c - y) / y with every c >= 0: exact, by trying each active set (at most
-    three columns, so at most eight).
-    """
-    scale = np.maximum(np.abs(x).max(axis=0), 1e-300)
-    weighted, ones = x / scale / y[:, None], np.ones_like(y)
-    best, best_error = np.zeros(x.shape[1]), math.inf
-    columns = range(x.shape[1])
-    for size in range(len(columns) + 1):
-        for active in map(list, itertools.combinations(columns, size)):
-            candidate = np.zeros(x.shape[1])
-            if active:
-                candidate[active] = np.linalg.lstsq(weighted[:, active], ones, rcond=None)[0]
-            error = float(np.sum((weighted @ candidate - ones) ** 2))
-            if candidate.min() >= 0 and error < best_error:
-                best, best_error = candidate, error
-    return best / scale
-
-
-def _residuals(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float | None]:
-    spread = float(np.sum((measured - measured.mean()) ** 2))
-    relative = np.abs(predicted - measured) / measured
-    return {
-        "r2": 1 - float(np.sum((predicted - measured) ** 2)) / spread if spread else None,
-        "p50_rel_error": float(np.quantile(relative, 0.5)),
-        "p90_rel_error": float(np.quantile(relative, 0.9)),
-    }
 
 
 def _table(profile: Mapping[str, Any], name: str) -> Mapping[str, Any]:

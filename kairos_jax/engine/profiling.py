@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import statistics
 import time
@@ -22,22 +23,24 @@ from kairos_jax.engine.model import Model
 from kairos_jax.engine.profile_file import read
 from kairos_jax.process.cache import cache_dir
 from kairos_jax.process.progress import Progress
-from schedulers import cost
+from models.ops import KERNELS
+from schedulers.cost import KINDS
+from schedulers.fitting import fit
 from schedulers.ledger.request import Request, Seq, Slo
 
+log = logging.getLogger(__name__)
+
+# Raised whenever other points are measured, or the fit changes: a profile that was kept before is
+# then measured again.
+_VERSION = 2
 # Passes over all points, so that a noisy moment spoils no point's median; and what each point gets
 # in each of them: short enough to measure the whole grid in about a minute.
-_PASSES = 3
-
-
-_REPEATS = 5
-
-
-_BUDGET_S = 0.2
-
-
+_PASSES, _REPEATS, _BUDGET_S = 3, 5, 0.2
 # KV moves in whole blocks: tokens that fill them.
 _TRANSFER_BLOCKS = (1, 2, 4)
+# Contexts of decode steps whose sequences are alike; and of mixed ones, the longest and, if a
+# sequence may be as long, the shortest.
+_CONTEXTS, _LONG, _SHORT = (64, 256, 1024), 2048, 64
 
 
 def measure(
@@ -56,15 +59,10 @@ def measure(
         progress("measure step times", done, total)
         times[index] += _times_s(points[index][-1])
     progress("measure step times", total, total)
-    samples: dict[str, list[tuple]] = {kind: [] for kind in _kinds(engines)}
+    samples: dict[str, list[tuple]] = {}
     for (kind, point, _), of_point in zip(points, times, strict=True):
-        samples[kind].append((*point, statistics.median(of_point)))
-    fitted = cost.fit(
-        **samples,
-        form="padded",
-        buckets=engines[-1].shapes.decode_rows,
-        row_tokens=engines[0].shapes.row_tokens,
-    )
+        samples.setdefault(kind, []).append((*point, statistics.median(of_point)))
+    fitted = _fitted(engines, samples)
     device = engines[0].mesh.devices.flat[0]
     return {
         "name": f"{name}, {config.layout}",
@@ -83,11 +81,31 @@ def measure(
     }
 
 
+def _fitted(engines: Sequence[JaxEngine], samples: dict[str, list[tuple]]) -> dict[str, Any]:
+    last = engines[-1]
+    declared = KERNELS[last.kernels].contexts_of(
+        last.block.dtype, last.config.head_dim, last.limits.page_size
+    )
+    fitted = fit(
+        **samples,
+        form=declared,
+        buckets=last.shapes.decode_rows,
+        row_tokens=engines[0].shapes.row_tokens,
+    )
+    used = fitted.get("decode", {}).get("form", declared)
+    if used != declared:
+        log.warning(
+            "the kernels %s declare %s contexts, but measured decode steps fit %s ones better",
+            *(last.kernels, declared, used),
+        )
+    return fitted
+
+
 def _kinds(engines: Sequence[JaxEngine]) -> list[str]:
     """What steps of these engines show the times of."""
     prefills, decodes = bool(engines[0].shapes.prefill_rows), bool(engines[-1].shapes.decode_rows)
     shown = (prefills, decodes, prefills and decodes)
-    return [kind for kind, there in zip(cost.KINDS, shown, strict=True) if there]
+    return [kind for kind, there in zip(KINDS, shown, strict=True) if there]
 
 
 def _points(
@@ -95,16 +113,26 @@ def _points(
 ) -> list[tuple[str, tuple[int, ...], Callable[[], Any]]]:
     """What is timed: its kind, its lengths, and a run of it."""
     first, last = engines[0], engines[-1]
-    points = [
-        *(("prefill", p, functools.partial(_prefill, first, *p)) for p in _prefill_points(first)),
-        *(("decode", p, functools.partial(_decode, last, *p)) for p in _decode_points(last)),
-        *(
+    of_kind = {
+        "prefill": [
+            ("prefill", p, functools.partial(_prefill, first, *p)) for p in _prefill_points(first)
+        ],
+        "decode": [
+            *(
+                ("decode", p, functools.partial(_decode, last, [p[1]] * p[0]))
+                for p in _decode_points(last)
+            ),
+            *(
+                ("mixed", (len(c), sum(c), max(c)), functools.partial(_decode, last, c))
+                for c in _mixtures(last)
+            ),
+        ],
+        "transfer": [
             ("transfer", (n,), functools.partial(_transfer, first, last, n))
             for n in _transfer_points(first)
-        ),
-    ]
-    kinds = _kinds(engines)
-    return [point for point in points if point[0] in kinds]
+        ],
+    }
+    return [point for kind in _kinds(engines) for point in of_kind[kind]]
 
 
 def load_or_measure(
@@ -140,19 +168,22 @@ def write(profile: dict, path: Path) -> None:
 
 
 def fit_line(profile: dict) -> str:
-    """The fit's residuals in one line."""
+    """The fit's residuals in one line, and how decode steps read contexts."""
+    form = profile.get("decode", {}).get("form", "ragged")
+    said = {"decode": f" (contexts {form})"}
     return ", ".join(
-        f"{kind} R2 {fit['r2']:.3f}, p90 error {fit['p90_rel_error']:.0%}"
+        f"{kind} R2 {fit['r2']:.3f}, p90 error {fit['p90_rel_error']:.0%}{said.get(kind, '')}"
         for kind, fit in profile.get("fit", {}).items()
         if fit["r2"] is not None
     )
 
 
 def _cached_path(config: ServerConfig, model: Model, engines: Sequence[JaxEngine]) -> Path:
-    """Named by all that step times depend on."""
+    """Named by all that step times depend on, and by how they are measured."""
     first, last = engines[0], engines[-1]
     device = first.mesh.devices.flat[0]
     facts = (
+        _VERSION,
         model.checkpoint.config,
         config.dtype,
         config.rules,
@@ -179,8 +210,23 @@ def _prefill_points(engine: JaxEngine) -> Iterable[tuple[int, int]]:
 def _decode_points(engine: JaxEngine) -> Iterable[tuple[int, int]]:
     """(sequences, context of each)."""
     longest = engine.limits.max_context - 1
-    contexts = sorted({min(context, longest) for context in (64, 256, 1024)})
+    contexts = sorted({min(context, longest) for context in _CONTEXTS})
     return itertools.product(engine.shapes.decode_rows, contexts)
+
+
+def _mixtures(engine: JaxEngine) -> Iterable[list[int]]:
+    """Contexts of steps of three sizes: one long sequence among short ones, and every other one
+    long.
+    """
+    sizes = [size for size in engine.shapes.decode_rows if size > 1]
+    longest = min(_LONG, engine.limits.max_context - 1)
+    shortest = max(min(_SHORT, longest // 8), 1)
+    for size in sorted({sizes[-1 - len(sizes) * third // 3] for third in range(3) if sizes}):
+        one = [shortest] * size
+        one[size // 2] = longest
+        yield one
+        if size > 2:
+            yield [longest if index % 2 else shortest for index in range(size)]
 
 
 def _transfer_points(engine: JaxEngine) -> list[int]:
@@ -188,21 +234,26 @@ def _transfer_points(engine: JaxEngine) -> list[int]:
     return sorted({min(count * block, engine.limits.max_context) for count in _TRANSFER_BLOCKS})
 
 
-def _seq(engine: JaxEngine, index: int, computed: int, tokens: int) -> Seq:
-    """A sequence on the pool's first pages: what they hold does not change a step's time."""
-    slo = Slo(1.0, 1.0)
-    seq = Seq(Request(str(index), 0.0, [0] * (computed + tokens), 1, slo), computed=computed)
-    pages = engine.limits.pages_for(computed + tokens)
-    seq.pages = [(index * pages + page) % engine.limits.num_pages for page in range(pages)]
-    return seq
+def _work(engine: JaxEngine, steps: Sequence[tuple[int, int]]) -> list[tuple[Seq, int]]:
+    """Sequences to compute, each (tokens before, tokens of the step), on pages of their own while
+    the pool has some. What pages hold does not change a step's time.
+    """
+    slo, limits, work, first = Slo(1.0, 1.0), engine.limits, [], 0
+    for index, (computed, tokens) in enumerate(steps):
+        request = Request(str(index), 0.0, [0] * (computed + tokens), 1, slo)
+        seq, pages = Seq(request, computed=computed), limits.pages_for(computed + tokens)
+        seq.pages = [(first + page) % limits.num_pages for page in range(pages)]
+        first += pages
+        work.append((seq, tokens))
+    return work
 
 
 def _prefill(engine: JaxEngine, tokens: int, computed: int) -> None:
-    engine.step([(_seq(engine, 0, computed, tokens), tokens)])
+    engine.step(_work(engine, [(computed, tokens)]))
 
 
-def _decode(engine: JaxEngine, batch: int, context: int) -> None:
-    engine.step([(_seq(engine, index, context, 1), 1) for index in range(batch)])
+def _decode(engine: JaxEngine, contexts: Sequence[int]) -> None:
+    engine.step(_work(engine, [(context, 1) for context in contexts]))
 
 
 def _transfer(source: JaxEngine, target: JaxEngine, tokens: int) -> None:

@@ -63,7 +63,7 @@ class Setting:
         folders = [Path(module.__path__[0]) for module in (models, schedulers)]
         served = [
             Path(str(m.__file__))
-            for m in (engine, messages, open_loop, peer, router, transport, worker)
+            for m in (engine, messages, open_loop, peer, profiling, router, transport, worker)
         ]
         given = profile_file.read(self.profile) if self.profile else None
         code = sources_digest(*folders), *(path.read_bytes() for path in served)

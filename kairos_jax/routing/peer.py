@@ -100,14 +100,15 @@ class Peer:
         """Sends a request to decode."""
         request = message.request
         length, slo = len(request.prompt) + len(message.tokens), request.slo
+        late = message.first_token_at > request.deadline
         self._unseen.unbook(request.id)
         self.post(message)
-        self._unseen.sent(lambda summary: summary.with_context(length, slo, self.cost))
+        self._unseen.sent(lambda summary: summary.with_context(length, slo, self.cost, late))
 
 
 def _with_request(summary: Summary, request: Request, cost: CostModel, cached: int) -> Summary:
     own_s = prompt_s(request, summary, cost, cached)
-    summary = summary.with_prompt(request.deadline, own_s)
+    summary = summary.with_prompt(request.deadline, own_s, request.arrival)
     if summary.role is Role.BOTH:
         return summary.with_context(len(request.prompt), request.slo, cost)
     return replace(summary, parked_room=summary.parked_room - len(request.prompt))

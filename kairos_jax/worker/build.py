@@ -13,7 +13,7 @@ from kairos_jax.worker.worker import Worker
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Instance, Policy, Role
 from schedulers.ledger.journal import Journal
-from schedulers.policies import prefill
+from schedulers.policies import decode, prefill
 from schedulers.policies.colocated import policy_for
 from schedulers.policies.routing import Summary, outline
 
@@ -50,7 +50,7 @@ def build_worker(
     if journal:
         instance.journal = journal.recorder(instance)
     policy = build_policy(config, role, cost)
-    demotes = config.prefill.policy in prefill.DEMOTING
+    demotes = config.prefill.policy in prefill.DEMOTING, config.decode.policy in decode.DEMOTING
     summed_up = functools.partial(_outline, cost, demotes)
     keys = None
     part = config.decode if role is Role.DECODE else config.prefill
@@ -64,5 +64,7 @@ def build_policy(config: ServerConfig, role: Role, cost: CostModel) -> Policy:
     return policy_for(role, cost, config.prefill.policy, config.decode.policy, config.prefill.pack)
 
 
-def _outline(cost: CostModel, demotes: bool, instance: Instance, now: float) -> Summary:
-    return outline(instance, cost, now, demotes)
+def _outline(
+    cost: CostModel, demotes: tuple[bool, bool], instance: Instance, now: float
+) -> Summary:
+    return outline(instance, cost, now, *demotes)

@@ -1,10 +1,11 @@
 """Operations with one signature and a file per backend."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.config import ModelConfig
@@ -15,28 +16,50 @@ from models.ops.linear import Linear
 from models.ops.linear import linear as xla_linear
 from models.sharding import Rules
 
+Contexts = Literal["ragged", "padded"]
+"""How a decode step reads the contexts of its rows. "ragged": each at its own length, in whole
+pages or blocks. "padded": all of them, those of padding rows too, at the length of the longest."""
+
+
+def _all(dtype: DTypeLike, head_dim: int, page_size: int) -> bool:
+    return True
+
 
 class Kernels(NamedTuple):
     """What a backend does its own way.
 
     attention: takes a pool in this layout. pack: brings a weight [I, O] into the form that `linear`
-    takes; None: as it is.
+    takes; None: as it is. contexts: how `attention` reads them in a decode step. takes: whether the
+    kernels compute with a dtype, head dim and page size; what they do not take they leave to XLA
+    (`attention_cpu`), which reads contexts padded.
     """
 
     attention: Attention
     layout: Layout = LAYOUT
     linear: Linear = xla_linear
     pack: Callable[[Float[Array, "I O"]], Float[Array, "..."]] | None = None
+    contexts: Contexts = "padded"
+    takes: Callable[[DTypeLike, int, int], bool] = _all
+
+    def contexts_of(self, dtype: DTypeLike, head_dim: int, page_size: int) -> Contexts:
+        """How a decode step of such arrays reads contexts."""
+        return self.contexts if self.takes(dtype, head_dim, page_size) else "padded"
 
 
 KERNELS = {
     "reference": Kernels(reference),
     "cpu": Kernels(attention_cpu.attention),
     # `native.load` comes first, and the mesh must be one device.
-    "native": Kernels(native.attention, linear=native.linear, pack=native.pack),
-    "gpu": Kernels(attention_gpu.attention, attention_gpu.LAYOUT),
-    "tpu": Kernels(attention_tpu.attention, attention_tpu.LAYOUT),
-    "tpu_ragged": Kernels(attention_tpu.ragged, attention_tpu.RAGGED_LAYOUT),
+    "native": Kernels(
+        native.attention,
+        linear=native.linear,
+        pack=native.pack,
+        contexts="ragged",
+        takes=native.takes,
+    ),
+    "gpu": Kernels(attention_gpu.attention, attention_gpu.LAYOUT, contexts="ragged"),
+    "tpu": Kernels(attention_tpu.attention, attention_tpu.LAYOUT, contexts="ragged"),
+    "tpu_ragged": Kernels(attention_tpu.ragged, attention_tpu.RAGGED_LAYOUT, contexts="ragged"),
 }
 
 

@@ -69,6 +69,13 @@ def load(folder: Path) -> None:
     _library = library
 
 
+def takes(dtype: DTypeLike, head_dim: int, page_size: int) -> bool:
+    """Whether the attention in C++ takes such arrays. It reads each row's pages up to the row's
+    own length.
+    """
+    return jnp.dtype(dtype) == jnp.float32 and not head_dim % 4 and not page_size % 4
+
+
 def attention(
     q: Float[Array, "R Q N H"],
     k: Float[Array, "R Q K H"],
@@ -81,7 +88,7 @@ def attention(
     `load` must have been called.
     """
     head, page = layer.k.shape[2:]
-    if layer.k.dtype != jnp.float32 or q.dtype != jnp.float32 or head % 4 or page % 4:
+    if q.dtype != layer.k.dtype or not takes(layer.k.dtype, head, page):
         return attention_cpu.attention(q, k, v, layer, step)
     shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (q, layer.k, layer.v)]
     call = jax.ffi.ffi_call("kairos_paged_attention", shapes, input_output_aliases={3: 1, 4: 2})

@@ -118,6 +118,11 @@ class Rows(Generic[T]):
         return self.cells[Column.COUNT]
 
     @property
+    def first_at(self) -> np.ndarray:
+        """When the first token came; nan before it."""
+        return self.cells[Column.FIRST_AT]
+
+    @property
     def due(self) -> np.ndarray:
         """When the next token is due; nan before the first."""
         return self.cells[Column.DUE]

@@ -49,8 +49,12 @@ class Summary:
         before = bisect.bisect_right(self.deadline, deadline)
         return self.free_s + (self.ahead_s[before - 1] if before else 0.0) + seconds
 
-    def with_prompt(self, deadline: float, seconds: float) -> "Summary":
-        """The summary with a further prompt."""
+    def with_prompt(self, deadline: float, seconds: float, now: float = -math.inf) -> "Summary":
+        """The summary with a further prompt. A prompt that is late even if it is computed at once
+        delays no other prompt: it counts as the last one.
+        """
+        if now + seconds > deadline:
+            deadline = math.inf
         at = bisect.bisect_right(self.deadline, deadline)
         before = self.ahead_s[at - 1] if at else 0.0
         return replace(
@@ -63,15 +67,37 @@ class Summary:
             ],
         )
 
-    def with_context(self, length: int, slo: Slo, cost: CostModel) -> "Summary":
-        """The summary with a further sequence to decode."""
-        load = self.load + self.pace * share(length, slo.tpot, cost)
-        return replace(self, load=load, room=self.room - length)
+    def is_too_slow(self, slo: Slo, cost: CostModel) -> bool:
+        """Whether the base of a decode step alone takes longer here than a TPOT."""
+        return slo.tpot < self.pace * cost.decode_base_s
+
+    def added_load(self, length: int, slo: Slo, cost: CostModel, late: bool = False) -> float:
+        """What a further sequence adds to the load beside others, a whole instance at most. A
+        hopeless one adds nothing: see `_load`. late: it has missed its TTFT.
+        """
+        if late or self.is_too_slow(slo, cost):
+            return 0.0
+        return min(self.pace * share(length, slo.tpot, cost), 1.0)
+
+    def with_context(self, length: int, slo: Slo, cost: CostModel, late: bool = False) -> "Summary":
+        """The summary with a further sequence to decode; late: as of `added_load`."""
+        added = self.added_load(length, slo, cost, late)
+        if added and not self.load:  # the first one pays the base of its steps
+            added = min(added + self.pace * cost.decode.base_s / slo.tpot, 1.0)
+        return replace(self, load=self.load + added, room=self.room - length)
 
 
-def outline(instance: Instance, cost: CostModel, now: float, demotes: bool = True) -> Summary:
-    """Sums up a ledger. demotes: its policy puts hopeless prompts behind all others, so that they
-    are in nobody's way.
+def outline(
+    instance: Instance,
+    cost: CostModel,
+    now: float,
+    demotes: bool = True,
+    demotes_late: bool = True,
+) -> Summary:
+    """Sums up a ledger.
+
+    demotes: its prefill policy puts hopeless prompts behind all others, which they do not delay.
+    demotes_late: its decode policy does so with sequences that have missed their TTFT.
     """
     due: list[float] = []
     ahead_s: list[float] = []
@@ -87,7 +113,7 @@ def outline(instance: Instance, cost: CostModel, now: float, demotes: bool = Tru
     if instance.role is Role.PREFILL:
         parked_room = _parked_room(instance)
     else:
-        load, room = _decode_state(instance, cost)
+        load, room = _load(instance, cost, now, demotes_late), _room(instance)
         end_s = _end_s(instance, cost)
     free_s = max(instance.busy_until - now, 0.0)
     return Summary(
@@ -138,9 +164,17 @@ def route_prefill(
 def route_decode(
     length: int, slo: Slo, summaries: Sequence[Summary], cost: CostModel, now: float
 ) -> int:
-    """The instance with room for its KV whose sequences need the least of its time."""
+    """The instance with room for its KV, then one that can keep its TPOT, then the one whose
+    sequences need the least of its time. Of equals, the one with the most room: instances that hold
+    only hopeless sequences all have a load of 0.
+    """
     keys = [
-        (summary.room < length, summary.load + summary.pace * share(length, slo.tpot, cost))
+        (
+            summary.room < length,
+            summary.is_too_slow(slo, cost),
+            summary.load + summary.added_load(length, slo, cost),
+            -summary.room,
+        )
         for summary in summaries
     ]
     return keys.index(min(keys))
@@ -224,17 +258,37 @@ def _prompts(instance: Instance, cost: CostModel) -> tuple[np.ndarray, np.ndarra
     )
 
 
-def _decode_state(instance: Instance, cost: CostModel) -> tuple[float, float]:
-    """Load and room (tokens); the prompts of a colocated instance count in both."""
-    own, least, needed = 0.0, math.inf, 0.0
+def _load(instance: Instance, cost: CostModel, now: float, demotes_late: bool) -> float:
+    """See `Summary`; the prompts of a colocated instance count too. A hopeless sequence does not
+    count: one that has missed its TTFT, if the policy demotes it, or whose TPOT is shorter than the
+    base of a step. No other sequence counts for more than a whole instance; the one with the
+    shortest TPOT pays the base.
+    """
+    pace, own, tpot = instance.pace, [], []
     for rows in (instance.running, instance.waiting):
-        if rows:
-            own += float(share(rows.length, rows.tpot, cost).sum())
-            least = min(least, float(rows.tpot.min()))
-            needed += float((rows.length * (rows.capacity == 0)).sum())
-    base = cost.decode.base_s / least
-    room = instance.pages.num_free * instance.limits.page_size - needed
-    return instance.pace * (base + own), room
+        if not rows:
+            continue
+        counts = rows.tpot >= pace * cost.decode_base_s
+        if demotes_late:
+            counts &= np.where(rows.count > 0, rows.first_at, now) <= rows.deadline
+        tpot.append(rows.tpot[counts])
+        own.append(pace * share(rows.length[counts], tpot[-1], cost))
+    if not sum(some.size for some in tpot):
+        return 0.0
+    own, tpot = np.concatenate(own), np.concatenate(tpot)
+    shortest = tpot.argmin()
+    own[shortest] += pace * cost.decode.base_s / tpot[shortest]
+    return float(np.minimum(own, 1.0).sum())
+
+
+def _room(instance: Instance) -> float:
+    """Tokens (see `Summary`); the prompts of a colocated instance count too."""
+    needed = sum(
+        float((rows.length * (rows.capacity == 0)).sum())
+        for rows in (instance.running, instance.waiting)
+        if rows
+    )
+    return instance.pages.num_free * instance.limits.page_size - needed
 
 
 def _end_s(instance: Instance, cost: CostModel) -> float:

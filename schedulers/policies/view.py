@@ -16,7 +16,8 @@ class View:
     """All sequences of an instance that has some, running ones first, judged at a time [S].
 
     left: output tokens still expected. own: seconds that each adds to a step. period: seconds in
-    which it must step once.
+    which it must step once. base_s: seconds of a step without its sequences. feasible: it can keep
+    its SLO.
     """
 
     def __init__(self, cost: CostModel, instance: Instance, now: float, least: float):
@@ -34,8 +35,9 @@ class View:
         self.own = decode.per_seq_s + decode.per_context_token_s * self.length
         if instance.pace != 1.0:
             self.own = instance.pace * self.own
+        self.base_s = instance.pace * cost.decode_base_s
         in_time = cells[Column.FIRST_AT] <= cells[Column.DEADLINE]
-        self.feasible = in_time & (self.period >= least * tpot)
+        self.feasible = in_time & (self.period >= least * tpot) & (tpot >= self.base_s)
 
     def serve(self, target: float, newcomers: float) -> tuple[np.ndarray, np.ndarray]:
         """Which feasible ones to serve: those of least remaining work, while the load is at most
@@ -78,10 +80,17 @@ class View:
         least = np.minimum.accumulate(np.minimum(period, self.cells[Column.TPOT][order]))
         base = self.pace * decode.base_s / least
         if decode.form == "ragged":
-            return base + np.add.accumulate(self.own[order] / period)
-        # Each pays for the longest of those that it steps beside, and all for the padding.
-        longest = np.maximum.accumulate(self.length[order])
-        per_row = self.pace * (decode.per_seq_s + decode.per_context_token_s * longest)
-        bare_s = self.pace * decode.base_s + per_row * np.arange(1, order.size + 1)
-        padding = self.steps_s(order) / np.maximum(bare_s, 1e-12)
-        return padding * (base + per_row * (1 / period).cumsum())
+            own = self.own[order]
+            load = base + np.add.accumulate(own / period)
+            if not decode.buckets:
+                return load
+            own_s = np.add.accumulate(own)
+        else:
+            # Each pays for the longest of the sequences that it steps beside.
+            longest = np.maximum.accumulate(self.length[order])
+            per_row = self.pace * (decode.per_seq_s + decode.per_context_token_s * longest)
+            load = base + per_row * (1 / period).cumsum()
+            own_s = per_row * np.arange(1, order.size + 1)
+        # All pay for the padding of the batch.
+        bare_s = self.pace * decode.base_s + own_s
+        return load * (self.steps_s(order) / np.maximum(bare_s, 1e-12))

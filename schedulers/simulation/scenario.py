@@ -126,7 +126,11 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
 
     def outlines(instances: Sequence[Instance], now: float) -> list[routing.Summary]:
         demotes = scenario.prefill_policy in prefill.DEMOTING
-        return [routing.outline(instance, believed, now, demotes) for instance in instances]
+        demotes_late = scenario.decode_policy in decode.DEMOTING
+        return [
+            routing.outline(instance, believed, now, demotes, demotes_late)
+            for instance in instances
+        ]
 
     def route_prefill(request: Request, instances: Sequence[Instance], now: float) -> int:
         cached = [instance.pool.cached(request) for instance in instances]

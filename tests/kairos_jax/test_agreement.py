@@ -4,28 +4,23 @@ import io
 import json
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import fakes
 import pytest
 from rich.console import Console
 
-from kairos_jax.agreement import (
-    KINDS,
-    Agreement,
-    Steps,
-    compare_loads,
-    drifted_by,
-    find_knee,
-    measure_steps,
-    print_table,
-    scenario_of,
-)
+from kairos_jax.agreement import Agreement, compare_loads, make_workload, print_table
 from kairos_jax.lab import open_loop
+from kairos_jax.lab.simulated import KINDS, drifted_by, find_knee, scenario_of
+from kairos_jax.lab.step_ratios import Steps, measure_steps
 from kairos_jax.process.command import UsageError
+from kairos_jax.worker.build import build_policy
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
 from schedulers.ledger.journal import from_lines
 from schedulers.ledger.request import Slo
+from schedulers.simulation.scenario import build
 from schedulers.simulation.workload import Arrival, rescale, synthetic
 
 COST = CostModel.from_profile(fakes.PROFILE)
@@ -128,15 +123,73 @@ def test_steps_are_held_against_their_prediction():
     assert steps == Steps(6.0 / 4.0, pytest.approx(0.0), 0.375)
 
 
+def test_steps_of_mixed_contexts_have_a_ratio_of_their_own():
+    limits = asdict(fakes.CONFIG.limits(Role.DECODE)) | {"parked_tokens": None}
+
+    def add(id, at, prompt):
+        return ("a", "add", at, [id, 0.0, prompt, 9, 1.0, 1.0, 0], 1, at)
+
+    def step(at, took_s, ids, **first):
+        batch = [dict.fromkeys(ids, 1), list(first.get("fetch", ())), [], 1.0]
+        return [("a", "begin", at, False, *batch), ("a", "end", at + took_s, [])]
+
+    here = [("a", "fetched", 0.0, id) for id in ("0", "1", "2")]
+    records = [
+        ("a", "instance", 0.0, "decode", limits, True),
+        *(add(id, 0.0, prompt) for id, prompt in (("0", 10), ("1", 10), ("2", 90))),
+        ("a", "begin", 0.0, False, {}, ["0", "1", "2"], [], 0.0),
+        *here,
+        *step(1.0, 1.0, ["0", "1"]),
+        *step(3.0, 0.5, ["0", "1", "2"]),
+    ]
+    steps = measure_steps(records)
+    assert steps.ratio == 1.5 / 2.0
+    assert (steps.num_mixed, steps.mixed_ratio) == (1, 0.5), "10, 10 and 90 tokens of context"
+
+
+def test_the_form_of_the_profile_is_that_of_policies_and_simulator():
+    """Beside one long request, a padded step takes each short one to be as long."""
+    slow = fakes.PROFILE["decode"] | {"per_context_token_s": 1e-4, "form": "padded"}
+    arrivals = [Arrival(0.001 * at, 100 if at == 4 else 5, 20) for at in range(8)]
+    took_s = {}
+    for form in ("ragged", "padded"):
+        cost = CostModel.from_profile(fakes.PROFILE | {"decode": slow | {"form": form}})
+        assert build_policy(fakes.CONFIG, Role.DECODE, cost).cost.decode.form == form
+        scenario = scenario_of(fakes.CONFIG, cost)
+        assert scenario.cost.decode.form == form
+        took_s[form] = max(each.last_token_at for each in build(scenario, arrivals).run())
+    assert took_s["padded"] > 2 * took_s["ragged"]
+
+
+def flags_of(**changes):
+    given = {"seed": 0, "max_prompt": 1024, "max_output": 128, "prompt_sigma": 1.0}
+    return SimpleNamespace(**given | changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_prompt": 256, "max_output": 48}])
+def test_the_contexts_of_the_workload_differ(changes):
+    config = fakes.altered(max_context=2048, max_tokens=1024)
+    arrivals = make_workload(config, flags_of(**changes))
+    contexts = sorted(each.num_prompt + each.num_output for each in arrivals)
+    assert contexts[-len(contexts) // 100] > 5 * contexts[len(contexts) // 2]
+
+
+@pytest.mark.parametrize("changes", [{"prompt_sigma": 0.1}, {"max_prompt": 1, "max_output": 1}])
+def test_contexts_that_are_alike_are_refused(changes):
+    config = fakes.altered(max_context=2048, max_tokens=1024)
+    with pytest.raises(UsageError, match="too alike: median"):
+        make_workload(config, flags_of(**changes))
+
+
 def test_the_table_shows_each_load():
     attained = {"ttft": 98.0, "tpot": 97.0, "e2e": 95.5}
     simulated = {"ttft": 97.0, "tpot": 99.0, "e2e": 96.0}
     chance = dict.fromkeys(KINDS, 0.7)
     drifted = {"ttft": 96.5, "tpot": 98.0, "e2e": 95.0}
-    steps = Steps(1.01, 0.1, 2e-4)
+    steps = Steps(1.01, 0.1, 2e-4, 33, 0.987)
     row = Agreement(1.15, 2.5, 200, attained, simulated, drifted, chance, 4321, steps)
     out = io.StringIO()
-    print_table([row], Console(file=out, width=100))
+    print_table([row], Console(file=out, width=110))
     text = out.getvalue()
     for part in (
         "1.15",
@@ -145,6 +198,7 @@ def test_the_table_shows_each_load():
         "95.5  96.0  95.0",
         "4321",
         "1.010",
+        "0.987",
     ):
         assert part in text
     assert math.isclose(row.largest(row.simulated), 2.0)

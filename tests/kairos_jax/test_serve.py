@@ -126,7 +126,9 @@ def test_a_profile_is_measured_and_kept(environment, tmp_path):
     assert re.search(r"prefill R2 .*, decode R2", done.stdout)
     made = json.loads(path.read_text())
     assert made["source"] == "measured"
-    assert made["decode"]["form"] == "padded"
+    # On so small a model noise may decide: see test_profiling.py.
+    assert made["decode"]["form"] in made["fit"]["decode"]["forms"]
+    assert made["fit"]["decode"]["declared"] == "padded"
     assert made["kv_capacity_tokens"] == 1024
     assert {
         "name",

@@ -24,10 +24,13 @@ from schedulers.simulation.attainment import Outcome, summarize
 
 @dataclass(frozen=True)
 class Run:
-    """One policy (pair) under one workload."""
+    """One policy (pair) under one workload. pace: measured over predicted step time, of all steps
+    in sum; 1 where it is not known.
+    """
 
     label: str
     outcomes: Sequence[Outcome]
+    pace: float = 1.0
 
     @cached_property
     def summary(self) -> dict[str, Any]:

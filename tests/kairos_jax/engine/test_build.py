@@ -12,7 +12,7 @@ from kairos_jax.engine.build import choose_kernels
 from kairos_jax.process.command import UsageError
 from kairos_jax.routing.peer import Peer
 from kairos_jax.worker.build import build_policy
-from kairos_jax.worker.messages import Submit
+from kairos_jax.worker.messages import Handover, Submit
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Instance, Role
 from schedulers.ledger.journal import Journal, check
@@ -77,6 +77,18 @@ def test_a_peer_counts_what_its_summary_does_not_know_yet():
     assert peer.summary(5.4).work_s == pytest.approx(0.6 + one_s), "the step goes on meanwhile"
     peer.update(idle, num_received=3, now=6.0)
     assert peer.summary(9.0).work_s == 0.0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_peer_counts_no_load_for_a_request_that_missed_its_ttft(late):
+    cost = CostModel.from_profile(fakes.PROFILE)
+    idle, sent = outline(Instance("d", Role.DECODE, LIMITS), cost, 0.0), []
+    peer = Peer("d", Role.DECODE, sent.append, cost, idle, 0.0)
+    request = Request("a", 0.0, [1] * 20, 5, Slo(30.0, 30.0))
+    peer.hand_over(Handover(request, (7,), 31.0 if late else 29.0, None))
+    summary = peer.summary(0.0)
+    assert (summary.load == 0.0) == late
+    assert summary.room == idle.room - 21
 
 
 class HeldFetches:

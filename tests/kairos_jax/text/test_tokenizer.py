@@ -217,4 +217,5 @@ def test_ids_and_chats_equal_those_of_transformers(smollm2):
 
 def test_default_model_has_a_vocabulary_and_an_end(smollm2):
     assert smollm2.vocab_size == 49152
-    assert smollm2.eos_ids == {smollm2.backend.token_to_id("<|im_end|>")}
+    ends = ("<|im_end|>", "<|endoftext|>", "<reponame>")
+    assert smollm2.eos_ids == {smollm2.backend.token_to_id(text) for text in ends}

@@ -6,7 +6,7 @@ import numpy as np
 
 from models.config import ModelConfig
 from models.kv_cache import StepInput
-from models.ops import KERNELS
+from models.ops import KERNELS, native
 
 NUM_PAGES, PAGE, KV, GROUP, HEAD, TABLE = 12, 16, 2, 3, 12, 5
 CONFIG = ModelConfig("llama", 8, 8, 1, KV * GROUP, KV, HEAD, 8)
@@ -91,3 +91,52 @@ def test_bfloat16(kernels):
     for rows, queries in (([(0, 0, 20)], 32), ([(0, 20, 1)], 1)):
         (got,) = seqs.step(rows, queries)
         np.testing.assert_allclose(got, seqs.expected(*rows[0]), atol=0.03)
+
+
+def decode_beside_a_long_row(kernels, dtype=jnp.float32):
+    """A decode step of a row of 20 tokens and one of 600. The pages of the first row's table past
+    the largest block of a kernel, 512 tokens, hold NaN. Returns the output of the first row.
+    """
+    lengths, table, heads = (20, 600), 40, KV * GROUP
+    rng = np.random.default_rng(0)
+    layer = kernels.layout.zeros(CONFIG, 2 * table, PAGE, dtype)
+    # In every layout, some dimension is that of the pages.
+    axis = next(i for i, size in enumerate(layer[0].shape) if size == 2 * table)
+    poison = [slice(None)] * axis + [slice(512 // PAGE, table)]
+    layer = type(layer)(*(each.at[tuple(poison)].set(jnp.nan) for each in layer))
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, 1, width, HEAD)), dtype) for width in (heads, KV, KV)
+    )
+    step = StepInput(
+        tokens=jnp.zeros((2, 1), jnp.int32),
+        start=jnp.asarray(lengths, jnp.int32) - 1,
+        count=jnp.ones(2, jnp.int32),
+        page_table=jnp.arange(2 * table, dtype=jnp.int32).reshape(2, table),
+    )
+    out, _ = jax.jit(kernels.attention)(q, k, v, layer, step)
+    return np.asarray(out[0], np.float32)
+
+
+def test_kernels_read_contexts_as_they_declare(kernels):
+    """A padded step reads past a short row, up to the longest one. A mask does not hide NaN."""
+    declared = KERNELS[kernels].contexts_of(jnp.float32, HEAD, PAGE)
+    out = decode_beside_a_long_row(KERNELS[kernels])
+    assert declared == ("ragged" if np.isfinite(out).all() else "padded")
+
+
+def test_what_the_kernels_in_cpp_leave_to_xla_is_padded(native_kernels):
+    kernels = KERNELS["native"]
+    assert kernels.contexts_of("float32", HEAD, PAGE) == "ragged"
+    assert kernels.contexts_of("bfloat16", HEAD, PAGE) == "padded"
+    assert np.isnan(decode_beside_a_long_row(kernels, jnp.bfloat16)).any()
+    for head, page in ((6, 16), (64, 6)):
+        assert kernels.contexts_of("float32", head, page) == "padded"
+        assert not native.takes("float32", head, page)
+    assert {name: each.contexts for name, each in KERNELS.items()} == {
+        "reference": "padded",
+        "cpu": "padded",
+        "native": "ragged",
+        "gpu": "ragged",
+        "tpu": "ragged",
+        "tpu_ragged": "ragged",
+    }

@@ -10,6 +10,7 @@ from schedulers.ledger.instance import Batch, Instance, Limits, Role
 from schedulers.ledger.request import Request, Slo
 from schedulers.ledger.rows import Column
 from schedulers.policies import decode
+from schedulers.policies.view import View
 
 # A step takes 1 s and 1 ms a token of context.
 COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(1.0, 0.0, 0.001), TransferCost(0, 0), 10_000)
@@ -161,6 +162,19 @@ def test_a_padded_step_pays_for_its_longest_context(name):
     instance = ledger(ready=[("a", 100), ("b", 100), ("long", 500)])
     assert set(policy(name, PADDED)(instance, 0.0).work) == {"a", "b"}, "3 * 500 is more than 900"
     assert set(policy(name)(instance, 0.0).work) == {"a", "b", "long"}
+
+
+@pytest.mark.parametrize("name", ["kairos", "kairos_plus"])
+def test_a_ragged_step_pays_for_the_padding_of_its_batch(name):
+    """Three sequences take 1 + 3 * 0.2 + 0.27 s; as a batch of four, 0.2 s more than there is."""
+    ready = [("a", 90), ("b", 90), ("c", 90)]
+    for buckets, count in (((), 3), ((1, 2, 4), 2), ((1, 2, 3, 4), 3)):
+        step = DecodeCost(1.0, 0.2, 0.001, "ragged", buckets, (1.0,) * len(buckets))
+        cost = CostModel(COST.prefill, step, COST.transfer, 10_000)
+        instance = ledger(ready=ready)
+        assert len(policy(name, cost)(instance, 0.0).work) == count
+        served, _ = View(cost, instance, 0.0, 0.9).serve(target=0.96, newcomers=0.92)
+        assert served.size == count, "the load has the padding too"
 
 
 @pytest.mark.parametrize("lost", ["ttft", "tpot"])

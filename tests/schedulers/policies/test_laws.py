@@ -59,7 +59,8 @@ def workloads(draw):
         num_pages=draw(st.just(needed) | st.integers(needed, 4 * needed)),
         parked_tokens=draw(st.just(math.inf) | st.integers(LONGEST, 3 * LONGEST)),
     )
-    slos = st.builds(Slo, st.floats(0.01, 10), st.floats(0.01, 1))
+    # Now and then an SLO that no step can keep.
+    slos = st.builds(Slo, st.floats(0.01, 10) | st.just(1e-6), st.floats(0.01, 1) | st.just(1e-6))
     prefixes = st.sampled_from([0, 9, 24])  # tokens with which others begin too
     requests = [
         sharing(

@@ -1,0 +1,145 @@
+"""A fit finds what made the samples, and how decode steps read contexts."""
+
+import numpy as np
+import pytest
+
+from schedulers.cost import CostModel
+from schedulers.fitting import fit
+
+
+def test_fit_leaves_out_what_was_not_measured():
+    found = fit(decode=[(1, 1, 1.0), (2, 1, 2.0)], form="padded", buckets=[1, 2])
+    assert set(found) == {"decode", "fit"}
+    assert set(found["fit"]) == {"decode"}
+    assert set(fit(prefill=[(1, 0, 1.0)])) == {"prefill", "fit"}
+
+
+@pytest.mark.parametrize("form", ["ragged", "padded"])
+def test_fit_recovers_the_coefficients(form):
+    truth = {
+        "prefill": {"base_s": 5e-3, "per_token_s": 3e-5, "per_token_sq_s": 7e-10, "row_tokens": 64},
+        "decode": {"base_s": 7e-3, "per_seq_s": 2e-5, "per_context_token_s": 6e-8, "form": form},
+        "transfer": {"base_s": 2e-3, "per_token_s": 5e-6},
+        "kv_capacity_tokens": 1000,
+    }
+    truth["decode"] |= {"buckets": [1, 8, 64, 256], "factors": [1.0] * 4}
+    cost, rng = CostModel.from_profile(truth), np.random.default_rng(0)
+
+    def noisy(seconds):
+        return seconds * rng.normal(1, 0.02)
+
+    lengths = [16, 100, 300, 1000, 3000, 8000, 16000] * 4
+    batches = [1, 7, 60, 200] * 4
+    found = fit(
+        [(n, c, noisy(cost.prefill_s(n, c))) for n in lengths for c in (0, 1000, 8000)],
+        [(b, c, noisy(cost.decode_s([c] * b))) for b in batches for c in (100, 1000, 8000)],
+        [(n, noisy(cost.transfer_s(n))) for n in lengths],
+        form=form,
+        buckets=[1, 8, 64, 256],
+        row_tokens=64,
+    )
+    for kind in ("prefill", "decode", "transfer"):
+        for name in (name for name in truth[kind] if name.endswith("_s")):
+            value = truth[kind][name]
+            assert found[kind][name] == pytest.approx(value, rel=0.15), (kind, name)
+        residual = found["fit"][kind]
+        assert residual["r2"] > 0.99
+        assert 0 < residual["p50_rel_error"] < residual["p90_rel_error"] < 0.06
+    assert CostModel.from_profile(truth | found).decode.form == form
+
+
+def test_fit_never_goes_negative():
+    falling = [(n, 0, 1.0 / n) for n in (1, 2, 4, 8)]
+    found = fit(falling, [(1, 1, 1.0), (2, 1, 1.0)], [(1, 1.0), (9, 1.0)])
+    assert min(found["prefill"].values()) >= 0
+    assert found["transfer"] == {"base_s": pytest.approx(1.0), "per_token_s": pytest.approx(0.0)}
+    assert found["fit"]["transfer"]["r2"] is None, "equal times leave nothing to explain"
+
+
+@pytest.mark.parametrize("bad", [[], [(1, 0.0)]])
+def test_fit_wants_positive_samples(bad):
+    with pytest.raises(ValueError, match="transfer needs samples"):
+        fit([(1, 0, 1.0)], [(1, 1, 1.0)], bad)
+
+
+def test_fit_finds_how_far_each_bucket_is_off_the_line():
+    """Small batches cost less than the line says, middle ones more, as measured on a CPU."""
+    buckets, factors = [1, 2, 4, 8], {1: 0.8, 2: 1.1, 4: 1.2, 8: 0.95}
+    steps = [
+        (b, c, factors[b] * (0.02 + b * (0.003 + 5e-6 * c)))
+        for b in buckets
+        for c in (64, 256, 1024)
+    ]
+    found = fit([(1, 0, 1.0)], steps[:3] + steps[6:], [(1, 1.0)], form="padded", buckets=buckets)
+    assert len(found["decode"]["factors"]) == len(buckets), "one not measured too"
+    found = fit([(1, 0, 1.0)], steps, [(1, 1.0)], form="padded", buckets=buckets)
+    assert found["fit"]["decode"]["p90_rel_error"] < 0.03
+    cost = CostModel.from_profile(found | {"kv_capacity_tokens": 100})
+    for batch, context, seconds in steps:
+        assert cost.decode_s([context] * batch) == pytest.approx(seconds, rel=0.05)
+    assert cost.decode_s([64] * 3) == cost.decode_s([64] * 4)
+    in_one = cost.decode_step_s(np.array([1, 3, 8]), 0, np.array([64, 64, 64]))
+    assert in_one.tolist() == [cost.decode_s([64] * n) for n in (1, 3, 8)]
+
+
+# Of SmolLM2 135M on two cores: seconds of a step, a sequence and a token of context.
+BASE_S, SEQ_S, TOKEN_S = 0.0275, 0.0024, 2.9e-6
+BUCKETS = [1, 2, 4, 6, 8, 12, 16, 24, 32]
+
+
+def seconds(form, contexts, noise=1.0):
+    rows = min(size for size in BUCKETS if size >= len(contexts))
+    tokens = sum(contexts) if form == "ragged" else rows * max(contexts)
+    return noise * (BASE_S + SEQ_S * rows + TOKEN_S * tokens)
+
+
+def measured(form, mixtures, noise=0.0, token_s=TOKEN_S):
+    """Samples of even batches, and of these, as kernels of this form would give them."""
+    rng = np.random.default_rng(0)
+
+    def timed(contexts):
+        took_s = seconds(form, contexts) + (token_s - TOKEN_S) * sum(contexts)
+        return took_s * rng.lognormal(0, noise)
+
+    even = [(b, c, timed([c] * b)) for b in BUCKETS for c in (64, 256, 1024)]
+    return even, [(len(each), sum(each), max(each), timed(each)) for each in mixtures]
+
+
+MIXTURES = [[2047] * long + [64] * (n - long) for n in (4, 8, 32) for long in (1, n // 2)]
+
+
+@pytest.mark.parametrize("declared", ["ragged", "padded"])
+@pytest.mark.parametrize("truth", ["ragged", "padded"])
+def test_mixed_batches_tell_how_contexts_are_read(truth, declared):
+    even, mixed = measured(truth, MIXTURES, noise=0.03)
+    found = fit(decode=even, mixed=mixed, form=declared, buckets=BUCKETS)
+    assert found["decode"]["form"] == truth
+    of_decode = found["fit"]["decode"]
+    assert of_decode["declared"] == declared
+    other = ({"ragged", "padded"} - {truth}).pop()
+    assert of_decode["forms"][truth]["p90_rel_error"] == of_decode["p90_rel_error"] < 0.1
+    assert of_decode["forms"][other]["p90_rel_error"] > 0.1
+    assert of_decode["forms"][truth]["r2"] > of_decode["forms"][other]["r2"]
+
+
+def test_one_long_context_among_short_ones_costs_its_own_length():
+    """As found: 15 of 200 tokens and one of 1,900 took 88 ms, and 191 were predicted."""
+    even, mixed = measured("ragged", MIXTURES)
+    contexts = [200] * 15 + [1900]
+    for form, ratio in (("ragged", 1.0), ("padded", 1.9)):
+        # Without mixed batches the declared form is taken.
+        found = fit(decode=even, form=form, buckets=BUCKETS)
+        cost = CostModel.from_profile(found | {"kv_capacity_tokens": 1}, ["decode"])
+        predicted_s = cost.decode_s(contexts)
+        assert predicted_s == pytest.approx(ratio * seconds("ragged", contexts), rel=0.05)
+    found = fit(decode=even, mixed=mixed, form="padded", buckets=BUCKETS)
+    cost = CostModel.from_profile(found | {"kv_capacity_tokens": 1}, ["decode"])
+    assert cost.decode_s(contexts) == pytest.approx(seconds("ragged", contexts), rel=0.02)
+
+
+@pytest.mark.parametrize("declared", ["ragged", "padded"])
+def test_where_contexts_cost_nothing_the_declared_form_is_used(declared):
+    even, mixed = measured("ragged", MIXTURES, noise=0.05, token_s=0.0)
+    assert (
+        fit(decode=even, mixed=mixed, form=declared, buckets=BUCKETS)["decode"]["form"] == declared
+    )
