@@ -76,6 +76,12 @@ def define_flags(port: int) -> None:
     flags.DEFINE_string("advertise", None, "Host by which peers reach it; else --host.")
     flags.DEFINE_integer("metrics_port", 0, "Port of http://HOST/metrics; 0: none.", 0, 65535)
     flags.DEFINE_float("router_hang_s", 10.0, "Silence after which a router is dropped.", 0.1)
+    flags.DEFINE_float(
+        "link_s",
+        5.0,
+        "Seconds for which health waits for a router to link before it is ready.",
+        0.0,
+    )
     flags.DEFINE_float("stuck_s", 30.0, "By so much later than predicted, a step hangs.", 0.1)
 
 

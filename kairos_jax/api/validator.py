@@ -15,6 +15,8 @@ from models.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from schedulers.ledger.request import Request, Slo
 
 MAX_REQUEST_ID = 256
+# No step is as short as the first, and no client waits as long as the last: a week.
+LEAST_SLO_S, MOST_SLO_S = 1e-4, 604_800.0
 # Log-probabilities of one prompt: they go over the wire, and to the client, all at once.
 MAX_PROMPT_LOGPROBS = 1 << 18
 _SEED_BITS = 32
@@ -152,14 +154,15 @@ class Validator:
 
     def _slo(self, slo: pb.Slo) -> Slo:
         default = self.config.default_slo
-        values = {
-            "slo.ttft_s": slo.ttft_s if slo.HasField("ttft_s") else default.ttft,
-            "slo.tpot_s": slo.tpot_s if slo.HasField("tpot_s") else default.tpot,
-        }
-        for name, value in values.items():
-            if not (math.isfinite(value) and value > 0):
-                raise BadField(name, f"must be a positive number of seconds, got {value:g}")
-        return Slo(*values.values())
+        for field in ("ttft_s", "tpot_s"):
+            value = getattr(slo, field)
+            if slo.HasField(field) and not LEAST_SLO_S <= value <= MOST_SLO_S:
+                limits = f"from {LEAST_SLO_S:g} to {MOST_SLO_S:g} seconds"
+                raise BadField(f"slo.{field}", f"must be {limits}, got {value:g}")
+        return Slo(
+            slo.ttft_s if slo.HasField("ttft_s") else default.ttft,
+            slo.tpot_s if slo.HasField("tpot_s") else default.tpot,
+        )
 
     def _stop(self, sampling: pb.Sampling) -> frozenset[int]:
         self.check_ids(sampling.stop_token_ids, "sampling.stop_token_ids")

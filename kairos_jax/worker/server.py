@@ -1,6 +1,7 @@
 """The gRPC server of a process of one role: what routers attach to, and health."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from kairos_jax.worker.service import WorkerService
 from kairos_jax.worker.worker import Worker
 from schedulers.ledger.instance import Role
 
+log = logging.getLogger(__name__)
+
 # What routers are given to take back what has not ended by itself.
 _RETURN_S = 5.0
 
@@ -45,7 +48,8 @@ class PreparedRole:
 @dataclass(frozen=True, slots=True)
 class RoleOptions:
     """Where a role listens, and how it ends. host, port: as bound. advertise: the host by which
-    peers reach it. health_port, metrics_port: 0 for none.
+    peers reach it. health_port, metrics_port: 0 for none. link_s: how long health waits for a
+    router to link.
     """
 
     host: str
@@ -57,6 +61,7 @@ class RoleOptions:
     router_hang_s: float = 10.0
     stuck_s: float = 30.0
     metrics_port: int = 0
+    link_s: float = 5.0
 
     @classmethod
     def from_flags(cls) -> "RoleOptions":
@@ -75,6 +80,7 @@ class RoleOptions:
             values.router_hang_s,
             values.stuck_s,
             values.metrics_port,
+            values.link_s,
         )
 
 
@@ -136,7 +142,18 @@ class RoleServer:
         )
         self.service.open(worker, welcome)
         worker.start()
-        await self._health.say(serving=True)
+        self._readying = asyncio.ensure_future(self._serve_once_linked())
+
+    async def _serve_once_linked(self) -> None:
+        """Health says SERVING when a router has linked: a rolling restart that goes by it would
+        else go on to the next worker while no router knows of this one.
+        """
+        try:
+            await asyncio.wait_for(self.service.linked.wait(), self.options.link_s)
+        except TimeoutError:
+            log.warning("no router has linked within %g s: ready without", self.options.link_s)
+        if not self.service.draining:
+            await self._health.say(serving=True)
 
     async def drain(self, worker: Worker) -> bool:
         """Gives back what waits, lets the rest end, and after the grace gives that back too. True

@@ -125,6 +125,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
         self._router_of: dict[str, _Attached] = {}
         self._receipts = Receipts()
         self._worker: Worker | None = None
+        self.linked = asyncio.Event()  # a router has been here
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -219,6 +220,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
         router.tell(replace(self._outlined, summary=summary, num_received=0))
         self._routers.add(router)
         self._receipts.join(router)
+        self.linked.set()
         return router
 
     async def _read(self, router: _Attached, context: Any, heartbeat: Heartbeat) -> None:

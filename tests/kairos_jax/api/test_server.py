@@ -36,7 +36,7 @@ def test_every_token_is_right_under_every_policy(prefill_policy, decode_policy):
 
 @served
 async def test_the_last_message_says_how_it_went(harness):
-    *_, last = await harness.generate([1, 2, 3], 5, request_id="mine", slo=pb.Slo(ttft_s=1e-9))
+    *_, last = await harness.generate([1, 2, 3], 5, request_id="mine", slo=pb.Slo(ttft_s=1e-4))
     assert last.request_id == "mine"
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (3, 5)
     timing = last.timing

@@ -53,15 +53,23 @@ REFUSED = [
         "max_tokens must be at most 28 after a prompt of 100 tokens in a context of 128, got 29",
     ),
     (ids(1, request_id="x" * 257), "request_id must have at most 256 characters, got 257"),
-    (ids(1, slo=pb.Slo(ttft_s=0)), "slo.ttft_s must be a positive number of seconds, got 0"),
-    (ids(1, slo=pb.Slo(ttft_s=-1)), "slo.ttft_s must be a positive number of seconds, got -1"),
+    (ids(1, slo=pb.Slo(ttft_s=0)), "slo.ttft_s must be from 0.0001 to 604800 seconds, got 0"),
+    (
+        ids(1, slo=pb.Slo(tpot_s=1e-6)),
+        "slo.tpot_s must be from 0.0001 to 604800 seconds, got 1e-06",
+    ),
+    (
+        ids(1, slo=pb.Slo(ttft_s=1.7e308)),
+        "slo.ttft_s must be from 0.0001 to 604800 seconds, got 1.7e",
+    ),
+    (ids(1, slo=pb.Slo(ttft_s=-1)), "slo.ttft_s must be from 0.0001 to 604800 seconds, got -1"),
     (
         ids(1, slo=pb.Slo(tpot_s=math.nan)),
-        "slo.tpot_s must be a positive number of seconds, got nan",
+        "slo.tpot_s must be from 0.0001 to 604800 seconds, got nan",
     ),
     (
         ids(1, slo=pb.Slo(tpot_s=math.inf)),
-        "slo.tpot_s must be a positive number of seconds, got inf",
+        "slo.tpot_s must be from 0.0001 to 604800 seconds, got inf",
     ),
     (sampled(temperature=math.nan), "sampling.temperature must be 0 or more, got nan"),
     (sampled(temperature=-0.5), "sampling.temperature must be 0 or more, got -0.5"),
