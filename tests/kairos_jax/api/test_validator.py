@@ -60,7 +60,7 @@ REFUSED = [
     ),
     (
         ids(1, slo=pb.Slo(ttft_s=1.7e308)),
-        "slo.ttft_s must be from 0.0001 to 604800 seconds, got 1.7e",
+        "slo.ttft_s must be from 0.0001 to 604800 seconds, got 1.7e+308",
     ),
     (ids(1, slo=pb.Slo(ttft_s=-1)), "slo.ttft_s must be from 0.0001 to 604800 seconds, got -1"),
     (
