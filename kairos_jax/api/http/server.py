@@ -11,9 +11,9 @@ from typing import Any
 
 import uvicorn
 from absl import flags
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kairos_jax.api.http.guard import digest
+from kairos_jax.api.http.protocol import PlainProtocol
 from kairos_jax.net.address import join_address, listen
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.process.command import UsageError
@@ -120,7 +120,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Protocol(HttpToolsProtocol):
+class _Protocol(PlainProtocol):
     """Bounds the headers of a request, which the parser would gather without end."""
 
     _num_header_bytes = 0
