@@ -13,7 +13,7 @@ from kairos_jax.engine.calls import PromptLogprobs, Token
 from kairos_jax.observe.tracing import trace_of
 from kairos_jax.routing.fleet import Full, WorkerLost
 from kairos_jax.routing.router import IdInUse
-from kairos_jax.routing.stream import Stream
+from kairos_jax.routing.stream import RequestFailed, Stream
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.text.detokenizer import Detokenizer
@@ -95,6 +95,8 @@ async def _answer(backend: Backend, stream: Stream, context) -> None:
             await context.write(response)
     except WorkerLost as error:
         await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(error))
+    except RequestFailed as error:
+        await context.abort(grpc.StatusCode.INTERNAL, _cut(error))
     finally:
         # Where the client went away, or its deadline passed, this task was cancelled.
         backend.router.cancel(stream)

@@ -17,7 +17,7 @@ from schedulers.ledger.request import Request, Slo
 MAX_REQUEST_ID = 256
 # Log-probabilities of one prompt: they go over the wire, and to the client, all at once.
 MAX_PROMPT_LOGPROBS = 1 << 18
-_SEED_BITS = 32
+_SEED_BITS = 64
 
 
 class BadField(ValueError):
@@ -163,8 +163,7 @@ def _sampling(message: pb.Sampling) -> SamplingParams:
         top_k=given("top_k", 0),
         top_p=given("top_p", 1.0),
         min_p=given("min_p", 0.0),
-        # Any 64-bit seed will do; those that differ in the upper half alone must differ too.
-        seed=(seed ^ (seed >> _SEED_BITS)) & (2**_SEED_BITS - 1),
+        seed=seed % 2**_SEED_BITS,
         logprobs=given("logprobs", None),
         prompt_logprobs=given("prompt_logprobs", None),
     )

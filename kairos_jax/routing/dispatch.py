@@ -11,7 +11,7 @@ from kairos_jax.kv.transport import Ticket
 from kairos_jax.routing.fleet import Fleet, WorkerLost
 from kairos_jax.routing.observer import Observer
 from kairos_jax.routing.peer import Peer
-from kairos_jax.routing.stream import Stream
+from kairos_jax.routing.stream import RequestFailed, Stream
 from kairos_jax.worker import codec
 from kairos_jax.worker.codec import For
 from kairos_jax.worker.messages import (
@@ -19,6 +19,7 @@ from kairos_jax.worker.messages import (
     Died,
     Draining,
     Event,
+    Failed,
     Lost,
     Moved,
     Offered,
@@ -130,6 +131,8 @@ class Dispatch:
             case Lost(_, error):
                 stream.num_lost += 1
                 self._recover(stream, f"the KV transfer failed: {error}", "transfer_failed")
+            case Failed(_, cause, error):
+                self._fail(stream, RequestFailed(error), cause)
             case Returned(_, ticket):
                 self._on_returned(stream, ticket)
 
@@ -191,7 +194,7 @@ class Dispatch:
         try:
             peers = self.fleet.taking(prefill=False)
         except WorkerLost as error:
-            return self._fail(stream, str(error))
+            return self._fail(stream, error, "no_worker")
         *ahead, source = stream.peers
         peer = ahead[0] if ahead and ahead[0] in peers else self._choose_decode(stream, peers)
         for other in ahead:
@@ -207,20 +210,25 @@ class Dispatch:
     def _recover(self, stream: Stream, reason: str, cause: str) -> None:
         """Goes on with a stream that its workers will not bring to its end. cause: in a word."""
         if stream.num_lost > MAX_RECOVERIES:
-            return self._fail(stream, f"{reason} (lost {stream.num_lost} times)")
+            error = WorkerLost(f"{reason} (lost {stream.num_lost} times)")
+            return self._fail(stream, error, "lost_too_often")
         try:
             self.fleet.check_served()
         except WorkerLost as error:
             missing = str(error)
-            return self._fail(stream, missing if reason in missing else f"{reason}; {missing}")
+            why = missing if reason in missing else f"{reason}; {missing}"
+            return self._fail(stream, WorkerLost(why), "no_worker")
         self.drop(stream)
         del self.streams[stream.request.id]
         self.start(stream, next(self.serials))
         for each in self._observers:
             each.recovered(cause)
 
-    def _fail(self, stream: Stream, reason: str) -> None:
+    def _fail(self, stream: Stream, error: Exception, cause: str) -> None:
+        """Ends a stream by an error. cause: in a word."""
         self.drop(stream)
         if self.forget(stream):
+            for each in self._observers:
+                each.failed(cause)
             self._over(stream, "failed")
-        stream.fail(WorkerLost(reason))
+        stream.fail(error)

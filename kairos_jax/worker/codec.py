@@ -23,6 +23,7 @@ from kairos_jax.worker.messages import (
     Cancel,
     Died,
     Draining,
+    Failed,
     Handover,
     Hello,
     Lost,
@@ -46,7 +47,7 @@ from schedulers.ledger.request import Request, Slo
 from schedulers.policies.routing import Summary
 
 # Of internal.proto; both sides must have the same.
-VERSION = 2
+VERSION = 3
 SERVICE = "kairos.internal.v1.Worker"
 # A prompt of a million tokens, and what else a message has.
 MAX_MESSAGE_BYTES = 16 << 20
@@ -190,6 +191,13 @@ FROM_WORKER = (
         For.REQUEST,
         lambda event, now: pb.Lost(id=event.id, error=_error(event.error)),
         lambda said, sender: Lost(said.id, RemoteError(said.error)),
+    ),
+    Entry(
+        Failed,
+        "failed",
+        For.REQUEST,
+        lambda event, now: pb.Failed(id=event.id, cause=event.cause, error=event.error),
+        lambda said, sender: Failed(said.id, said.cause, said.error),
     ),
     Entry(
         Returned,

@@ -122,6 +122,17 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Failed:
+    """This one request cannot be served, here or elsewhere, and is forgotten here. cause: a word,
+    of which there are few. error: what its client is told.
+    """
+
+    id: str
+    cause: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class Returned:
     """This request is to go on elsewhere; it is forgotten here. ticket: of its KV, if that was
     handed over and not asked for yet, so that another may.
@@ -157,7 +168,7 @@ class Outlined:
     num_received: int
 
 
-Event = Stepped | Offered | Moved | Lost | Returned | Draining | Died | Outlined
+Event = Stepped | Offered | Moved | Lost | Failed | Returned | Draining | Died | Outlined
 """All that a worker says."""
 
 

@@ -24,6 +24,7 @@ from kairos_jax.api.http.run import Answering
 from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.api.validator import BadField, UnknownModel, Validator
 from kairos_jax.routing.fleet import Full, WorkerLost
+from kairos_jax.routing.stream import RequestFailed
 from kairos_jax.rpc import kairos_pb2 as pb
 
 _FORESEEN: Sequence[type[Exception]] = (
@@ -34,6 +35,7 @@ _FORESEEN: Sequence[type[Exception]] = (
     Closed,
     Full,
     WorkerLost,
+    RequestFailed,
 )
 
 

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from kairos_jax.api.gate import Closed
 from kairos_jax.api.validator import BadField, UnknownModel
 from kairos_jax.routing.fleet import Full, WorkerLost
+from kairos_jax.routing.stream import RequestFailed
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _CODES = {
@@ -53,6 +54,8 @@ def describe(error: Exception) -> ApiError:
             return _later(429, str(error), error.retry_after_s)
         case Closed() | WorkerLost():
             return _later(503, str(error), _RETRY_S)
+        case RequestFailed():
+            return ApiError(500, str(error), code="request_failed")
         case HTTPException(status_code=404):
             return ApiError(404, "there is nothing at this path")
         case HTTPException(status_code=405):

@@ -19,7 +19,7 @@ from kairos_jax.api.http.request import Ask
 from kairos_jax.observe.tracing import trace_of
 from kairos_jax.routing.fleet import WorkerLost
 from kairos_jax.routing.router import IdInUse, Router
-from kairos_jax.routing.stream import Stream
+from kairos_jax.routing.stream import RequestFailed, Stream
 from kairos_jax.text.detokenizer import Detokenizer
 from schedulers.ledger.request import Request
 
@@ -29,7 +29,7 @@ _EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cach
 class Answering:
     """The answer to what was asked, as an ASGI app: it submits, writes, and leaves nothing behind.
 
-    Raises what is to be told instead of an answer: Full, WorkerLost.
+    Raises what is to be told instead of an answer: Full, WorkerLost, RequestFailed.
     """
 
     def __init__(self, ask: Ask, backend: Backend):
@@ -81,7 +81,7 @@ def _each(ask: Ask) -> list[Request]:
     for request in ask.requests:
         for number in range(ask.n):
             how = request.sampling
-            how = replace(how, seed=(how.seed + number) % 2**32)
+            how = replace(how, seed=(how.seed + number) % 2**64)
             id = f"{request.id}-{len(requests)}" if several and request.id else request.id
             requests.append(replace(request, id=id, sampling=how))
     return requests
@@ -161,7 +161,7 @@ class _Events:
         answer = self._answer
         try:
             await _each_done([self._run(choice) for choice in answer.choices])
-        except WorkerLost as error:
+        except (WorkerLost, RequestFailed) as error:
             if not self.begun:
                 raise
             await self._write(event_of(error_object(describe(error))))

@@ -129,7 +129,7 @@ def test_given_values_are_taken(validator):
     assert request.max_tokens == 5
     assert request.slo == Slo(30.0, 0.5)
     assert request.stop == {4}
-    assert request.sampling == SamplingParams(0.5, 3, 0.5, 0.25, 2**8 + 1, 0, 2)
+    assert request.sampling == SamplingParams(0.5, 3, 0.5, 0.25, 2**40 + 1, 0, 2)
 
 
 def test_prompt_logprobs_are_bounded_by_their_number(validator):
@@ -147,3 +147,12 @@ def test_prompt_logprobs_are_bounded_by_their_number(validator):
 
 def test_the_context_bounds_the_default_output(validator):
     assert validator.request(ids(*[1] * 120), 0.0).max_tokens == 8
+
+
+def test_seeds_differ_in_all_of_their_bits(validator):
+    seeds = [0, -1, 1, 2**32, 2**32 - 1, -(2**32), 2**63 - 1, -(2**63)]
+    made = [validator.request(sampled(seed=seed), 0.0).sampling.seed for seed in seeds]
+    assert len(set(made)) == len(seeds)
+    assert made == [seed % 2**64 for seed in seeds]
+    drawn = {validator.request(ids(1), 0.0).sampling.seed for _ in range(20)}
+    assert len(drawn) == 20
