@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from kairos_jax.api.backend import Backend
@@ -22,6 +22,7 @@ from kairos_jax.api.http.guard import Guard, OpenRoute, read_body
 from kairos_jax.api.http.request import Ask, check_model, messages_of, read, renamed, slo_of_headers
 from kairos_jax.api.http.run import Answering
 from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.http.to_json import Json
 from kairos_jax.api.validator import BadField, UnknownModel, Validator
 from kairos_jax.routing.fleet import Full, WorkerLost
 from kairos_jax.routing.stream import RequestFailed
@@ -86,7 +87,7 @@ class Api:
 
     async def version(self, request: Request) -> Response:
         """Of this package."""
-        return JSONResponse({"version": version("kairos_jax")})
+        return Json({"version": version("kairos_jax")})
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus; also while no requests are taken any more."""
@@ -98,7 +99,7 @@ class Api:
 
     async def models(self, request: Request) -> Response:
         """The one model that is served."""
-        return JSONResponse({"object": "list", "data": [self._model(self._gate.enter())]})
+        return Json({"object": "list", "data": [self._model(self._gate.enter())]})
 
     async def model(self, request: Request) -> Response:
         """The model of this id."""
@@ -107,7 +108,7 @@ class Api:
             raise UnknownModel(
                 f"model {shown(id)} is not served; {shown(backend.validator.model)} is"
             )
-        return JSONResponse(self._model(backend))
+        return Json(self._model(backend))
 
     def _model(self, backend: Backend) -> dict[str, Any]:
         return {
@@ -157,14 +158,14 @@ class Api:
         raw = await read_body(request, self._max_body_bytes)
         ids = await asyncio.to_thread(tokenized, backend.validator, raw)
         limit = backend.validator.config.max_context
-        return JSONResponse({"count": len(ids), "max_model_len": limit, "tokens": ids})
+        return Json({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
         backend = self._gate.enter()
         raw = await read_body(request, self._max_body_bytes)
         text = await asyncio.to_thread(detokenized, backend.validator, raw)
-        return JSONResponse({"prompt": text})
+        return Json({"prompt": text})
 
 
 def tokenized(validator: Validator, raw: bytes) -> list[int]:

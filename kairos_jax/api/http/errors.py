@@ -1,6 +1,5 @@
 """Errors as OpenAI's API shapes them: {"error": {"message", "type", "param", "code"}}."""
 
-import json
 import math
 from collections.abc import Mapping
 
@@ -9,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kairos_jax.api.gate import Closed
+from kairos_jax.api.http.to_json import Json
 from kairos_jax.api.validator import BadField, UnknownModel
 from kairos_jax.routing.fleet import Full, WorkerLost
 from kairos_jax.routing.stream import RequestFailed
@@ -86,8 +86,7 @@ def error_object(error: ApiError) -> Mapping[str, object]:
 def error_response(error: Exception) -> Response:
     """The answer to a request that failed before anything of it was answered."""
     refusal = describe(error)
-    body = json.dumps(error_object(refusal)).encode()
-    return Response(body, refusal.status, refusal.headers, "application/json")
+    return Json(error_object(refusal), refusal.status, refusal.headers)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
