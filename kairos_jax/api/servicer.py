@@ -8,7 +8,7 @@ import grpc
 
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
-from kairos_jax.api.validator import BadField, UnknownModel
+from kairos_jax.api.refusal import BadField, UnknownModel
 from kairos_jax.engine.calls import PromptLogprobs, Token
 from kairos_jax.observe.tracing import trace_of
 from kairos_jax.routing.fleet import Full, WorkerLost

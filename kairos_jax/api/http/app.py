@@ -13,18 +13,25 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
 
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.http.errors import ApiError, on_error
 from kairos_jax.api.http.fields import Fields, read_object, shown
 from kairos_jax.api.http.guard import Guard, OpenRoute, read_body
-from kairos_jax.api.http.request import Ask, check_model, messages_of, read, renamed, slo_of_headers
+from kairos_jax.api.http.known import refuse_not_served, refuse_of_others
+from kairos_jax.api.http.prompts import chat_of
+from kairos_jax.api.http.request import Ask, check_model, read, renamed
 from kairos_jax.api.http.run import Answering
 from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.http.slo import slo_of_headers
 from kairos_jax.api.http.to_json import Json
-from kairos_jax.api.validator import BadField, UnknownModel, Validator
+from kairos_jax.api.http.warned import HEADER, Warnings
+from kairos_jax.api.refusal import BadField, UnknownModel
+from kairos_jax.api.validator import Validator
 from kairos_jax.routing.fleet import Full, WorkerLost
+from kairos_jax.routing.router import IdInUse
 from kairos_jax.routing.stream import RequestFailed
 from kairos_jax.rpc import kairos_pb2 as pb
 
@@ -37,6 +44,7 @@ _FORESEEN: Sequence[type[Exception]] = (
     Full,
     WorkerLost,
     RequestFailed,
+    IdInUse,
 )
 
 
@@ -52,7 +60,7 @@ def make_app(gate: Gate, options: HttpOptions, routes: Sequence[BaseRoute] = ())
             allow_origins=options.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", HEADER],
         )
         middleware.insert(0, cors)  # before keys are asked for: a browser's first call has none
     handlers: dict[Any, Any] = dict.fromkeys((Exception, *_FORESEEN), on_error)
@@ -64,7 +72,7 @@ class Api:
 
     def __init__(self, gate: Gate, max_body_bytes: int):
         self._gate, self._max_body_bytes = gate, max_body_bytes
-        self._created = int(time.time())
+        self._created, self._warnings = int(time.time()), Warnings()
 
     def routes(self) -> list[BaseRoute]:
         """What is at which path."""
@@ -121,15 +129,15 @@ class Api:
             "max_model_len": backend.validator.config.max_context,
         }
 
-    async def completions(self, request: Request) -> Answering:
+    async def completions(self, request: Request) -> ASGIApp:
         """Goes on with prompts."""
         return await self._generate(request, chat=False)
 
-    async def chat_completions(self, request: Request) -> Answering:
+    async def chat_completions(self, request: Request) -> ASGIApp:
         """Answers a conversation."""
         return await self._generate(request, chat=True)
 
-    async def _generate(self, request: Request, chat: bool) -> Answering:
+    async def _generate(self, request: Request, chat: bool) -> ASGIApp:
         arrival, backend = self._gate.clock(), self._gate.admit()
         backend.router.check_room()
         raw = await read_body(request, self._max_body_bytes)
@@ -150,7 +158,7 @@ class Api:
             backend.router.rejected("bad_request")
             raise
         self._gate.admit()  # it may have closed meanwhile
-        return Answering(asked, backend)
+        return self._warnings.on(Answering(asked, backend), asked.near_misses)
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a text, or of a conversation."""
@@ -172,18 +180,17 @@ def tokenized(validator: Validator, raw: bytes) -> list[int]:
     """The ids of the text or the conversation in a body. Raises BadField or UnknownModel."""
     fields = Fields(read_object(raw))
     check_model(fields, validator)
-    text, chat = fields.text("prompt"), "messages" in fields.values
-    if not chat and text is None:
+    chat, special = fields.values.get("messages") is not None, fields.flag("add_special_tokens")
+    refuse_not_served(fields)
+    fields.refuse_all_but("return_token_strs", False)
+    message = pb.GenerateRequest(add_special_tokens=special)
+    if chat:
+        message.chat.CopyFrom(chat_of(fields))
+    elif (text := fields.text("prompt")) is not None:
+        refuse_of_others(fields, chat=False)
+        message.text = text
+    else:
         raise BadField("prompt", "is missing: give text, or messages")
-    if (
-        validator.tokenizer
-        and text is not None
-        and fields.boolean("add_special_tokens", True) is False
-    ):
-        return validator.tokenizer.encode(text, add_special_tokens=False)
-    message = (
-        pb.GenerateRequest(chat=messages_of(fields)) if chat else pb.GenerateRequest(text=text)
-    )
     try:
         return validator.encode(message, "chat" if chat else "text")
     except BadField as error:

@@ -9,8 +9,9 @@ from starlette.responses import Response
 
 from kairos_jax.api.gate import Closed
 from kairos_jax.api.http.to_json import Json
-from kairos_jax.api.validator import BadField, UnknownModel
+from kairos_jax.api.refusal import BadField, TooLong, UnknownModel
 from kairos_jax.routing.fleet import Full, WorkerLost
+from kairos_jax.routing.router import IdInUse
 from kairos_jax.routing.stream import RequestFailed
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -46,10 +47,15 @@ def describe(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case TooLong():
+            # The code that clients look for, to shorten the prompt and try again.
+            return ApiError(400, str(error), error.field, "context_length_exceeded")
         case BadField():
             return ApiError(400, str(error), error.field)
         case UnknownModel():
             return ApiError(404, str(error), "model", "model_not_found")
+        case IdInUse():
+            return ApiError(409, str(error), "request_id")
         case Full():
             return _later(429, str(error), error.retry_after_s)
         case Closed() | WorkerLost():

@@ -3,6 +3,7 @@ there.
 """
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed
 from kairos_jax.api.http.answer import DONE, Answer, event_of
-from kairos_jax.api.http.choice import Choice, Piece, StopTexts
+from kairos_jax.api.http.choice import Choice, Piece, StopTexts, Unskipped
 from kairos_jax.api.http.errors import describe, error_object
 from kairos_jax.api.http.request import Ask
 from kairos_jax.observe.tracing import trace_of
@@ -42,7 +43,7 @@ class Answering:
         trace = trace_of(Headers(scope=scope).items())
         try:
             for request in _each(self._ask):
-                streams.append(_submit(self._backend.router, request, trace))
+                streams.append(_submit(self._backend.router, request, trace, self._ask.named))
             answer = self._answer(streams)
             if self._ask.stream:
                 write = _Events(answer, send, self._backend.router)
@@ -58,16 +59,20 @@ class Answering:
                 self._backend.router.cancel(stream)
 
     def _answer(self, streams: Sequence[Stream]) -> Answer:
-        ask, tokenizer = self._ask, self._backend.validator.tokenizer
+        ask, plain = self._ask, self._backend.validator.tokenizer
+        tokenizer = Unskipped.of(plain) if plain and ask.show_special else plain
+        # A special token that ends the output belongs to what it stops at.
+        hides_end = plain and ask.show_special and not ask.show_stop
         choices = [
             Choice(
                 index,
                 stream,
                 Detokenizer(tokenizer) if tokenizer else None,
-                StopTexts(ask.stops) if ask.stops else None,
+                StopTexts(ask.stops, ask.show_stop) if ask.stops else None,
                 ask.min_tokens,
                 ask.late_stops,
                 ask.silent,
+                plain.has_text if plain and hides_end else None,
             )
             for index, stream in enumerate(streams)
         ]
@@ -87,11 +92,17 @@ def _each(ask: Ask) -> list[Request]:
     return requests
 
 
-def _submit(router: Router, request: Request, trace: Mapping[str, str]) -> Stream:
+def _submit(router: Router, request: Request, trace: Mapping[str, str], named: bool) -> Stream:
+    """named: by the body. What proxies send as X-Request-ID need not be one of a kind: they give
+    one to each request of theirs, and repeat it where they try again.
+    """
     try:
         return router.submit(request, trace)
-    except IdInUse:  # what clients send as X-Request-ID need not be one of a kind
-        return router.submit(replace(request, id=""), trace)
+    except IdInUse:
+        if named:
+            router.rejected("id_in_use")
+            raise
+        return router.submit(replace(request, id=f"{request.id}~{secrets.token_hex(4)}"), trace)
 
 
 async def _while_there(work: Awaitable[None], receive: Receive) -> None:
