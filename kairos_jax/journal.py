@@ -1,6 +1,6 @@
 """Reads the journal of a server or a simulation: why a request waited, what the run was like.
 
-  python -m kairos_jax.journal --journal=FILE --explain=request-1 --profile=profile.json
+  python -m kairos_jax.journal --journal=FILE --explain=REQUEST --profile=profile.json
   python -m kairos_jax.journal --journal=FILE --perfetto=run.json
   python -m kairos_jax.journal --journal=FILE --profile=profile.json --check
 

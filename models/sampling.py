@@ -10,17 +10,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 MAX_TOP_LOGPROBS = 20
 _PACKED = 2 + 2 * MAX_TOP_LOGPROBS
+# In place of a token where a row's numbers are not finite: there is nothing to sample from.
+INVALID = -1
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request samples. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
-    seed: 32 unsigned bits. logprobs: None for none, else how many alternatives to report of each
+    seed: 64 unsigned bits. logprobs: None for none, else how many alternatives to report of each
     token that is sampled; prompt_logprobs: of each token of the prompt.
     """
 
@@ -44,7 +46,7 @@ class SamplingInput(NamedTuple):
     top_k: Int[Array | np.ndarray, "R"]  # 0: off
     top_p: Float[Array | np.ndarray, "R"]  # 1: off
     min_p: Float[Array | np.ndarray, "R"]  # 0: off
-    seed: UInt[Array | np.ndarray, "R"]
+    seed: UInt[Array | np.ndarray, "R 2"]  # its lower 32 bits, and its upper ones
     position: Int[Array | np.ndarray, "R"]
     logprobs: Int[Array | np.ndarray, "R"]  # 1: wanted
 
@@ -60,14 +62,24 @@ class Sampled(NamedTuple):
     top_logprobs: Float[Array, "R 20"]
 
 
-def sample(logits: Float[Array, "R V"], how: SamplingInput) -> Int[Array, "R 42"]:
-    """Samples a token a row from f32 logits. The result is packed: see `unpack`."""
+def sample(
+    logits: Float[Array, "R V"], how: SamplingInput, finite: Bool[Array, "R"]
+) -> Int[Array, "R 42"]:
+    """Samples a token a row from f32 logits. The result is packed: see `unpack`.
+
+    finite: whether the numbers that led to a row's logits were. Where they were not, or where the
+    logits have a NaN or no finite maximum, the row's token is `INVALID`.
+    """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # A NaN counts as the largest, so this one logit tells of all of the row.
+    largest = jnp.take_along_axis(logits, greedy[:, None], axis=1)
+    finite &= jnp.isfinite(largest[:, 0])
     token = jax.lax.cond(
         jnp.any(how.temperature > 0),
-        lambda: jnp.where(how.temperature > 0, _draw(logits, how), greedy),
+        lambda: jnp.where(how.temperature > 0, _draw(logits, largest, how), greedy),
         lambda: greedy,
     )
+    token = jnp.where(finite, token, INVALID)
     return jax.lax.cond(
         jnp.any(how.logprobs),
         lambda: _with_logprobs(logits, token),
@@ -113,7 +125,7 @@ def _with_logprobs(logits: Float[Array, "R V"], token: Int[Array, "R"]) -> Int[A
     top = min(MAX_TOP_LOGPROBS, logits.shape[1])
     pad = ((0, 0), (0, MAX_TOP_LOGPROBS - top))
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
+    chosen = jnp.take_along_axis(logprobs, jnp.maximum(token, 0)[:, None], axis=1)
     best, ids = jax.lax.top_k(logprobs, top)
     bits = [token[:, None], _bits(chosen), jnp.pad(ids, pad), _bits(jnp.pad(best, pad))]
     return jnp.concatenate(bits, axis=1)
@@ -123,16 +135,21 @@ def _bits(values: Float[Array, "..."]) -> Int[Array, "..."]:
     return jax.lax.bitcast_convert_type(values, jnp.int32)
 
 
-def _draw(logits: Float[Array, "R V"], how: SamplingInput) -> Int[Array, "R"]:
+def _draw(
+    logits: Float[Array, "R V"], largest: Float[Array, "R 1"], how: SamplingInput
+) -> Int[Array, "R"]:
     """One token a row by the Gumbel-max trick, after temperature and filters."""
-    scaled = logits / jnp.maximum(how.temperature, 1e-6)[:, None]
+    # The largest is 0, so that no temperature makes it infinite.
+    scaled = (logits - largest) / jnp.maximum(how.temperature, 1e-6)[:, None]
     filtered = (how.top_k > 0) | (how.top_p < 1) | (how.min_p > 0)
     kept = jax.lax.cond(
         jnp.any(filtered & (how.temperature > 0)), lambda: _filter(scaled, how), lambda: scaled
     )
 
     def noise(seed, position):
-        key = jax.random.fold_in(jax.random.key(seed), position)
+        # As jax.random.key makes it of 64 bits, which needs JAX's x64 mode.
+        key = jax.random.wrap_key_data(seed[::-1], impl="threefry2x32")
+        key = jax.random.fold_in(key, position)
         return jax.random.gumbel(key, (logits.shape[1],), jnp.float32)
 
     gumbel = jax.vmap(noise)(how.seed, how.position)
@@ -140,7 +157,8 @@ def _draw(logits: Float[Array, "R V"], how: SamplingInput) -> Int[Array, "R"]:
 
 
 def _filter(scaled: Float[Array, "R V"], how: SamplingInput) -> Float[Array, "R V"]:
-    """Minus infinity for what top-k, then top-p, and min-p leave out. Ties at a border stay in.
+    """Minus infinity for what top-k, then top-p, and min-p leave out. Ties at a border stay in, and
+    so does the likeliest token, however little is to be kept. The largest of `scaled` is 0.
 
     Sort-free: the smallest kept logit is found bit by bit in an order-preserving integer form of
     the logits, 32 passes of compare and sum over the vocabulary for each filter.
@@ -149,8 +167,7 @@ def _filter(scaled: Float[Array, "R V"], how: SamplingInput) -> Float[Array, "R 
     vocab = scaled.shape[1]
     k = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, vocab), vocab)
     floor = _largest(lambda t: jnp.sum(keys >= t[:, None], axis=1) >= k, keys)
-    weights = jnp.exp(scaled - scaled.max(axis=1, keepdims=True))
-    weights = jnp.where(keys >= floor[:, None], weights, 0.0)
+    weights = jnp.where(keys >= floor[:, None], jnp.exp(scaled), 0.0)
     # A hair below the target: the sum of all the weights may round to less than itself.
     target = jnp.where(how.top_p < 1, how.top_p, 0.0) * weights.sum(axis=1) * (1 - 1e-6)
 
@@ -158,7 +175,9 @@ def _filter(scaled: Float[Array, "R V"], how: SamplingInput) -> Float[Array, "R 
         return jnp.sum(jnp.where(keys >= t[:, None], weights, 0.0), axis=1) >= target
 
     nucleus = jnp.where(how.top_p < 1, _largest(holds_top_p, keys), floor)
-    keep = (keys >= jnp.maximum(floor, nucleus)[:, None]) & (weights >= how.min_p[:, None])
+    # A target below the least float is 0, and any threshold reaches it.
+    threshold = jnp.minimum(jnp.maximum(floor, nucleus), keys.max(axis=1))
+    keep = (keys >= threshold[:, None]) & (weights >= how.min_p[:, None])
     return jnp.where(keep, scaled, -jnp.inf)
 
 

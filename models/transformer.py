@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from models.config import ModelConfig
 from models.kv_cache import Cache, Layer, StepInput
@@ -114,6 +114,13 @@ def last_states(hidden: Float[Array, "R Q D"], step: StepInput) -> Float[Array, 
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
+def all_finite(hidden: Float[Array, "R Q D"], step: StepInput) -> Bool[Array, "R"]:
+    """Whether the hidden states of all of a row's real tokens are finite."""
+    queries = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None, :]
+    padding = queries >= jnp.asarray(step.count)[:, None]
+    return (jnp.isfinite(hidden).all(axis=2) | padding).all(axis=1)
+
+
 def logits(
     config: ModelConfig, params: Params, hidden: Float[Array, "R D"], kernels: Kernels
 ) -> Float[Array, "R V"]:
@@ -137,11 +144,25 @@ def _run_block(
 
     def attend(q, k, v):
         nonlocal written
-        out, written = kernels.attention(q, k, v, layer, step)
+        out, written = kernels.attention(*_contained(q, k, v), layer, step)
         return out
 
     x = nnx.merge(graph, state)(x, rope, attend, kernels.linear)
     return x, written
+
+
+def _contained(
+    q: Float[Array, "R Q N H"], k: Float[Array, "R Q K H"], v: Float[Array, "R Q K H"]
+) -> tuple[Float[Array, "R Q N H"], Float[Array, "R Q K H"], Float[Array, "R Q K H"]]:
+    """Keeps keys and values that are not finite out of the pool: zeros are written in their place.
+
+    Kernels read whole pages and give weight 0 to what a row does not see, and 0 * NaN is NaN: such
+    a key or value would spread to other sequences. The query of its token becomes NaN, so that the
+    token's own output, and with it its hidden state, shows it (`all_finite`).
+    """
+    finite = (jnp.isfinite(k) & jnp.isfinite(v)).all(axis=3, keepdims=True)
+    seen = jnp.repeat(finite, q.shape[2] // k.shape[2], axis=2)
+    return jnp.where(seen, q, jnp.nan), jnp.where(finite, k, 0), jnp.where(finite, v, 0)
 
 
 def _model(config: ModelConfig, params: Params) -> Transformer:

@@ -9,12 +9,12 @@ import grpc
 
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
-from kairos_jax.api.validator import BadField, UnknownModel
+from kairos_jax.api.refusal import BadField, UnknownModel
 from kairos_jax.engine.calls import PromptLogprobs, Token
 from kairos_jax.observe.tracing import trace_of
 from kairos_jax.routing.fleet import Full, WorkerLost
 from kairos_jax.routing.router import IdInUse
-from kairos_jax.routing.stream import Stream
+from kairos_jax.routing.stream import RequestFailed, Stream
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.text.detokenizer import Detokenizer
@@ -99,6 +99,8 @@ async def _answer(backend: Backend, stream: Stream, context) -> None:
             await _write(context, response)
     except WorkerLost as error:
         await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(error))
+    except RequestFailed as error:
+        await context.abort(grpc.StatusCode.INTERNAL, _cut(error))
     except TimeoutError:
         why = f"the client has read nothing of its answer for {WRITE_S:g} s"
         log.warning("%s: it is cut off", why)

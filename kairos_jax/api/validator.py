@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kairos_jax.api.chat import render
+from kairos_jax.api.refusal import BadField, TooLong, UnknownModel
 from kairos_jax.config import ServerConfig
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.text.tokenizer import Tokenizer
@@ -19,22 +21,7 @@ MAX_REQUEST_ID = 256
 LEAST_SLO_S, MOST_SLO_S = 1e-4, 604_800.0
 # Log-probabilities of one prompt: they go over the wire, and to the client, all at once.
 MAX_PROMPT_LOGPROBS = 1 << 18
-_SEED_BITS = 32
-
-
-class BadField(ValueError):
-    """A field of a request that cannot be served.
-
-    field: its name. problem: what is wrong with it, with the value and the limit.
-    """
-
-    def __init__(self, field: str, problem: str):
-        super().__init__(f"{field} {problem}")
-        self.field, self.problem = field, problem
-
-
-class UnknownModel(ValueError):
-    """The request asks for a model that is not served here."""
+_SEED_BITS = 64
 
 
 @dataclass(frozen=True)
@@ -81,10 +68,12 @@ class Validator:
             self.check_ids(ids, "prompt.token_ids")
         else:
             ids = self.encode(message, kind)
+        if message.HasField("truncate_prompt_tokens"):
+            ids = self._truncated(message, ids)
         if not ids:
             raise BadField(f"prompt.{kind}", "is empty: at least 1 token is needed")
         if len(ids) >= self.config.max_context:
-            raise BadField(
+            raise TooLong(
                 f"prompt.{kind}",
                 f"has {len(ids)} tokens; with at least 1 token of output it must "
                 f"fit the context of {self.config.max_context}",
@@ -105,18 +94,25 @@ class Validator:
         """
         if self.tokenizer is None:
             raise BadField(f"prompt.{kind}", "needs a tokenizer, and this model has none: send ids")
-        if kind == "text":
-            self._check_size(message.text, "prompt.text")
-            return self.tokenizer.encode(message.text, add_special_tokens)
-        if not message.chat.messages:
-            raise BadField("prompt.chat", "is empty: at least 1 message is needed")
-        turns = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
-        try:
-            text = self.tokenizer.render_chat(turns)
-        except ValueError as error:
-            raise BadField("prompt.chat", f"cannot be rendered: {error}") from error
-        self._check_size(text, "prompt.chat")
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        # What a template makes of a conversation has its special tokens.
+        special = add_special_tokens and kind == "text"
+        text = message.text if kind == "text" else render(self.tokenizer, message.chat)
+        if message.HasField("add_special_tokens"):
+            special = message.add_special_tokens
+        if not message.HasField("truncate_prompt_tokens"):
+            self._check_size(text, f"prompt.{kind}")
+        return self.tokenizer.encode(text, add_special_tokens=special)
+
+    def _truncated(self, message: pb.GenerateRequest, ids: list[int]) -> list[int]:
+        """The last tokens of a prompt, as many as the message says."""
+        count, most = message.truncate_prompt_tokens, self.config.max_context - 1
+        if count != -1 and not 1 <= count <= most:
+            limit = f"from 1 to {most}, or -1 for as many as have room"
+            raise BadField("truncate_prompt_tokens", f"must be {limit}, got {count}")
+        if count == -1:
+            asked = message.max_tokens if message.HasField("max_tokens") else 1
+            count = max(1, self.config.max_context - max(asked, 1))
+        return ids[-count:]
 
     def _check_size(self, text: str, field: str) -> None:
         """Refuses a text that cannot fit, which would take seconds to tokenize. Raises BadField."""
@@ -145,7 +141,7 @@ class Validator:
         if not 1 <= value <= self.config.max_tokens:
             raise BadField("max_tokens", f"must be from 1 to {self.config.max_tokens}, got {value}")
         if value > room:
-            raise BadField(
+            raise TooLong(
                 "max_tokens",
                 f"must be at most {room} after a prompt of {num_prompt} tokens in a "
                 f"context of {self.config.max_context}, got {value}",
@@ -189,8 +185,7 @@ def _sampling(message: pb.Sampling) -> SamplingParams:
         top_k=given("top_k", 0),
         top_p=given("top_p", 1.0),
         min_p=given("min_p", 0.0),
-        # Any 64-bit seed will do; those that differ in the upper half alone must differ too.
-        seed=(seed ^ (seed >> _SEED_BITS)) & (2**_SEED_BITS - 1),
+        seed=seed % 2**_SEED_BITS,
         logprobs=given("logprobs", None),
         prompt_logprobs=given("prompt_logprobs", None),
     )

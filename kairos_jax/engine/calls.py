@@ -1,6 +1,6 @@
 """What runs on a mesh, as arrays: made of a ledger's work, and read again as tokens."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,8 @@ class PromptLogprobs(NamedTuple):
 
 class Token(NamedTuple):
     """One sampled token. logprob and top (id, logprob) are None and () unless asked for; so is
-    prompt, which only the first token has.
+    prompt, which only the first token has. id: `models.sampling.INVALID` where the numbers of the
+    sequence are not finite, and there is no token.
     """
 
     id: int
@@ -43,7 +44,7 @@ class Token(NamedTuple):
 
 
 # A row's numbers, which stand before its pages and its tokens: see `unpack`.
-_NUMBERS = 9
+_NUMBERS = 10
 
 
 class Step(NamedTuple):
@@ -104,12 +105,12 @@ class Row(NamedTuple):
 
 
 def unpack(rows: Any, table_pages: int) -> tuple[StepInput, SamplingInput]:
-    """What rows of int32 [R, 9 + table_pages + Q] say: on the host as views of them.
+    """What rows of int32 [R, 10 + table_pages + Q] say: on the host as views of them.
 
     One array for all, since every array that goes to a device takes its time, 20 us or more.
     """
-    numbers = [rows[:, column] for column in range(_NUMBERS)]
-    start, count, temperature, top_k, top_p, min_p, seed, position, logprobs = numbers
+    numbers = [rows[:, column] for column in range(_NUMBERS - 2)]
+    start, count, temperature, top_k, top_p, min_p, position, logprobs = numbers
     inputs = StepInput(
         tokens=rows[:, _NUMBERS + table_pages :],
         start=start,
@@ -121,7 +122,7 @@ def unpack(rows: Any, table_pages: int) -> tuple[StepInput, SamplingInput]:
         top_k=top_k,
         top_p=top_p.view("float32"),
         min_p=min_p.view("float32"),
-        seed=seed.view("uint32"),
+        seed=rows[:, _NUMBERS - 2 : _NUMBERS].view("uint32"),
         position=position,
         logprobs=logprobs,
     )
@@ -167,7 +168,7 @@ def step(rows: Sequence[Row], size: int, queries: int, table_pages: int) -> Step
 
 
 def _head(seq: Seq, table_pages: int) -> np.ndarray:
-    """What all rows of a sequence begin with, but for their places: int32 [9 + table_pages].
+    """What all rows of a sequence begin with, but for their places: int32 [10 + table_pages].
 
     It stays with the sequence: a step changes nothing of it, save for a page now and then.
     """
@@ -175,7 +176,7 @@ def _head(seq: Seq, table_pages: int) -> np.ndarray:
         params: SamplingParams = seq.request.sampling or SamplingParams()
         row = padding(1, 0, table_pages).rows
         _, how = unpack(row, table_pages)
-        how.temperature[0], how.seed[0] = params.temperature, params.seed
+        how.temperature[0], how.seed[0] = params.temperature, divmod(params.seed, 1 << 32)[::-1]
         how.top_k[0], how.top_p[0], how.min_p[0] = params.top_k, params.top_p, params.min_p
         how.logprobs[0] = params.logprobs is not None
         seq.head = row[0], []
@@ -196,35 +197,59 @@ def targets(rows: Sequence[Row], size: int, queries: int) -> np.ndarray:
     return ids
 
 
-def tokens(rows: Sequence[Row], packed: np.ndarray) -> Mapping[str, Token]:
-    """What was sampled, by request id. packed: see models.sampling.unpack."""
+def tokens(rows: Sequence[Row], packed: np.ndarray) -> dict[str, Token]:
+    """What was sampled, by request id, and `_INVALID` for each sequence with a row that is not
+    finite, also one that samples nothing. packed: see models.sampling.unpack.
+    """
     sampled = sampling.unpack(packed)
-    found = {}
+    found: dict[str, Token] = {}
+    invalid: dict[str, Token] = {}
     for index, (row, id) in enumerate(zip(rows, sampled.token.tolist(), strict=False)):
-        if not row.samples:
-            continue
         request = row.seq.request
-        params: SamplingParams = request.sampling or SamplingParams()
-        token = Token(id)
-        if params.logprobs is not None:
-            ids = sampled.top_tokens[index, : params.logprobs].tolist()
-            values = sampled.top_logprobs[index, : params.logprobs].tolist()
-            top = tuple(zip(ids, values, strict=True))
-            token = Token(id, float(sampled.logprob[index]), top)
-        if row.start + row.num_tokens == len(request.prompt) and wants_prompt_logprobs(request):
-            token = token._replace(prompt=_prompt_logprobs(row.seq))
-        found[request.id] = token
+        if id < 0:
+            invalid[request.id] = _INVALID
+        elif row.samples:
+            found[request.id] = _token(row, id, sampled, index)
+    return found | invalid
+
+
+def merged(parts: Iterable[Mapping[str, Token]]) -> dict[str, Token]:
+    """What several runs of one step gave: a sequence that is invalid in one of them stays so."""
+    found: dict[str, Token] = {}
+    for part in parts:
+        found |= {id: token for id, token in part.items() if found.get(id) is not _INVALID}
     return found
 
 
-def _prompt_logprobs(seq: Seq) -> PromptLogprobs:
-    """Of all its rows, which are in order."""
+_INVALID = Token(sampling.INVALID)
+
+
+def _token(row: Row, id: int, sampled: sampling.Sampled, index: int) -> Token:
+    """What row `index` has sampled."""
+    request = row.seq.request
+    params: SamplingParams = request.sampling or SamplingParams()
+    token = Token(id)
+    if params.logprobs is not None:
+        ids = sampled.top_tokens[index, : params.logprobs].tolist()
+        values = sampled.top_logprobs[index, : params.logprobs].tolist()
+        top = tuple(zip(ids, values, strict=True))
+        token = Token(id, float(sampled.logprob[index]), top)
+    if row.start + row.num_tokens == len(request.prompt) and wants_prompt_logprobs(request):
+        prompt = _prompt_logprobs(row.seq)
+        return _INVALID if prompt is None else token._replace(prompt=prompt)
+    return token
+
+
+def _prompt_logprobs(seq: Seq) -> PromptLogprobs | None:
+    """Of all its rows, which are in order. None: some of the logits were not finite."""
     width = seq.request.sampling.prompt_logprobs
     rows = [np.asarray(packed)[index, :count] for packed, index, count in seq.scored]
     seq.scored = []
     if not rows:
         return PromptLogprobs()
     scored = sampling.unpack(np.concatenate(rows))
+    if np.isnan(scored.logprob).any():  # as all of a row are, if one is
+        return None
     return PromptLogprobs(
         tuple(scored.logprob.tolist()),
         tuple(scored.top_tokens[:, :width].ravel().tolist()),

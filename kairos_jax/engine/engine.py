@@ -23,7 +23,7 @@ from models.config import ModelConfig
 from models.ops import KERNELS, on_mesh
 from models.params import pack, pack_config
 from models.sharding import Rules
-from models.transformer import Params, hidden_states, last_states, logits
+from models.transformer import Params, all_finite, hidden_states, last_states, logits
 from schedulers.ledger.instance import Limits, Role
 from schedulers.ledger.request import Seq
 
@@ -52,7 +52,8 @@ class Engine(Protocol):
         """Begins to compute the next n tokens of each (sequence, n).
 
         Returns what waits for it, on any thread, and returns the token sampled for each sequence
-        that has none left to compute, by request id.
+        that has none left to compute, by request id. One whose numbers are not finite has a token
+        of id `models.sampling.INVALID`, with or without tokens left to compute.
         """
         ...
 
@@ -158,7 +159,7 @@ class JaxEngine:
             hidden, cache = hidden_states(packed_config, params, cache, inputs, on_this_mesh)
             with jax.named_scope("sample"):
                 last = head(params, last_states(hidden, inputs))
-                return cache, hidden, sampling.sample(last, how)
+                return cache, hidden, sampling.sample(last, how, all_finite(hidden, inputs))
 
         def score(params, hidden, targets):
             return sampling.score(functools.partial(head, params), hidden, targets)
@@ -239,10 +240,7 @@ class JaxEngine:
             packed.copy_to_host_async()
 
         def wait() -> dict[str, Token]:
-            tokens: dict[str, Token] = {}
-            for rows, packed in runs:
-                tokens |= calls.tokens(rows, np.asarray(packed))
-            return tokens
+            return calls.merged(calls.tokens(rows, np.asarray(packed)) for rows, packed in runs)
 
         return wait
 

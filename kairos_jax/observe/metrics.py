@@ -139,6 +139,10 @@ class Metrics(Observer):
         """A request is prefilled again."""
         self._recoveries.labels(cause).inc()
 
+    def failed(self, cause: str) -> None:
+        """A request that was taken cannot be brought to its end."""
+        self._failures.labels(cause).inc()
+
     def lost(self, role: Role) -> None:
         """A worker that did not drain is gone."""
         self._lost.labels(role.value).inc()
@@ -202,6 +206,12 @@ class Metrics(Observer):
             "kairos_transfers_failed",
             "KV transfers that failed, by the workers between which.",
             ["source", "target"],
+            registry=registry,
+        )
+        self._failures = Counter(
+            "kairos_requests_failed",
+            "Requests that were taken and could not be brought to their end.",
+            ["cause"],
             registry=registry,
         )
         self._lost = Counter(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kairos_jax.worker.messages import (
     Event,
+    Failed,
     Handover,
     Lost,
     Moved,
@@ -89,6 +90,8 @@ class WorkerSpans:
                 self._end(id, self._clock(), {"kairos.outcome": "handed_back"})
             case Lost(id, error):
                 self._end(id, self._clock(), {"kairos.outcome": "lost"}, str(error))
+            case Failed(id, _, error):
+                self._end(id, self._clock(), {"kairos.outcome": "failed"}, error)
 
     def dropped(self, id: str) -> None:
         """Nobody waits for a request here any more."""

@@ -13,7 +13,7 @@ from kairos_jax.kv.transport import Ticket
 from kairos_jax.routing.fleet import Fleet, WorkerLost
 from kairos_jax.routing.observer import Observer
 from kairos_jax.routing.peer import Peer
-from kairos_jax.routing.stream import Stream
+from kairos_jax.routing.stream import RequestFailed, Stream
 from kairos_jax.routing.waiting_room import WaitingRoom
 from kairos_jax.worker import codec
 from kairos_jax.worker.codec import For
@@ -21,6 +21,7 @@ from kairos_jax.worker.messages import (
     Died,
     Draining,
     Event,
+    Failed,
     Lost,
     Moved,
     Offered,
@@ -151,6 +152,8 @@ class Dispatch:
                 self._on_moved(stream, at)
             case Lost(_, error):
                 self._on_transfer_failed(stream, error)
+            case Failed(_, cause, error):
+                self._fail(stream, RequestFailed(error), cause)
             case Returned(_, ticket):
                 self._on_returned(stream, ticket)
 
@@ -207,7 +210,8 @@ class Dispatch:
             stream.refused_at = now
         reason = f"the KV transfer failed: {error}"
         if stream.num_lost > MAX_RECOVERIES and now >= stream.refused_at + self.rejoin_s:
-            return self._fail(stream, f"{reason} (lost {stream.num_lost} times)")
+            error = WorkerLost(f"{reason} (lost {stream.num_lost} times)")
+            return self._fail(stream, error, "lost_too_often")
         pause_s = min(_BACKOFF_S * 2 ** (stream.num_lost - 1), _MOST_BACKOFF_S)
         self.drop(stream)
         again = functools.partial(self._go_on_elsewhere, stream, reason, "transfer_failed")
@@ -224,7 +228,7 @@ class Dispatch:
         stream.refused_at = None
         if stream.moved_at is None:
             stream.moved_at = at
-        # Those before the last had its KV until now, save for one that was lost meanwhile.
+        # Those before the last had its KV until now, save for one that was lost since then.
         *before, last = stream.peers
         for peer in before:
             peer.post(Release(stream.request.id))
@@ -266,11 +270,11 @@ class Dispatch:
     def _recover(self, stream: Stream, reason: str, cause: str) -> None:
         """Goes on with a stream that its workers will not bring to its end. cause: in a word."""
         if stream.num_aboard >= MAX_ABOARD:
-            return self._fail(
-                stream, f"{reason}; it was in {stream.num_aboard} steps that failed, and is refused"
-            )
+            told = f"{reason}; it was in {stream.num_aboard} steps that failed, and is refused"
+            return self._fail(stream, WorkerLost(told), "poison")
         if stream.num_lost > MAX_RECOVERIES:
-            return self._fail(stream, f"{reason} (lost {stream.num_lost} times)")
+            error = WorkerLost(f"{reason} (lost {stream.num_lost} times)")
+            return self._fail(stream, error, "lost_too_often")
         self._go_on_elsewhere(stream, reason, cause)
 
     def _go_on_elsewhere(self, stream: Stream, reason: str, cause: str) -> None:
@@ -295,13 +299,16 @@ class Dispatch:
         if stream.stalled_at is None:
             stream.stalled_at = now
         left_s = stream.stalled_at + self.rejoin_s - now
+        give_up = functools.partial(self._fail, stream, WorkerLost(reason), "no_worker")
         if left_s <= 0:
-            return self._fail(stream, reason)
-        give_up = functools.partial(self._fail, stream, reason)
+            return give_up()
         self._waiting.until_joined(stream, left_s, go_on, give_up)
 
-    def _fail(self, stream: Stream, reason: str) -> None:
+    def _fail(self, stream: Stream, error: Exception, cause: str) -> None:
+        """Ends a stream by an error. cause: in a word."""
         self.drop(stream)
         if self.forget(stream):
+            for each in self._observers:
+                each.failed(cause)
             self._over(stream, "failed")
-        stream.fail(WorkerLost(reason))
+        stream.fail(error)

@@ -35,5 +35,8 @@ class Observer(Protocol):
     def recovered(self, cause: str) -> None:
         """A request is prefilled again. cause: in a word."""
 
+    def failed(self, cause: str) -> None:
+        """A request that was taken cannot be brought to its end. cause: in a word."""
+
     def lost(self, role: Role) -> None:
         """A worker that did not drain is gone."""

@@ -5,6 +5,7 @@ Lives on the event loop, except for `emit`, which the workers' threads call.
 
 import asyncio
 import functools
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -57,6 +58,7 @@ class Router:
         self._loop, self.observers = loop, list(observers)
         self._dispatch = Dispatch(self.fleet, self.observers, self._over, loop, rejoin_s)
         self._names: set[str] = set()
+        self._prefix = secrets.token_hex(4)  # of names that are made here
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -129,7 +131,7 @@ class Router:
             IdInUse, Full, WorkerLost: nothing was started.
         """
         serial = next(self._dispatch.serials)
-        name = request.id or f"request-{serial}"
+        name = request.id or self._own_name(serial)
         if name in self._names:
             raise IdInUse(f"request_id {name!r} is in use by a request in progress")
         self.check_room(request.slo)
@@ -149,6 +151,13 @@ class Router:
         self._empty.clear()
         self._dispatch.start(stream, serial)
         return stream
+
+    def _own_name(self, serial: int) -> str:
+        """A name that no request in progress has, though clients choose theirs as they like."""
+        name = f"{self._prefix}-{serial}"
+        while name in self._names:
+            name = f"{secrets.token_hex(8)}-{serial}"
+        return name
 
     def cancel(self, stream: Stream, outcome: str = "cancelled") -> None:
         """Ends a request wherever it is. Nothing happens if it has ended. outcome: as observers are

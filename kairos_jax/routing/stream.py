@@ -17,6 +17,10 @@ from schedulers.ledger.request import Request, Slo
 _MOST_TAKEN = 1000
 
 
+class RequestFailed(Exception):
+    """This one request cannot be served, by any worker; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Where a request's time went, in seconds; queue_s, prefill_s and decode_s make total_s.
@@ -74,7 +78,9 @@ class Stream:
     _queue: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
 
     async def __aiter__(self) -> AsyncIterator[Output]:
-        """The outputs, ending with the one that has a finish_reason. Raises WorkerLost."""
+        """The outputs, ending with the one that has a finish_reason. Raises WorkerLost and
+        RequestFailed.
+        """
         while True:
             item = await self._queue.get()
             if isinstance(item, Exception):
@@ -85,7 +91,8 @@ class Stream:
 
     async def take(self) -> list[Output]:
         """The next outputs: those that are there, a thousand at most, and at least one. None come
-        after one that has a finish_reason. Raises WorkerLost, once what came before it was taken.
+        after one that has a finish_reason. Raises WorkerLost and RequestFailed, once what came
+        before was taken.
         """
         outputs: list[Output] = []
         item = await self._queue.get()

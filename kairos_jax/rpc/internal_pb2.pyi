@@ -33,7 +33,7 @@ class Prefetch(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FromWorker(_message.Message):
-    __slots__ = ("welcome", "stepped", "moved", "lost", "died", "outlined", "returned", "draining", "pong", "offered")
+    __slots__ = ("welcome", "stepped", "moved", "lost", "died", "outlined", "returned", "draining", "pong", "offered", "failed")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEPPED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class FromWorker(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
     OFFERED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     stepped: Stepped
     moved: Moved
@@ -54,7 +55,8 @@ class FromWorker(_message.Message):
     draining: Draining
     pong: Pong
     offered: Offered
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., lost: _Optional[_Union[Lost, _Mapping]] = ..., died: _Optional[_Union[Died, _Mapping]] = ..., outlined: _Optional[_Union[Outlined, _Mapping]] = ..., returned: _Optional[_Union[Returned, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ...) -> None: ...
+    failed: Failed
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., lost: _Optional[_Union[Lost, _Mapping]] = ..., died: _Optional[_Union[Died, _Mapping]] = ..., outlined: _Optional[_Union[Outlined, _Mapping]] = ..., returned: _Optional[_Union[Returned, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router", "version", "oldest")
@@ -294,6 +296,16 @@ class Lost(_message.Message):
     id: str
     error: str
     def __init__(self, id: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+
+class Failed(_message.Message):
+    __slots__ = ("id", "cause", "error")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    cause: str
+    error: str
+    def __init__(self, id: _Optional[str] = ..., cause: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Died(_message.Message):
     __slots__ = ("error", "aboard")

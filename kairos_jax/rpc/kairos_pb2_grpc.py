@@ -55,6 +55,7 @@ class KairosServicer:
 
         INVALID_ARGUMENT: a field is out of range; the message names field, value and limit.
         ALREADY_EXISTS: a request with this request_id is in progress.
+        INTERNAL: the model's logits were not finite (NaN or infinity); a retry gives the same.
         NOT_FOUND: `model` is not the model served here.
         RESOURCE_EXHAUSTED: not admitted; the trailing metadata "retry-after-s" says when to try again.
         UNAVAILABLE: starting, draining, or a worker was lost; a retry may succeed.

@@ -23,6 +23,7 @@ from kairos_jax.worker.messages import (
     Cancel,
     Died,
     Draining,
+    Failed,
     Handover,
     Hello,
     Lost,
@@ -49,7 +50,7 @@ from schedulers.policies.routing import Summary
 # and workers may so be replaced one after another. A new version may add fields and kinds of
 # messages that an older peer can ignore, and must work without them; what changes the meaning of a
 # field, or must be understood, raises OLDEST.
-VERSION, OLDEST = 2, 2
+VERSION, OLDEST = 3, 3
 SERVICE = "kairos.internal.v1.Worker"
 # A prompt of a million tokens, and what else a message has.
 MAX_MESSAGE_BYTES = 16 << 20
@@ -195,6 +196,13 @@ FROM_WORKER = (
         For.REQUEST,
         lambda event, now: pb.Lost(id=event.id, error=_error(event.error)),
         lambda said, sender: Lost(said.id, RemoteError(said.error)),
+    ),
+    Entry(
+        Failed,
+        "failed",
+        For.REQUEST,
+        lambda event, now: pb.Failed(id=event.id, cause=event.cause, error=event.error),
+        lambda said, sender: Failed(said.id, said.cause, said.error),
     ),
     Entry(
         Returned,
@@ -419,7 +427,6 @@ def _to_welcome(said: pb.Welcome) -> Welcome:
     }
     limits = {each.name: getattr(said.limits, each.name) for each in fields(Limits)}
     told |= {"role": Role(said.role), "limits": Limits(**limits)}
-    told["version"] = said.version or 2  # the last version that did not tell
     return Welcome(**told, profile=json.loads(said.profile_json))
 
 

@@ -122,6 +122,17 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Failed:
+    """This one request cannot be served, here or elsewhere, and is forgotten here. cause: a word,
+    of which there are few. error: what its client is told.
+    """
+
+    id: str
+    cause: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class Returned:
     """This request is to go on elsewhere; it is forgotten here. ticket: of its KV, if that was
     handed over and not asked for yet, so that another may.
@@ -160,7 +171,7 @@ class Outlined:
     num_received: int
 
 
-Event = Stepped | Offered | Moved | Lost | Returned | Draining | Died | Outlined
+Event = Stepped | Offered | Moved | Lost | Failed | Returned | Draining | Died | Outlined
 """All that a worker says."""
 
 
@@ -183,7 +194,7 @@ class Welcome:
     """Answers a Hello: who a worker is, and what it has.
 
     incarnation: random, new at each start. profile: its step times (see `schedulers.cost`).
-    kv_address: "host:port" of its KV service. version: of its protocol; 2 was the last that did not
+    kv_address: "host:port" of its KV service. version: of its protocol; 0 for one that does not
     tell.
     """
 
@@ -199,7 +210,7 @@ class Welcome:
     device_kind: str = ""
     kv_address: str = ""
     prefix_cache: bool = False
-    version: int = 2
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from kairos_jax.worker.messages import (
     Died,
     Draining,
     Event,
+    Failed,
     Handover,
     Hello,
     Lost,
@@ -348,7 +349,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
             case For.REQUEST, id:
                 if router := self._router_of.get(id):
                     router.tell(event)
-                    if isinstance(event, Lost | Returned):
+                    if isinstance(event, Lost | Failed | Returned):
                         self._forget(id, router)
             case For.INSTANCE, _:
                 self._on_instance(event)

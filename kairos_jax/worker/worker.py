@@ -22,6 +22,7 @@ from kairos_jax.worker.messages import (
     Died,
     Draining,
     Event,
+    Failed,
     HandBack,
     Handover,
     Lost,
@@ -37,11 +38,14 @@ from kairos_jax.worker.messages import (
     Submit,
 )
 from kairos_jax.worker.tally import Steps
+from models.sampling import INVALID
 from schedulers.ledger.instance import Batch, Instance, Policy, Role, during_step, fetchable
 from schedulers.ledger.request import Seq
 from schedulers.policies.routing import Summary
 
 log = logging.getLogger(__name__)
+
+_NOT_FINITE = "the model's logits are not finite (NaN or infinity): there is no token to sample"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +243,7 @@ class Worker:
 
     def _end_step(self, batch: Batch, begun: float) -> None:
         seqs = {id: self.instance.running[id] for id in batch.work}
-        tokens = self._until_ended()
+        tokens = self._valid(self._until_ended())
         self._aboard = ()
         now = self.clock()
         self.ran.add(now - begun, batch.predicted_s, len(batch.work))
@@ -258,6 +262,18 @@ class Worker:
             self._untold = lambda: Stepped(
                 tuple(_output(seqs[id], tokens[id], now, tickets.get(id)) for id in tokens)
             )
+
+    def _valid(self, tokens: dict[str, Token]) -> dict[str, Token]:
+        """The tokens of a step. Ends the requests that got none because their numbers are not
+        finite, before the step is booked: so no page of theirs that it filled is cached.
+        """
+        invalid = [id for id, token in tokens.items() if token.id == INVALID]
+        for id in invalid:
+            log.error("request %s on instance %s: %s", id, self.instance.id, _NOT_FINITE)
+            self._forget(id)
+            self.emit(Failed(id, "not_finite", _NOT_FINITE))
+            del tokens[id]
+        return tokens
 
     def _tell(self) -> None:
         """Says what the last step gave: once the next is under way, so that the mesh does not wait

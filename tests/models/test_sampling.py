@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from models import sampling
-from models.sampling import SamplingInput
+from models.sampling import INVALID, SamplingInput
 
 VOCAB = 50
 
@@ -16,7 +16,6 @@ def inputs(rows, **given):
         "top_k": (0, np.int32),
         "top_p": (1.0, np.float32),
         "min_p": (0.0, np.float32),
-        "seed": (0, np.uint32),
         "position": (0, np.int32),
         "logprobs": (False, np.bool_),
     }
@@ -24,14 +23,18 @@ def inputs(rows, **given):
         name: np.broadcast_to(np.asarray(given.get(name, value), dtype), (rows,))
         for name, (value, dtype) in defaults.items()
     }
-    return SamplingInput(**made)
+    seeds = np.broadcast_to(np.asarray(given.get("seed", 0), np.uint64), (rows,))
+    halves = np.stack([seeds & 0xFFFFFFFF, seeds >> 32], axis=1).astype(np.uint32)
+    return SamplingInput(**made, seed=halves)
 
 
 draw = jax.jit(sampling.sample)
 
 
-def sample(logits, **given):
-    return sampling.unpack(np.asarray(draw(logits, inputs(len(logits), **given))))
+def sample(logits, finite=True, **given):
+    rows = len(logits)
+    finite = np.broadcast_to(finite, (rows,))
+    return sampling.unpack(np.asarray(draw(logits, inputs(rows, **given), finite)))
 
 
 def kept(logits, draws=4000, **given):
@@ -119,3 +122,84 @@ def test_logprobs_are_the_models_own():
     np.testing.assert_allclose(got.logprob, expected[rows, got.token], rtol=1e-6)
     np.testing.assert_array_equal(got.top_tokens[:, 0], logits.argmax(1))
     np.testing.assert_allclose(got.top_logprobs[:, :20], -np.sort(-expected)[:, :20], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"top_p": 1e-40},  # below the least f32 that is not subnormal
+        {"top_p": 1e-45},
+        {"top_p": 1e-38, "top_k": 3},
+        {"top_p": 1e-40, "min_p": 1.0},
+        {"min_p": 1.0},
+        {"min_p": np.nextafter(np.float32(1), np.float32(0))},
+        {"top_k": 1},
+        {"top_k": 1, "top_p": 1e-40, "min_p": 1.0},
+    ],
+)
+def test_the_likeliest_token_is_kept_however_little_is(how):
+    assert kept(logits_of([0.2, 0.1, 0.4, 0.3]), draws=50, **how) == {2}
+
+
+def test_limits_that_keep_all_keep_all():
+    logits = logits_of([0.2, 0.1, 0.4, 0.3])
+    for how in ({"top_k": 2**31 - 1}, {"top_p": 1 - 1e-7}, {"min_p": 1e-40}):
+        assert kept(logits, **how) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e30, 3e38])
+@pytest.mark.parametrize("scale", [1.0, 1e30, 3e37])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_extremes_of_temperature_give_tokens(temperature, scale, top_p):
+    logits = np.random.default_rng(0).normal(size=(20, VOCAB)).astype(np.float32) * scale
+    got = sample(logits, temperature=temperature, top_p=top_p, position=np.arange(20)).token
+    assert ((got >= 0) & (got < VOCAB)).all()
+    if temperature <= 1e-6 and scale > 1:
+        np.testing.assert_array_equal(got, logits.argmax(1))
+
+
+def test_seeds_differ_in_all_of_their_64_bits():
+    logits = np.zeros((1, VOCAB), np.float32)
+    seeds = [0, 1, 2**64 - 1, 2**32, 2**32 - 1, 2**63, *(1 << bit for bit in range(2, 64))]
+    drawn = set()
+    for seed in set(seeds):
+        rows = np.repeat(logits, 24, axis=0)
+        tokens = sample(rows, temperature=1.0, seed=seed, position=np.arange(24)).token
+        drawn.add(tuple(tokens.tolist()))
+    assert len(drawn) == len(set(seeds))
+
+
+def test_a_seed_of_32_bits_is_the_key_that_jax_makes_of_it():
+    key = jax.random.fold_in(jax.random.key(7), 3)
+    noise = jax.random.gumbel(key, (VOCAB,), np.float32)
+    got = sample(np.zeros((1, VOCAB), np.float32), temperature=1.0, seed=7, position=3)
+    assert got.token[0] == np.argmax(noise)
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_row_that_is_not_finite_gives_no_token(temperature, top_p, logprobs):
+    good = np.random.default_rng(0).normal(size=(VOCAB,)).astype(np.float32)
+    rows = np.repeat(good[None], 7, axis=0)
+    rows[1, 7] = np.nan
+    rows[2, [3, 9]] = -np.nan, np.inf
+    rows[3, 5] = np.inf
+    rows[4] = -np.inf
+    rows[5, 1:] = -np.inf  # the usual form of "never"
+    how = {"temperature": temperature, "top_p": top_p, "logprobs": logprobs, "seed": 3}
+    finite = np.array([True] * 6 + [False])
+    got, alone = sample(rows, finite=finite, **how), sample(good[None], **how)
+    assert (got.token[[1, 2, 3, 4, 6]] == INVALID).all()
+    assert got.token[0] == alone.token[0]
+    assert got.token[5] == 0
+    if logprobs:
+        assert got.logprob[0] == alone.logprob[0]
+
+
+def test_the_likeliest_are_as_many_as_were_asked_for_whatever_is_sampled():
+    logits = np.random.default_rng(0).normal(size=(50, VOCAB)).astype(np.float32)
+    got = sample(logits, temperature=5.0, logprobs=True, position=np.arange(50))
+    order = np.argsort(-logits, axis=1)[:, :20]
+    assert (got.token[:, None] != order[:, :5]).all(axis=1).any(), "some were not likely"
+    np.testing.assert_array_equal(got.top_tokens, order)

@@ -13,7 +13,7 @@ from models.kv_cache import StepInput, allocate
 from models.ops import KERNELS, on_mesh
 from models.params import pack, pack_config
 from models.sharding import Rules, make_mesh
-from models.transformer import forward
+from models.transformer import all_finite, forward, hidden_states
 
 PAGE, PAGES = 16, 8  # tokens a page, pages a sequence
 RULES = Rules()
@@ -144,3 +144,73 @@ def test_devices_need_two_all_reduces_a_layer_and_one_to_embed(tiny_llama, count
     assert text.count(" all-reduce(") == 2 * config.num_layers + 1
     for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert f" {other}(" not in text
+
+
+BAD = 200  # a token whose embedding is not finite
+
+
+def stepper(directory, kernels, weight, value, at=0):
+    """A step with one number of the weights replaced, and an empty cache for it. A step takes
+    (tokens, start, page) of each row, and gives hidden states, which rows are finite, the cache.
+    """
+    config, params, on_mesh, _ = on_devices(directory, 1, jnp.float32, kernels)
+    place = (at,) + (0,) * (params[weight].ndim - 1)
+    params = {**params, weight: params[weight].at[place].set(value)}
+
+    @jax.jit
+    def step(cache, tokens, start, count, table):
+        inputs = StepInput(tokens, start, count, table)
+        hidden, cache = hidden_states(config, params, cache, inputs, on_mesh)
+        return hidden, all_finite(hidden, inputs), cache
+
+    def run(cache, rows, queries):
+        tokens = np.zeros((len(rows), queries), np.int32)
+        for row, (ids, _, _) in zip(tokens, rows, strict=True):
+            row[: len(ids)] = ids
+        counts = np.array([len(ids) for ids, _, _ in rows], np.int32)
+        starts = np.array([start for _, start, _ in rows], np.int32)
+        table = np.zeros((len(rows), 2), np.int32)  # as of a worker: page 0 where there is no more
+        table[:, 0] = [page for _, _, page in rows]
+        hidden, finite, cache = step(cache, tokens, starts, counts, table)
+        return np.asarray(hidden), finite.tolist(), cache
+
+    return run, allocate(config, KERNELS[kernels].layout, 4, PAGE, jnp.float32)
+
+
+def test_what_is_not_finite_stays_with_its_own_row(tiny_llama, kernels):
+    """Kernels read whole pages of what a row does not see, and 0 * NaN is NaN."""
+    run, empty = stepper(tiny_llama, kernels, "embed", np.nan, at=BAD)
+    prompt = [5, 9, 17, 4, 30]
+    count = len(prompt)
+    hidden, finite, cache = run(empty, [([7], 0, 0), (prompt, 0, 1)], 8)
+    assert finite == [True, True]
+    expected = hidden[1, :count]
+    hidden, _, _ = run(cache, [([7], 1, 0), ([11], count, 1)], 1)
+    following = hidden[1]
+
+    def check(got, what):
+        np.testing.assert_allclose(got, what, atol=1e-4)
+
+    # Beside a bad one, whose page the prompt's table is filled up with.
+    long = [7] * 7 + [BAD]
+    hidden, finite, cache = run(empty, [(long, 0, 0), (prompt, 0, 1)], 8)
+    assert finite == [False, True]
+    check(hidden[1, :count], expected)
+    hidden, finite, cache = run(cache, [([BAD], PAGE, 0), ([11], count, 1)], 1)
+    assert finite == [False, True]
+    check(hidden[1], following)
+    # In the page that it has left behind; and padding is not looked at.
+    hidden, finite, _ = run(cache, [(prompt, 0, 0), ([], 0, 2)], 8)
+    assert finite == [True, True]
+    check(hidden[0, :count], expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["q", "k", "v", "o"])
+def test_a_bad_weight_shows_in_every_row(tiny_llama, part, value):
+    """That keys and values of it are kept out of the pool must not hide it."""
+    run, empty = stepper(tiny_llama, "cpu", f"layers.0.attention.{part}", value)
+    _, finite, cache = run(empty, [([7, 8], 0, 0), ([5, 9, 17], 0, 1)], 4)
+    assert finite == [False, False]
+    for layer in cache:
+        assert all(bool(jnp.isfinite(array).all()) for array in layer)

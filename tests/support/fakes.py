@@ -27,6 +27,7 @@ from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.text.tokenizer import Tokenizer
 from kairos_jax.worker.build import build_workers
 from kairos_jax.worker.worker import Worker
+from models.sampling import INVALID
 from models.sharding import Rules
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Limits
@@ -106,7 +107,8 @@ def expected_prompt_logprobs(prompt: Sequence[int], count: int) -> PromptLogprob
 class FakeEngine:
     """Keeps token ids where an engine keeps KV, and samples from what it finds there.
 
-    gate: steps wait for it. fail: the next step raises it. num_reads: copies made of KV.
+    gate: steps wait for it. fail: the next step raises it. num_reads: copies made of KV. bad: a
+    token of which nothing finite can be computed.
     """
 
     wire_sharding = None
@@ -118,6 +120,7 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.fail: BaseException | None = None
+        self.bad: int | None = None
         self.num_steps = self.num_reads = 0
 
     def start(self, work):
@@ -135,7 +138,9 @@ class FakeEngine:
                     seq.pages[position // self.page_size], [NONE] * self.page_size
                 )
                 (page[position % self.page_size],) = seq.token_ids(position, position + 1)
-            if seq.computed + count == seq.length:
+            if self.bad in seq.token_ids(seq.computed, seq.computed + count):
+                tokens[seq.request.id] = Token(INVALID)
+            elif seq.computed + count == seq.length:
                 slots = [id for page in seq.pages for id in self.pool.get(page, [])]
                 context = slots[: seq.length]
                 assert NONE not in context, "the KV of a token is missing"

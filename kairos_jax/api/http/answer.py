@@ -4,7 +4,7 @@ Events are put together from templates, of which only the text of each is serial
 a second are to leave most of a core to others.
 """
 
-import json
+import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,13 @@ from typing import Any
 
 from kairos_jax.api.http.choice import Choice, Offsets, Piece, token_bytes, token_text
 from kairos_jax.api.http.request import Ask
+from kairos_jax.api.http.to_json import to_bytes, to_json
 from kairos_jax.engine.calls import Token
 from kairos_jax.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 # JSON has no infinity.
 _LEAST_LOGPROB = -9999.0
-
-quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Answer:
@@ -41,7 +40,7 @@ class Answer:
         head = {"id": self.id, "object": kind, "created": int(time.time()), "model": model}
         self._head = head
         # Every event of a choice begins so, up to its text, and most end so.
-        opened = quoted(head)[:-1] + ',"choices":[{"index":'
+        opened = to_json(head)[:-1] + ',"choices":[{"index":'
         delta = ',"delta":{"content":' if ask.chat else ',"text":'
         self._begins = [f"data: {opened}{choice.index}{delta}" for choice in choices]
         self._brace = "}" if ask.chat else ""
@@ -66,7 +65,7 @@ class Answer:
     def event(self, choice: Choice, piece: Piece) -> bytes:
         """What came of a choice."""
         if self._plain and piece.finish_reason is None:
-            return (self._begins[choice.index] + quoted(piece.text) + self._rest).encode()
+            return (self._begins[choice.index] + to_json(piece.text) + self._rest).encode()
         shown: dict[str, Any] = {"index": choice.index}
         shown |= {"delta": {"content": piece.text}} if self.ask.chat else {"text": piece.text}
         shown["logprobs"] = self._logprobs(choice, piece.tokens)
@@ -94,15 +93,15 @@ class Answer:
 
     def opening(self) -> bytes:
         """What goes before the choices."""
-        return (quoted(self._head)[:-1] + ', "choices": [').encode()
+        return (to_json(self._head)[:-1] + ', "choices": [').encode()
 
     def closing(self) -> bytes:
         """What goes after them."""
-        return ('], "usage": ' + quoted(self._usage()) + "}").encode()
+        return ('], "usage": ' + to_json(self._usage()) + "}").encode()
 
     def whole(self, choice: Choice, pieces: Sequence[Piece]) -> bytes:
         """A choice of which all is there."""
-        return quoted(self._whole(choice, pieces)).encode()
+        return to_bytes(self._whole(choice, pieces))
 
     def _whole(self, choice: Choice, pieces: Sequence[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
@@ -181,8 +180,10 @@ class Answer:
         if token.logprob is None:
             return None
         top: dict[str, float | None] = {}
-        for id, value in token.top:  # of several that look alike, the likeliest
-            top.setdefault(self._text(id), _finite(value))
+        for id, value in token.top:
+            text = self._text(id)
+            # Of several that look alike, the likeliest has the text as its name.
+            top[text if text not in top else f"token_id:{id}"] = _finite(value)
         return top
 
     def _chat_logprob(self, token: Token) -> dict[str, Any]:
@@ -199,11 +200,11 @@ class Answer:
 
 def event_of(value: Mapping[str, Any]) -> bytes:
     """A server-sent event of a JSON object."""
-    return f"data: {quoted(value)}\n\n".encode()
+    return b"data: " + to_bytes(value) + b"\n\n"
 
 
 def _finite(value: float | None) -> float | None:
-    return None if value is None else max(value, _LEAST_LOGPROB)
+    return None if value is None or math.isnan(value) else max(value, _LEAST_LOGPROB)
 
 
 def _timing(choice: Choice) -> dict[str, Any]:

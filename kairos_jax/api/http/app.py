@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -20,19 +20,19 @@ from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.http.errors import ApiError, on_error
 from kairos_jax.api.http.fields import Fields, read_object, shown
 from kairos_jax.api.http.guard import Guard, OpenRoute, read_body
-from kairos_jax.api.http.request import (
-    Ask,
-    check_model,
-    check_size,
-    messages_of,
-    read,
-    renamed,
-    slo_of_headers,
-)
+from kairos_jax.api.http.known import refuse_not_served, refuse_of_others
+from kairos_jax.api.http.prompts import chat_of
+from kairos_jax.api.http.request import Ask, check_model, check_size, read, renamed
 from kairos_jax.api.http.run import Answering
 from kairos_jax.api.http.server import HttpOptions
-from kairos_jax.api.validator import BadField, UnknownModel, Validator
+from kairos_jax.api.http.slo import slo_of_headers
+from kairos_jax.api.http.to_json import Json
+from kairos_jax.api.http.warned import HEADER, Warnings
+from kairos_jax.api.refusal import BadField, UnknownModel
+from kairos_jax.api.validator import Validator
 from kairos_jax.routing.fleet import Full, WorkerLost
+from kairos_jax.routing.router import IdInUse
+from kairos_jax.routing.stream import RequestFailed
 from kairos_jax.rpc import kairos_pb2 as pb
 
 _FORESEEN: Sequence[type[Exception]] = (
@@ -43,6 +43,8 @@ _FORESEEN: Sequence[type[Exception]] = (
     Closed,
     Full,
     WorkerLost,
+    RequestFailed,
+    IdInUse,
 )
 
 
@@ -58,7 +60,7 @@ def make_app(gate: Gate, options: HttpOptions, routes: Sequence[BaseRoute] = ())
             allow_origins=options.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", HEADER],
         )
         middleware.insert(0, cors)  # before keys are asked for: a browser's first call has none
     handlers: dict[Any, Any] = dict.fromkeys((Exception, *_FORESEEN), on_error)
@@ -70,7 +72,7 @@ class Api:
 
     def __init__(self, gate: Gate, max_body_bytes: int):
         self._gate, self._max_body_bytes = gate, max_body_bytes
-        self._created = int(time.time())
+        self._created, self._warnings = int(time.time()), Warnings()
 
     def routes(self) -> list[BaseRoute]:
         """What is at which path."""
@@ -93,7 +95,7 @@ class Api:
 
     async def version(self, request: Request) -> Response:
         """Of this package."""
-        return JSONResponse({"version": version("kairos_jax")})
+        return Json({"version": version("kairos_jax")})
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus; also while no requests are taken any more."""
@@ -105,7 +107,7 @@ class Api:
 
     async def models(self, request: Request) -> Response:
         """The one model that is served."""
-        return JSONResponse({"object": "list", "data": [self._model(self._gate.enter())]})
+        return Json({"object": "list", "data": [self._model(self._gate.enter())]})
 
     async def model(self, request: Request) -> Response:
         """The model of this id."""
@@ -114,7 +116,7 @@ class Api:
             raise UnknownModel(
                 f"model {shown(id)} is not served; {shown(backend.validator.model)} is"
             )
-        return JSONResponse(self._model(backend))
+        return Json(self._model(backend))
 
     def _model(self, backend: Backend) -> dict[str, Any]:
         return {
@@ -142,7 +144,8 @@ class Api:
             with self._gate.slots.take() as slot:
                 asked = await self._read(request, backend, arrival, chat)
                 slot.grow(len(asked.requests) * asked.n)
-                await Answering(asked, backend)(scope, receive, send)
+                said = self._warnings.on(Answering(asked, backend), asked.near_misses)
+                await said(scope, receive, send)
 
         return answer
 
@@ -174,7 +177,7 @@ class Api:
             raw = await read_body(request, self._max_body_bytes)
             ids = await self._gate.slots.tokenize(lambda: tokenized(backend.validator, raw))
         limit = backend.validator.config.max_context
-        return JSONResponse({"count": len(ids), "max_model_len": limit, "tokens": ids})
+        return Json({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
@@ -182,22 +185,26 @@ class Api:
         with self._gate.slots.take():
             raw = await read_body(request, self._max_body_bytes)
             text = await self._gate.slots.tokenize(lambda: detokenized(backend.validator, raw))
-        return JSONResponse({"prompt": text})
+        return Json({"prompt": text})
 
 
 def tokenized(validator: Validator, raw: bytes) -> list[int]:
     """The ids of the text or the conversation in a body. Raises BadField or UnknownModel."""
     fields = Fields(read_object(raw))
     check_model(fields, validator)
-    text, chat = fields.text("prompt"), "messages" in fields.values
-    if not chat and text is None:
+    chat, special = fields.values.get("messages") is not None, fields.flag("add_special_tokens")
+    refuse_not_served(fields)
+    fields.refuse_all_but("return_token_strs", False)
+    message = pb.GenerateRequest(add_special_tokens=special)
+    if chat:
+        message.chat.CopyFrom(chat_of(fields))
+    elif (text := fields.text("prompt")) is not None:
+        refuse_of_others(fields, chat=False)
+        message.text = text
+    else:
         raise BadField("prompt", "is missing: give text, or messages")
-    message = (
-        pb.GenerateRequest(chat=messages_of(fields)) if chat else pb.GenerateRequest(text=text)
-    )
-    add_special_tokens = fields.boolean("add_special_tokens", True)
     try:
-        return validator.encode(message, "chat" if chat else "text", add_special_tokens)
+        return validator.encode(message, "chat" if chat else "text")
     except BadField as error:
         place = "messages" if chat else "prompt"
         raise BadField(renamed(error.field, place), error.problem) from error

@@ -1,7 +1,7 @@
 """One choice of an answer: tokens in, text out, up to where it ends."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 
 from kairos_jax.engine.calls import PromptLogprobs, Token
 from kairos_jax.routing.stream import Stream
@@ -11,22 +11,23 @@ from kairos_jax.worker.messages import Output
 
 
 class StopTexts:
-    """Ends a growing text where one of some texts begins in it. What may become one of them is held
-    back until it is known.
+    """Ends a growing text where one of some texts begins in it, or, with `show`, where that one
+    ends. What may become one of them is held back until it is known.
     """
 
-    def __init__(self, stops: Sequence[str]):
-        self._stops = stops
+    def __init__(self, stops: Sequence[str], show: bool = False):
+        self._stops, self._show = stops, show
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Takes more text; returns what is certain now, and whether the text has ended by it."""
         text = self._held + text
-        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if ends:
+        found = [(at, len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
             self._held = ""
-            return text[: min(ends)], True
+            at, length = min(found)
+            return text[: at + length if self._show else at], True
         certain = min((_begins(text, stop) for stop in self._stops), default=len(text))
         self._held = text[certain:]
         return text[:certain], False
@@ -59,8 +60,9 @@ class Choice:
     """One stream as one of an answer's choices.
 
     late_stops: token ids that end it from `min_tokens` on; texts do so from there on too. silent:
-    its one token is not shown. num_tokens: shown so far. prompt: log-probabilities of its prompt,
-    if they were asked for, from the first token on.
+    its one token is not shown. shows_end: whether a token id shows where it ends the output; None:
+    each does. num_tokens: shown so far. prompt: log-probabilities of its prompt, if they were asked
+    for, from the first token on.
     """
 
     index: int
@@ -70,6 +72,7 @@ class Choice:
     min_tokens: int = 0
     late_stops: frozenset[int] = frozenset()
     silent: bool = False
+    shows_end: Callable[[int], bool] | None = None
     num_tokens: int = 0
     finish_reason: str | None = None
     prompt: PromptLogprobs | None = None
@@ -89,7 +92,7 @@ class Choice:
         tokens = [output.token for output in outputs]
         self.num_tokens += len(tokens)
         self.finish_reason = outputs[-1].finish_reason
-        text = self._detokenized(tokens)
+        text = self._detokenized(tokens, self.finish_reason == "stop")
         if self.finish_reason and self.detokenizer:
             text += self.detokenizer.flush()
         return Piece(text, tokens, self.finish_reason)
@@ -99,9 +102,10 @@ class Choice:
         for output in outputs:
             tokens.append(output.token)
             self.num_tokens += 1
-            text, stopped = self._stopped(self._detokenized([output.token]))
-            texts.append(text)
             late = self.num_tokens >= self.min_tokens and output.token.id in self.late_stops
+            ends = late or output.finish_reason == "stop"
+            text, stopped = self._stopped(self._detokenized([output.token], ends))
+            texts.append(text)
             self.finish_reason = "stop" if stopped or late else output.finish_reason
             if self.finish_reason:
                 if not stopped:
@@ -125,10 +129,31 @@ class Choice:
             return certain
         return certain + self.stops.flush()
 
-    def _detokenized(self, tokens: Iterable[Token]) -> str:
+    def _detokenized(self, tokens: Iterable[Token], ends: bool) -> str:
+        """The text of some tokens. ends: the last of them ends the output."""
         if self.detokenizer is None:
             return ""
-        return self.detokenizer.push([token.id for token in tokens])
+        ids = [token.id for token in tokens]
+        if ends and self.shows_end and not self.shows_end(ids[-1]):
+            del ids[-1]
+        return self.detokenizer.push(ids)
+
+
+class Unskipped(Tokenizer):
+    """A tokenizer that shows special tokens as text."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Unskipped":
+        """The same one otherwise."""
+        return cls(**{each.name: getattr(tokenizer, each.name) for each in fields(tokenizer)})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def has_text(self, id: int) -> bool:
+        """See `Tokenizer`."""
+        return self.backend.id_to_token(id) is not None
 
 
 class Offsets:

@@ -5,7 +5,8 @@ import logging
 from typing import Any
 
 from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from kairos_jax.api.http.protocol import PlainProtocol
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Connections:
         self._full = self._full and self.num_open >= self.limit
 
 
-class Protocol(HttpToolsProtocol):
+class Protocol(PlainProtocol):
     """Bounds the head of a request in bytes and in time: the parser would wait and gather without
     end.
     """

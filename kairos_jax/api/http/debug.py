@@ -6,7 +6,6 @@ and its last decisions as a trace for Perfetto. Off unless --debug_dir says wher
 """
 
 import asyncio
-import json
 import logging
 import os
 import threading
@@ -26,6 +25,7 @@ from starlette.routing import BaseRoute, Route
 
 from kairos_jax.api.http.errors import ApiError, error_object
 from kairos_jax.api.http.fields import shown
+from kairos_jax.api.http.to_json import to_bytes
 from kairos_jax.observe.perfetto import RecentTrace
 from kairos_jax.process.command import UsageError
 from kairos_jax.worker.worker import Worker
@@ -89,7 +89,7 @@ class Debug:
     def answer(self, method: str, path: str, query: Mapping[str, str]) -> bytes:
         """A JSON object. Raises ApiError."""
         if job := self._jobs.get((method, path)):
-            return json.dumps(job(query)).encode()
+            return to_bytes(job(query))
         if any(path == known for _, known in self._jobs):
             raise ApiError(405, "this path does not take this method")
         raise ApiError(404, "there is nothing at this path")
@@ -150,7 +150,7 @@ def answer_beside(server: WSGIServer, debug: Debug) -> None:
         try:
             body = debug.answer(method, path, dict(parse_qsl(environ["QUERY_STRING"])))
         except ApiError as error:
-            status, body = HTTPStatus(error.status), json.dumps(error_object(error)).encode()
+            status, body = HTTPStatus(error.status), to_bytes(error_object(error))
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
         start(f"{status.value} {status.phrase}", headers)
         return [body]

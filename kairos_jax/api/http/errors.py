@@ -1,6 +1,5 @@
 """Errors as OpenAI's API shapes them: {"error": {"message", "type", "param", "code"}}."""
 
-import json
 import math
 from collections.abc import Mapping
 
@@ -9,8 +8,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kairos_jax.api.gate import Closed
-from kairos_jax.api.validator import BadField, UnknownModel
+from kairos_jax.api.http.to_json import Json
+from kairos_jax.api.refusal import BadField, TooLong, UnknownModel
 from kairos_jax.routing.fleet import Full, WorkerLost
+from kairos_jax.routing.router import IdInUse
+from kairos_jax.routing.stream import RequestFailed
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _CODES = {
@@ -45,14 +47,21 @@ def describe(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case TooLong():
+            # The code that clients look for, to shorten the prompt and try again.
+            return ApiError(400, str(error), error.field, "context_length_exceeded")
         case BadField():
             return ApiError(400, str(error), error.field)
         case UnknownModel():
             return ApiError(404, str(error), "model", "model_not_found")
+        case IdInUse():
+            return ApiError(409, str(error), "request_id")
         case Full():
             return _later(429, str(error), error.retry_after_s)
         case Closed() | WorkerLost():
             return _later(503, str(error), _RETRY_S)
+        case RequestFailed():
+            return ApiError(500, str(error), code="request_failed")
         case HTTPException(status_code=404):
             return ApiError(404, "there is nothing at this path")
         case HTTPException(status_code=405):
@@ -83,8 +92,7 @@ def error_object(error: ApiError) -> Mapping[str, object]:
 def error_response(error: Exception) -> Response:
     """The answer to a request that failed before anything of it was answered."""
     refusal = describe(error)
-    body = json.dumps(error_object(refusal)).encode()
-    return Response(body, refusal.status, refusal.headers, "application/json")
+    return Json(error_object(refusal), refusal.status, refusal.headers)
 
 
 async def on_error(request: Request, error: Exception) -> Response:

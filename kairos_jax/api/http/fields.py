@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from kairos_jax.api.validator import BadField
+from kairos_jax.api.refusal import BadField
 
 _INT32 = 2**31
 _INT64 = 2**63
@@ -65,10 +65,14 @@ class Fields:
         except OverflowError:
             return math.inf if value > 0 else -math.inf
 
-    def boolean(self, name: str, default: bool = False) -> bool:
+    def flag(self, name: str) -> bool | None:
         value = self.values.get(name)
         if not isinstance(value, bool | None):
             raise self._bad(name, "true or false", value)
+        return value
+
+    def boolean(self, name: str, default: bool = False) -> bool:
+        value = self.flag(name)
         return default if value is None else value
 
     def text(self, name: str) -> str | None:
@@ -91,11 +95,12 @@ class Fields:
         check_int32(self.path + name, value or [])
         return value or []
 
-    def refuse_all_but(self, name: str, neutral: Any) -> None:
-        """For what is not served: it may be left out, or ask for nothing."""
+    def refuse_all_but(self, name: str, *neutral: Any) -> None:
+        """For what is not served: it may be left out, or ask for what happens anyway."""
         value = self.values.get(name)
-        if value is not None and value != neutral:
-            raise self._bad(name, f"{json.dumps(neutral)}, as nothing else is served", value)
+        if value is not None and value not in neutral:
+            served = " or ".join(map(json.dumps, neutral or (None,)))
+            raise self._bad(name, f"{served}, as nothing else is served", value)
 
     def _bad(self, name: str, limit: str, value: Any) -> BadField:
         return BadField(self.path + name, f"must be {limit}, got {shown(value)}")

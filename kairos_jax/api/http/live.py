@@ -4,7 +4,6 @@ Once a second, as long as somebody looks, one snapshot is made and sent to all w
 """
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable
 from importlib import resources
@@ -19,6 +18,7 @@ from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.http.errors import ApiError
 from kairos_jax.api.http.guard import OpenRoute
 from kairos_jax.api.http.snapshot import snapshot
+from kairos_jax.api.http.to_json import to_bytes
 
 MAX_VIEWERS = 64
 _PERIOD_S = 1.0
@@ -125,7 +125,7 @@ class Live:
         begun = time.perf_counter()
         told = self._look(self._gate)
         told["took_s"] = round(time.perf_counter() - begun, 6)
-        return b"data: " + json.dumps(told, separators=(",", ":")).encode() + b"\n\n"
+        return b"data: " + to_bytes(told, compact=True) + b"\n\n"
 
 
 def _look(gate: Gate) -> dict[str, Any]:

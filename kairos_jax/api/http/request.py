@@ -4,13 +4,16 @@ A body becomes the message that gRPC clients send, so that `Validator` checks bo
 names of fields differ in what a client is told.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kairos_jax.api.http.fields import Fields, check_int32, check_text, is_ids, shown
-from kairos_jax.api.validator import BadField, UnknownModel, Validator
+from kairos_jax.api.http.fields import Fields, check_text, shown
+from kairos_jax.api.http.known import near_misses, refuse_not_served, refuse_of_others
+from kairos_jax.api.http.prompts import Prompt, chat_of, prompts_of
+from kairos_jax.api.http.slo import slo_of_body
+from kairos_jax.api.refusal import BadField, UnknownModel
+from kairos_jax.api.validator import Validator
 from kairos_jax.rpc import kairos_pb2 as pb
 from models.sampling import MAX_TOP_LOGPROBS
 from schedulers.ledger.request import Request
@@ -24,42 +27,23 @@ _MAX_STOP_LENGTH = 256
 # What OpenAI's completions generate where they are not told how much. Chat goes on to the end.
 _DEFAULT_MAX_TOKENS = 16
 
-# What is not served, and what may be asked of it nonetheless.
-_NEUTRAL: Mapping[str, Any] = {
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
-    "logit_bias": {},
-    "suffix": "",
-    "tools": [],
-    "functions": [],
-    "response_format": {"type": "text"},
-    "modalities": ["text"],
-    "use_beam_search": False,
-    "guided_json": None,
-    "guided_regex": None,
-    "guided_choice": None,
-    "guided_grammar": None,
-    "structured_outputs": None,
-    "prompt_logprobs": None,
-}
-
-_SLO_FIELDS = {"ttft_ms": "ttft_s", "tpot_ms": "tpot_s"}
-
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What one HTTP request asks for: `n` choices for each of `requests`.
 
-    prompts: as texts, where they came so. echo: answers begin with the prompt. logprobs: how many
+    prompts: as texts, where they came so and are whole. named: the client gave the requests their
+    name in the body, and wants no other. echo: answers begin with the prompt. logprobs: how many
     alternatives to report; None: no log-probabilities at all. silent: no output is wanted, only
     what is said of the prompt; one token is generated and not shown. stops: texts that end an
-    output. late_stops: token ids that do so from `min_tokens` on.
+    output; show_stop: it ends after the text, not before. late_stops: token ids that end it from
+    `min_tokens` on. show_special: special tokens are shown as text. near_misses: see `known`.
     """
 
     chat: bool
     requests: Sequence[Request]
     prompts: Sequence[str | None]
+    named: bool
     n: int
     stream: bool
     include_usage: bool
@@ -68,10 +52,13 @@ class Ask:
     silent: bool
     logprobs: int | None
     stops: tuple[str, ...]
+    show_stop: bool
     min_tokens: int
     late_stops: frozenset[int]
+    show_special: bool
     return_token_ids: bool
     timing: bool
+    near_misses: Sequence[tuple[str, str]] = ()
 
 
 def read(
@@ -82,53 +69,47 @@ def read(
     request_id: str,
     chat: bool,
 ) -> Ask:
-    """What a body asks for. slo: of the headers; that of the body comes first.
+    """What a body asks for. slo, request_id: of the headers; those of the body come first.
 
     Raises:
         BadField, UnknownModel: it cannot be served.
     """
     fields = Fields(body)
     check_model(fields, validator)
-    for name, neutral in _NEUTRAL.items():
-        fields.refuse_all_but(name, neutral)
+    refuse_not_served(fields)
+    refuse_of_others(fields, chat)
     n = fields.integer("n", 1, MAX_CHOICES) or 1
     if (fields.integer("best_of", 1, MAX_CHOICES) or n) != n:
         raise BadField("best_of", f"must be n, {n}, as nothing else is served")
-    echo = fields.boolean("echo")
-    if echo and chat:
-        raise BadField("echo", "is for completions, and not for chat")
-    logprobs = _logprobs(fields, chat)
+    echo, logprobs = fields.boolean("echo"), _logprobs(fields, chat)
+    own_name = fields.text("request_id")
     max_name, max_tokens = _max_tokens(fields)
     silent = echo and max_tokens == 0
     message = pb.GenerateRequest(
-        request_id=request_id,
+        request_id=own_name or request_id,
         max_tokens=1 if silent else max_tokens,
         sampling=_sampling(fields, logprobs, logprobs if echo else None),
-        slo=_slo(fields, slo),
+        slo=slo_of_body(fields, slo),
+        add_special_tokens=fields.flag("add_special_tokens"),
+        truncate_prompt_tokens=_truncation(fields, validator, max_tokens is None and not chat),
     )
-    places = [("messages", messages_of(fields))] if chat else _prompts(fields)
-    choices = len(places) * n
-    if choices > validator.config.max_requests:
-        raise BadField(
-            "n" if chat or n > 1 else "prompt",
-            f"makes {choices} choices; this server takes {validator.config.max_requests} at once",
-        )
+    places = [("messages", chat_of(fields))] if chat else prompts_of(fields)
+    _check_choices(len(places), n, validator, chat)
     requests = [_request(validator, message, arrival, *place, max_name) for place in places]
     if max_tokens is None and not chat:
         most = _DEFAULT_MAX_TOKENS
         requests = [replace(each, max_tokens=min(most, each.max_tokens)) for each in requests]
-    min_tokens = fields.integer("min_tokens", 0) or 0
-    smallest = min(request.max_tokens for request in requests)
-    if min_tokens > smallest:
-        raise BadField("min_tokens", f"must be at most max_tokens, {smallest}, got {min_tokens}")
+    min_tokens = _min_tokens(fields, requests)
     late_stops = requests[0].stop if min_tokens else frozenset()
     if min_tokens:
         requests = [replace(request, stop=frozenset()) for request in requests]
+    whole = not message.HasField("truncate_prompt_tokens")
     options = fields.part("stream_options")
     return Ask(
         chat=chat,
         requests=requests,
-        prompts=[place[1] if isinstance(place[1], str) else None for place in places],
+        prompts=[prompt if whole and isinstance(prompt, str) else None for _, prompt in places],
+        named=bool(own_name),
         n=n,
         stream=fields.boolean("stream"),
         include_usage=options.boolean("include_usage"),
@@ -137,10 +118,13 @@ def read(
         silent=silent,
         logprobs=logprobs,
         stops=_stops(fields, validator),
+        show_stop=fields.boolean("include_stop_str_in_output"),
         min_tokens=min_tokens,
         late_stops=late_stops,
+        show_special=not fields.boolean("skip_special_tokens", True),
         return_token_ids=fields.boolean("return_token_ids"),
         timing=fields.boolean("timing"),
+        near_misses=near_misses(fields),
     )
 
 
@@ -151,15 +135,12 @@ def check_model(fields: Fields, validator: Validator) -> None:
         raise UnknownModel(f"model {shown(model)} is not served here; {shown(validator.model)} is")
 
 
-_Prompt = str | list[int] | pb.Chat
-
-
 def _request(
     validator: Validator,
     base: pb.GenerateRequest,
     arrival: float,
     place: str,
-    prompt: _Prompt,
+    prompt: Prompt,
     max_name: str,
 ) -> Request:
     """The request for one prompt. place: where it stands in the body."""
@@ -175,11 +156,20 @@ def _request(
     try:
         return validator.request(message, arrival)
     except BadField as error:
-        raise BadField(renamed(error.field, place, max_name), error.problem) from error
+        raise type(error)(renamed(error.field, place, max_name), error.problem) from error
+
+
+_CHAT_OPTIONS = {
+    "continue_final_message": "continue_final_message",
+    "template": "chat_template",
+    "template_kwargs": "chat_template_kwargs",
+}
 
 
 def renamed(field: str, place: str, max_name: str = "max_tokens") -> str:
     """What HTTP clients call a field of the message. place: where the prompt stands in the body."""
+    if (option := field.removeprefix("prompt.chat.")) in _CHAT_OPTIONS:
+        return _CHAT_OPTIONS[option]
     for prefix in ("prompt.token_ids", "prompt.text", "prompt.chat"):
         if field.startswith(prefix):
             return place + field.removeprefix(prefix)
@@ -190,67 +180,26 @@ def renamed(field: str, place: str, max_name: str = "max_tokens") -> str:
     return field.removeprefix("sampling.")
 
 
-def _prompts(fields: Fields) -> list[tuple[str, _Prompt]]:
-    """Each prompt and its place in the body."""
-    value = fields.values.get("prompt")
-    if value is None:
-        raise BadField("prompt", "is missing: give text, token ids, or a list of either")
-    if value == []:
-        raise BadField("prompt", "is empty: at least 1 token is needed")
-    several = isinstance(value, list) and not is_ids(value)
-    found: list[tuple[str, _Prompt]] = []
-    for index, prompt in enumerate(value if several else [value]):
-        place = f"prompt[{index}]" if several else "prompt"
-        if isinstance(prompt, str):
-            check_text(place, prompt)
-        elif is_ids(prompt):
-            check_int32(place, prompt)
-        else:
-            raise BadField(place, f"must be text or a list of token ids, got {shown(prompt)}")
-        found.append((place, prompt))
-    return found
+def _check_choices(num_prompts: int, n: int, validator: Validator, chat: bool) -> None:
+    choices, most = num_prompts * n, validator.config.max_requests
+    if choices > most:
+        field = "n" if chat or n > 1 else "prompt"
+        raise BadField(field, f"makes {choices} choices; this server takes {most} at once")
 
 
-def messages_of(fields: Fields) -> pb.Chat:
-    """The conversation of a body. Raises BadField."""
-    value = fields.values.get("messages")
-    if value is None:
-        raise BadField("messages", "is missing")
-    if not isinstance(value, list):
-        raise BadField("messages", f"must be a list, got {shown(value)}")
-    chat = pb.Chat()
-    for index, each in enumerate(value):
-        place = f"messages[{index}]"
-        if not isinstance(each, dict):
-            raise BadField(place, f"must be an object, got {shown(each)}")
-        turn = Fields(each, place + ".")
-        turn.refuse_all_but("tool_calls", [])
-        role = turn.text("role")
-        if not role:
-            raise BadField(f"{place}.role", "is missing")
-        chat.messages.add(role=role, content=_content(each.get("content"), role, place))
-    return chat
+def _truncation(fields: Fields, validator: Validator, default_output: bool) -> int | None:
+    """default_output: as much as completions generate by default is to have room."""
+    count, context = fields.integer("truncate_prompt_tokens"), validator.config.max_context
+    if count == -1 and default_output:
+        return max(1, context - min(_DEFAULT_MAX_TOKENS, validator.config.max_tokens))
+    return count
 
 
-def _content(value: Any, role: str, place: str) -> str:
-    """The text of a message: a string, or the text parts of a list."""
-    field = f"{place}.content"
-    if value is None and role == "assistant":
-        return ""
-    if isinstance(value, str):
-        check_text(field, value)
-        return value
-    if not isinstance(value, list):
-        raise BadField(field, f"must be a string or a list of parts, got {shown(value)}")
-    texts = []
-    for index, part in enumerate(value):
-        at = f"{field}[{index}]"
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise BadField(at, f'must be a part of type "text", got {shown(kind)}')
-        check_text(f"{at}.text", part.get("text"))
-        texts.append(part["text"])
-    return "\n".join(texts)
+def _min_tokens(fields: Fields, requests: Sequence[Request]) -> int:
+    value, most = fields.integer("min_tokens", 0) or 0, min(each.max_tokens for each in requests)
+    if value > most:
+        raise BadField("min_tokens", f"must be at most max_tokens, {most}, got {value}")
+    return value
 
 
 def _max_tokens(fields: Fields) -> tuple[str, int | None]:
@@ -302,39 +251,6 @@ def _stops(fields: Fields, validator: Validator) -> tuple[str, ...]:
     if stops and validator.tokenizer is None:
         raise BadField("stop", "needs a tokenizer, and this model has none: send stop_token_ids")
     return tuple(stops)
-
-
-def _slo(fields: Fields, of_headers: pb.Slo) -> pb.Slo:
-    slo, given = pb.Slo(), fields.part("slo")
-    slo.CopyFrom(of_headers)
-    for name in given.values:
-        if name not in _SLO_FIELDS:
-            raise BadField(f"slo.{name}", f"is not known; {' and '.join(_SLO_FIELDS)} are")
-    for name, field in _SLO_FIELDS.items():
-        if (value := given.number(name)) is not None:
-            setattr(slo, field, seconds(f"slo.{name}", value))
-    return slo
-
-
-def slo_of_headers(headers: Mapping[str, str]) -> pb.Slo:
-    """Of x-slo-ttft-ms and x-slo-tpot-ms. Raises BadField."""
-    slo = pb.Slo()
-    for name, field in _SLO_FIELDS.items():
-        header = f"x-slo-{name.replace('_', '-')}"
-        if (given := headers.get(header)) is not None:
-            try:
-                value = float(given)
-            except ValueError:
-                raise BadField(header, f"must be a number, got {shown(given)}") from None
-            setattr(slo, field, seconds(header, value))
-    return slo
-
-
-def seconds(field: str, milliseconds: float) -> float:
-    """Raises BadField."""
-    if not (math.isfinite(milliseconds) and milliseconds > 0):
-        raise BadField(field, f"must be a positive number of milliseconds, got {milliseconds:g}")
-    return milliseconds / 1000
 
 
 def check_size(ask: Ask) -> None:

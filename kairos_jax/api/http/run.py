@@ -3,6 +3,7 @@ there.
 """
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,14 +14,14 @@ from starlette.types import Receive, Scope, Send
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed
 from kairos_jax.api.http.answer import DONE, Answer, event_of
-from kairos_jax.api.http.choice import Choice, Piece, StopTexts
+from kairos_jax.api.http.choice import Choice, Piece, StopTexts, Unskipped
 from kairos_jax.api.http.errors import describe, error_object
 from kairos_jax.api.http.request import Ask
 from kairos_jax.api.http.writing import Comments, in_time, write_whole
 from kairos_jax.observe.tracing import trace_of
 from kairos_jax.routing.fleet import WorkerLost
 from kairos_jax.routing.router import IdInUse, Router
-from kairos_jax.routing.stream import Stream
+from kairos_jax.routing.stream import RequestFailed, Stream
 from kairos_jax.text.detokenizer import Detokenizer
 from schedulers.ledger.request import Request
 
@@ -30,7 +31,7 @@ _EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cach
 class Answering:
     """The answer to what was asked, as an ASGI app: it submits, writes, and leaves nothing behind.
 
-    Raises what is to be told instead of an answer: Full, WorkerLost.
+    Raises what is to be told instead of an answer: Full, WorkerLost, RequestFailed.
     """
 
     def __init__(self, ask: Ask, backend: Backend):
@@ -44,7 +45,7 @@ class Answering:
         trace = trace_of(Headers(scope=scope).items())
         try:
             for request in _each(self._ask):
-                streams.append(_submit(self._backend.router, request, trace))
+                streams.append(_submit(self._backend.router, request, trace, self._ask.named))
             answer = self._answer(streams)
             if self._ask.stream:
                 write = _Events(answer, send, self._backend.router)
@@ -60,16 +61,20 @@ class Answering:
                 self._backend.router.cancel(stream)
 
     def _answer(self, streams: Sequence[Stream]) -> Answer:
-        ask, tokenizer = self._ask, self._backend.validator.tokenizer
+        ask, plain = self._ask, self._backend.validator.tokenizer
+        tokenizer = Unskipped.of(plain) if plain and ask.show_special else plain
+        # A special token that ends the output belongs to what it stops at.
+        hides_end = plain and ask.show_special and not ask.show_stop
         choices = [
             Choice(
                 index,
                 stream,
                 Detokenizer(tokenizer, stream.request.prompt) if tokenizer else None,
-                StopTexts(ask.stops) if ask.stops else None,
+                StopTexts(ask.stops, ask.show_stop) if ask.stops else None,
                 ask.min_tokens,
                 ask.late_stops,
                 ask.silent,
+                plain.has_text if plain and hides_end else None,
             )
             for index, stream in enumerate(streams)
         ]
@@ -83,17 +88,23 @@ def _each(ask: Ask) -> list[Request]:
     for request in ask.requests:
         for number in range(ask.n):
             how = request.sampling
-            how = replace(how, seed=(how.seed + number) % 2**32)
+            how = replace(how, seed=(how.seed + number) % 2**64)
             id = f"{request.id}-{len(requests)}" if several and request.id else request.id
             requests.append(replace(request, id=id, sampling=how))
     return requests
 
 
-def _submit(router: Router, request: Request, trace: Mapping[str, str]) -> Stream:
+def _submit(router: Router, request: Request, trace: Mapping[str, str], named: bool) -> Stream:
+    """named: by the body. What proxies send as X-Request-ID need not be one of a kind: they give
+    one to each request of theirs, and repeat it where they try again.
+    """
     try:
         return router.submit(request, trace)
-    except IdInUse:  # what clients send as X-Request-ID need not be one of a kind
-        return router.submit(replace(request, id=""), trace)
+    except IdInUse:
+        if named:
+            router.rejected("id_in_use")
+            raise
+        return router.submit(replace(request, id=f"{request.id}~{secrets.token_hex(4)}"), trace)
 
 
 async def _while_there(work: Awaitable[None], receive: Receive) -> None:
@@ -166,7 +177,7 @@ class _Events:
         commenting = asyncio.ensure_future(self._comments.run())
         try:
             await _each_done([self._run(choice) for choice in answer.choices])
-        except WorkerLost as error:
+        except (WorkerLost, RequestFailed) as error:
             if not self.begun:
                 raise
             await self._write(event_of(error_object(describe(error))))

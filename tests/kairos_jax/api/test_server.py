@@ -156,6 +156,20 @@ async def test_an_id_in_use_is_refused_and_free_again_after(harness):
     assert ids(again) == fakes.expected_tokens([9], 4)
 
 
+@served
+async def test_a_client_that_takes_the_servers_names_stands_in_nobodys_way(harness):
+    harness.engines[1].gate.clear()
+    forms = ("request", harness.router._prefix)
+    names = [f"{form}-{number}" for form in forms for number in (1, 2, 9)]
+    streams = [await harness.stream([1, 2], 4, request_id=name) for name in names]
+    streams += [await harness.stream([1, 2], 4) for _ in range(6)]
+    assert len({first.request_id for _, _, first in streams}) == len(streams)
+    harness.engines[1].gate.set()
+    for _, answers, first in streams:
+        rest = [response async for response in answers]
+        assert ids([first, *rest]) == fakes.expected_tokens([1, 2], 4)
+
+
 def test_more_than_max_requests_are_turned_away_with_a_hint():
     async def main():
         async with fakes.running(fakes.altered(max_requests=2)) as harness:

@@ -7,7 +7,8 @@ import fakes
 import pytest
 import tokenizers
 
-from kairos_jax.api.validator import BadField, UnknownModel, Validator
+from kairos_jax.api.refusal import BadField, TooLong, UnknownModel
+from kairos_jax.api.validator import Validator
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.text.tokenizer import Tokenizer
 from models.sampling import SamplingParams
@@ -31,6 +32,11 @@ def ids(*values, **fields):
 
 def sampled(**fields):
     return ids(1, sampling=pb.Sampling(**fields))
+
+
+def chat(**fields):
+    turns = [pb.Message(role="user", content="a")]
+    return pb.GenerateRequest(chat=pb.Chat(messages=turns, **fields))
 
 
 REFUSED = [
@@ -86,6 +92,24 @@ REFUSED = [
         sampled(stop_token_ids=[3, 500]),
         "sampling.stop_token_ids[1] must be from 0 to 96, got 500",
     ),
+    (
+        ids(1, truncate_prompt_tokens=128),
+        "truncate_prompt_tokens must be from 1 to 127, or -1 for as many as have room, got 128",
+    ),
+    (
+        ids(1, truncate_prompt_tokens=0),
+        "truncate_prompt_tokens must be from 1 to 127, or -1 for as many as have room, got 0",
+    ),
+    (
+        chat(continue_final_message=True, add_generation_prompt=True),
+        "prompt.chat.continue_final_message must be false with add_generation_prompt: a new "
+        "message would be begun, got true",
+    ),
+    (
+        chat(template="x" * 65537),
+        "prompt.chat.template must have at most 65536 characters, got 65537",
+    ),
+    (chat(template_kwargs="[]"), "prompt.chat.template_kwargs must be a JSON object, got list"),
 ]
 
 
@@ -189,7 +213,7 @@ def test_given_values_are_taken(validator):
     assert request.max_tokens == 5
     assert request.slo == Slo(30.0, 0.5)
     assert request.stop == {4}
-    assert request.sampling == SamplingParams(0.5, 3, 0.5, 0.25, 2**8 + 1, 0, 2)
+    assert request.sampling == SamplingParams(0.5, 3, 0.5, 0.25, 2**40 + 1, 0, 2)
 
 
 def test_prompt_logprobs_are_bounded_by_their_number(validator):
@@ -207,3 +231,36 @@ def test_prompt_logprobs_are_bounded_by_their_number(validator):
 
 def test_the_context_bounds_the_default_output(validator):
     assert validator.request(ids(*[1] * 120), 0.0).max_tokens == 8
+
+
+def test_seeds_differ_in_all_of_their_bits(validator):
+    seeds = [0, -1, 1, 2**32, 2**32 - 1, -(2**32), 2**63 - 1, -(2**63)]
+    made = [validator.request(sampled(seed=seed), 0.0).sampling.seed for seed in seeds]
+    assert len(set(made)) == len(seeds)
+    assert made == [seed % 2**64 for seed in seeds]
+    drawn = {validator.request(ids(1), 0.0).sampling.seed for _ in range(20)}
+    assert len(drawn) == 20
+
+
+def test_template_kwargs_that_are_no_json_are_refused(validator):
+    with pytest.raises(BadField, match=r"^prompt\.chat\.template_kwargs must be a JSON object: "):
+        validator.request(chat(template_kwargs="{"), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "max_tokens", "expected"),
+    [(3, None, 3), (127, None, 127), (-1, None, 127), (-1, 20, 108), (-1, 64, 64)],
+)
+def test_a_prompt_is_cut_to_its_last_tokens(validator, count, max_tokens, expected):
+    prompt = [at % 90 for at in range(300)]
+    request = ids(*prompt, truncate_prompt_tokens=count, max_tokens=max_tokens)
+    assert list(validator.request(request, 0.0).prompt) == prompt[-expected:]
+
+
+def test_what_is_too_long_is_an_error_of_its_own(validator):
+    for message in (ids(*[1] * 128), ids(*[1] * 100, max_tokens=29)):
+        with pytest.raises(TooLong):
+            validator.request(message, 0.0)
+    with pytest.raises(BadField) as error:
+        validator.request(ids(1, max_tokens=65), 0.0)
+    assert not isinstance(error.value, TooLong)

@@ -1,11 +1,13 @@
 """A step's work as the one array that goes to the device."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from kairos_jax.engine import calls
 from kairos_jax.engine.calls import Row, rows_of
-from models.sampling import SamplingParams
+from models.sampling import INVALID, SamplingParams
 from schedulers.ledger.request import Request, Seq, Slo
 
 TABLE_PAGES = 6
@@ -28,7 +30,7 @@ def step(rows, size=4, queries=1):
 
 
 def test_rows_say_what_is_computed_where_and_how_it_is_sampled():
-    how = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 2**32 - 1}
+    how = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 2**64 - 3}
     drawn = seq([3, 1, 4], 4, [7, 9], [1, 5], logprobs=2, **how)
     greedy = seq([2, 7, 1, 8], 3, [0, 5])
     inputs, sampling = step(rows_of(drawn, 1, 1) + rows_of(greedy, 1, 1))
@@ -40,7 +42,8 @@ def test_rows_say_what_is_computed_where_and_how_it_is_sampled():
     np.testing.assert_array_equal(sampling.top_k, [5, 0, 0, 0])
     np.testing.assert_array_equal(sampling.top_p, np.array([0.9, 1, 1, 1], np.float32))
     np.testing.assert_array_equal(sampling.min_p, np.array([0.1, 0, 0, 0], np.float32))
-    np.testing.assert_array_equal(sampling.seed, np.array([2**32 - 1, 0, 0, 0], np.uint32))
+    halves = np.array([[2**32 - 3, 2**32 - 1], [0, 0], [0, 0], [0, 0]], np.uint32)
+    np.testing.assert_array_equal(sampling.seed, halves)
     np.testing.assert_array_equal(sampling.position[:2], [5, 4])
     np.testing.assert_array_equal(sampling.logprobs, [1, 0, 0, 0])
 
@@ -84,3 +87,36 @@ def test_a_step_keeps_its_array_when_the_next_is_made():
     growing.tokens.append(5)
     calls.step([Row(growing, 4, 1, True)], 1, 1, TABLE_PAGES)
     np.testing.assert_array_equal(first.rows, before)
+
+
+def sampled(*ids):
+    """What a device packs of these tokens."""
+    packed = np.zeros((len(ids), 42), np.int32)
+    packed[:, 0] = ids
+    return packed
+
+
+def test_a_sequence_with_one_row_that_is_not_finite_gives_no_token():
+    long, other = seq([1] * 7, 0, [2]), seq([1, 2], 0, [3])
+    other.request = dataclasses.replace(other.request, id="b")
+    rows = rows_of(long, 7, 3) + rows_of(other, 2, 3)
+    for place in range(3):
+        ids = [INVALID if at == place else 5 for at in range(4)]
+        told = calls.tokens(rows, sampled(*ids))
+        assert {id: token.id for id, token in told.items()} == {"a": INVALID, "b": 5}
+    # Also where its rows are in several runs.
+    for bad in (0, 1):
+        parts = [
+            calls.tokens(part, sampled(*[INVALID if run == bad else 5] * len(part)))
+            for run, part in enumerate((rows[:2], rows[2:]))
+        ]
+        assert calls.merged(parts)["a"].id == INVALID
+
+
+def test_a_prompt_with_logits_that_are_not_finite_gives_no_token():
+    for value, expected in ((-1.0, 5), (-np.inf, 5), (np.nan, INVALID)):
+        scored = sampled(0, 0)
+        scored.view(np.float32)[1, 1] = value
+        asked = seq([1, 2, 3], 0, [2], prompt_logprobs=1)
+        asked.scored = [(scored[None], 0, 2)]
+        assert calls.tokens(rows_of(asked, 3, 4), sampled(5))["a"].id == expected

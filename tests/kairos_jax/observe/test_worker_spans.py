@@ -13,7 +13,7 @@ from opentelemetry.trace import StatusCode
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.observe.tracing import Tracing
 from kairos_jax.observe.worker_spans import WorkerSpans
-from kairos_jax.worker.messages import Lost, Submit
+from kairos_jax.worker.messages import Failed, Lost, Submit
 from kairos_jax.worker.server import RoleOptions
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Request, Slo
@@ -123,13 +123,15 @@ def test_a_trace_goes_on_to_workers_where_the_router_makes_none():
 def test_how_a_request_left_a_worker_is_told():
     collector = Collector()
     spans = WorkerSpans(collector.provider, Role.DECODE, "d", lambda: 1.0)
-    for id in ("a", "b"):
+    for id in ("a", "b", "c"):
         spans.took(Submit(Request(id, 0.0, [1], 2, Slo(1, 1)), TRACEPARENT))
     spans.dropped("a")
     spans.said(Lost("b", OSError("far")))
-    cancelled, lost = collector.spans()
+    spans.said(Failed("c", "not_finite", "NaN"))
+    cancelled, lost, failed = collector.spans()
     assert cancelled.attributes["kairos.outcome"] == "cancelled"
     assert (lost.status.status_code, lost.status.description) == (StatusCode.ERROR, "far")
+    assert (failed.status.status_code, failed.status.description) == (StatusCode.ERROR, "NaN")
 
 
 @pytest.mark.parametrize("traceparent", [TRACEPARENT["traceparent"][:-1] + "0", "nonsense"])

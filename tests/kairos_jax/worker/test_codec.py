@@ -19,6 +19,7 @@ from kairos_jax.worker.messages import (
     Died,
     Draining,
     Event,
+    Failed,
     HandBack,
     Handover,
     Hello,
@@ -54,7 +55,7 @@ samplings = st.none() | st.builds(
     top_k=tokens,
     top_p=seconds,
     min_p=seconds,
-    seed=st.integers(0, 2**32 - 1),
+    seed=st.integers(0, 2**64 - 1),
     logprobs=st.none() | st.integers(0, 20),
     prompt_logprobs=st.none() | st.integers(0, 20),
 )
@@ -136,6 +137,7 @@ def summary(id, skew):
 
 EVENTS = [
     (Moved("a", 3.0), Moved("a", 3.0 + SKEW)),
+    (Failed("a", "not_finite", "why"), Failed("a", "not_finite", "why")),
     (Offered("a", Ticket("a", 3, 9, "h:1")), Offered("a", Ticket("a", 3, 9, "h:1"))),
     (Returned("a"), Returned("a")),
     (Returned("a", Ticket("a", 3, 9, "h:1")), Returned("a", Ticket("a", 3, 9, "h:1"))),
@@ -207,7 +209,7 @@ def test_every_event_says_whom_it_is_for():
     told[Died] = codec.address_of(Died("x", MemoryError()))
     assert set(told) == set(get_args(Event))
     assert told[Stepped] == (For.OUTPUTS, ())
-    for kind in (Moved, Offered, Returned, Lost):
+    for kind in (Moved, Offered, Returned, Lost, Failed):
         assert told[kind] == (For.REQUEST, "a")
     assert (told[Died], told[Draining]) == ((For.INSTANCE, "x"), (For.INSTANCE, "here"))
 

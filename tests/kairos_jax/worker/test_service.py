@@ -18,6 +18,7 @@ from kairos_jax.worker.messages import (
     Cancel,
     Died,
     Draining,
+    Failed,
     Handover,
     Lost,
     Moved,
@@ -164,10 +165,10 @@ async def test_each_router_is_told_of_its_own_requests(service, worker, call):
     assert stepped(await two.hear()) == ["c"]
     service.emit(Moved("c", 0.0))
     service.emit(Lost("c", OSError("far")))
-    service.emit(Returned("a"))
+    service.emit(Failed("a", "not_finite", "NaN"))
     assert isinstance(await two.hear(), Moved)
     assert isinstance(await two.hear(), Lost)
-    assert await one.hear() == Returned("a")
+    assert await one.hear() == Failed("a", "not_finite", "NaN")
     assert service.num_requests == 0
     service.emit(Stepped((output("a"),)))  # nobody's any more
     service.emit(Draining("w"))

@@ -194,7 +194,7 @@ def test_data_needs_the_key_and_the_page_does_not():
         assert headers["content-type"] == "text/html; charset=utf-8"
         assert body.decode() == PAGE["index.html"]
         status, _, _ = await fetch(app, "GET", "/page/../live.py")
-        assert status == 401
+        assert status == 401, "an unknown path needs the key too"
 
     run(main)
 

@@ -25,13 +25,17 @@ TALK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 LIMIT = 1 << 20
 
 
+def content(parts):
+    return {"messages": [{"role": "user", "content": parts}]}
+
+
 @pytest.fixture(scope="module")
 def client():
     with http_fakes.client_of_thread(app=HttpOptions(0, max_body_bytes=LIMIT)) as client:
         yield client
 
 
-def check(answer, status, param=None, part=""):
+def check(answer, status, param=None, part="", code=None):
     """The answer refuses, in shape and for this reason."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
@@ -42,12 +46,9 @@ def check(answer, status, param=None, part=""):
     assert error["type"]
     assert error["code"]
     assert error["param"] == param
+    assert code in (None, error["code"])
     assert part in error["message"]
     assert len(error["message"]) < 1100
-
-
-def content(parts):
-    return {"messages": [{"role": "user", "content": parts}]}
 
 
 # Path, what is changed in a good body, the field that is named, a part of what is said.
@@ -126,10 +127,47 @@ BAD_FIELDS = [
     (CHAT, {"logprobs": 1}, "logprobs", "true or false"),
     (CHAT, {"echo": True}, "echo", "for completions"),
     (CHAT, {"tools": [{"type": "function"}]}, "tools", "must be []"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice", 'must be "none" or "auto", as nothing else'),
+    (CHAT, {"tool_choice": {"type": "function"}}, "tool_choice", "got an object"),
+    (CHAT, {"reasoning_effort": "low"}, "reasoning_effort", "must be null"),
+    (CHAT, {"documents": [{"text": "x"}]}, "documents", "must be []"),
+    (CHAT, {"prompt": "x"}, "prompt", "is for completions, and not for chat"),
+    (TEXT, {"messages": []}, "messages", "is for chat, and not for completions"),
+    (TEXT, {"top_logprobs": 5}, "top_logprobs", "is for chat, and not for completions; got 5"),
+    (TEXT, {"chat_template": "x"}, "chat_template", "is for chat"),
+    (TEXT, {"continue_final_message": True}, "continue_final_message", "is for chat"),
+    (TEXT, {"allowed_token_ids": [5]}, "allowed_token_ids", "must be null"),
+    (TEXT, {"bad_words": ["x"]}, "bad_words", "must be []"),
+    (TEXT, {"priority": 1}, "priority", "must be 0"),
+    (TEXT, {"cache_salt": "x"}, "cache_salt", "must be null"),
+    (TEXT, {"truncation_side": "right"}, "truncation_side", 'must be "left"'),
+    (TEXT, {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "from 1 to 127, or -1"),
+    (TEXT, {"truncate_prompt_tokens": 128}, "truncate_prompt_tokens", "got 128"),
+    (TEXT, {"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "got -2"),
+    (TEXT, {"skip_special_tokens": "no"}, "skip_special_tokens", "true or false"),
+    (TEXT, {"include_stop_str_in_output": 1}, "include_stop_str_in_output", "true or false"),
+    (TEXT, {"request_id": "x" * 257}, "request_id", "at most 256 characters, got 257"),
+    (
+        CHAT,
+        {"add_generation_prompt": True, "continue_final_message": True},
+        "continue_final_message",
+        "must be false with add_generation_prompt",
+    ),
+    (CHAT, {"chat_template_kwargs": []}, "chat_template_kwargs", "an object"),
+    (CHAT, {"chat_template": "x" * 65537}, "chat_template", "at most 65536 characters, got 65537"),
+    (CHAT, {"chat_template": "\ud800"}, "chat_template", "lone surrogate"),
+    (
+        CHAT,
+        {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "hm"}]},
+        "messages[0].reasoning_content",
+        'must be ""',
+    ),
     (CHAT, {"response_format": {"type": "json_object"}}, "response_format", "nothing else"),
     ("/tokenize", {"prompt": None}, "prompt", "is missing"),
     ("/tokenize", {"prompt": "\ud800"}, "prompt", "lone surrogate"),
     ("/tokenize", {"messages": []}, "messages", "at least 1 message"),
+    ("/tokenize", {"chat_template": "x"}, "chat_template", "is for chat"),
+    ("/tokenize", {"return_token_strs": True}, "return_token_strs", "must be false"),
     ("/detokenize", {}, "tokens", "is missing"),
     ("/detokenize", {"tokens": [97]}, "tokens[0]", "from 0 to 96"),
 ]
@@ -165,11 +203,37 @@ def test_a_bad_body_is_refused(client, path, body, part):
         ({"x-slo-ttft-ms": "soon"}, "x-slo-ttft-ms", "must be a number"),
         ({"x-slo-tpot-ms": "-5"}, "x-slo-tpot-ms", "positive number of milliseconds, got -5"),
         ({"x-slo-tpot-ms": "nan"}, "x-slo-tpot-ms", "got nan"),
+        ({"x-llm-d-slo-ttft-ms": "0"}, "x-llm-d-slo-ttft-ms", "got 0"),
+        # Also of one that does not win.
+        ({"x-llm-d-slo-tpot-ms": "5", "x-slo-tpot-ms": "soon"}, "x-slo-tpot-ms", "a number"),
         ({"x-request-id": "x" * 257}, None, "at most 256 characters, got 257"),
     ],
 )
 def test_a_bad_header_is_named(client, headers, param, part):
     check(client.post(TEXT, json=GOOD, headers=headers), 400, param, part)
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "param"),
+    [
+        (TEXT, {"prompt": "x" * 128}, "prompt"),
+        (TEXT, {"prompt": ["x", [5] * 200]}, "prompt[1]"),
+        (TEXT, {"prompt": "x" * 100, "max_tokens": 29}, "max_tokens"),
+        (CHAT, content("x" * 200), "messages"),
+        (CHAT, content("x" * 100) | {"max_completion_tokens": 60}, "max_completion_tokens"),
+    ],
+)
+def test_what_is_too_long_has_the_code_that_clients_look_for(client, path, changes, param):
+    body = (TALK if path == CHAT else GOOD) | changes
+    if "max_completion_tokens" in changes:
+        del body["max_tokens"]
+    check(client.post(path, json=body), 400, param, code="context_length_exceeded")
+
+
+def test_other_refusals_have_another_code(client):
+    check(
+        client.post(TEXT, json=GOOD | {"max_tokens": 65}), 400, "max_tokens", code="invalid_value"
+    )
 
 
 def test_40_megabytes_are_refused_unread(client):

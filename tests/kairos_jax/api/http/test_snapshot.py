@@ -8,7 +8,9 @@ import fakes
 import pytest
 
 from kairos_jax.api.backend import Backend
+from kairos_jax.api.gate import Gate
 from kairos_jax.api.http import snapshot as snapshots
+from kairos_jax.api.http.live import Live
 from kairos_jax.api.http.snapshot import MAX_INSTANCES, MAX_NAME, MAX_ROWS, snapshot
 from kairos_jax.api.validator import Validator
 from kairos_jax.engine.engine import Token
@@ -140,6 +142,24 @@ def test_instances_tell_of_their_pools_and_steps(monkeypatch):
         assert (len(told["instances"]), told["num_instances"]) == (1, 2)
 
     assert MAX_INSTANCES > 1
+    run(main)
+
+
+def test_slos_without_end_leave_it_valid_json():
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    async def main():
+        backend, _ = at_rest()
+        live = Live(Gate(lambda: NOW, backend, None))
+        waits, runs = (backend.router.submit(asked(1.7e308, 1.7e308)) for _ in range(2))
+        has_tokens(runs, [NOW, NOW])
+        frame = live._frame().removeprefix(b"data: ")
+        told = json.loads(frame, parse_constant=refuse)
+        assert told["running"]["rows"][0]["slack_s"] is None
+        assert told["queued"]["rows"][0]["laxity_s"] == 1.7e308
+        assert waits.request.slo.ttft == 1.7e308
+
     run(main)
 
 

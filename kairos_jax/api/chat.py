@@ -1,0 +1,66 @@
+"""From a conversation to the text of its prompt."""
+
+import json
+from typing import Any
+
+from kairos_jax.api.refusal import BadField
+from kairos_jax.rpc import kairos_pb2 as pb
+from kairos_jax.text.tokenizer import Tokenizer
+
+MAX_TEMPLATE = 1 << 16  # characters
+
+
+def render(tokenizer: Tokenizer, chat: pb.Chat) -> str:
+    """The prompt for a conversation, by the model's template or the client's. Raises BadField."""
+    if not chat.messages:
+        raise BadField("prompt.chat", "is empty: at least 1 message is needed")
+    turns = [{"role": turn.role, "content": turn.content} for turn in chat.messages]
+    options = _options(chat)
+    try:
+        text = tokenizer.render_chat(turns, **options)
+    except ValueError as error:
+        raise BadField("prompt.chat", f"cannot be rendered: {error}") from error
+    except Exception as error:
+        if not chat.HasField("template") and not chat.HasField("template_kwargs"):
+            raise
+        # A template is a program: a client's may fail in any way.
+        why = f"{type(error).__name__}: {error}"
+        raise BadField("prompt.chat", f"cannot be rendered: {why}") from error
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        surrogate = ascii(text[error.start])
+        problem = f"cannot be rendered: the text has the lone surrogate {surrogate}"
+        raise BadField("prompt.chat", problem) from error
+    return text
+
+
+def _options(chat: pb.Chat) -> dict[str, Any]:
+    """How a conversation is rendered: only what was asked for. Raises BadField."""
+    options: dict[str, Any] = {}
+    if chat.continue_final_message:
+        if chat.add_generation_prompt:
+            problem = "must be false with add_generation_prompt: a new message would be begun"
+            raise BadField("prompt.chat.continue_final_message", f"{problem}, got true")
+        options |= {"continue_final_message": True, "add_generation_prompt": False}
+    elif chat.HasField("add_generation_prompt"):
+        options["add_generation_prompt"] = chat.add_generation_prompt
+    if chat.HasField("template"):
+        if len(chat.template) > MAX_TEMPLATE:
+            problem = f"must have at most {MAX_TEMPLATE} characters, got {len(chat.template)}"
+            raise BadField("prompt.chat.template", problem)
+        options["chat_template"] = chat.template
+    if chat.HasField("template_kwargs"):
+        options["template_kwargs"] = _kwargs(chat.template_kwargs)
+    return options
+
+
+def _kwargs(text: str) -> dict[str, Any]:
+    field = "prompt.chat.template_kwargs"
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadField(field, f"must be a JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise BadField(field, f"must be a JSON object, got {type(value).__name__}")
+    return value
