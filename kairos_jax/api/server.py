@@ -13,6 +13,7 @@ from kairos_jax.api.gate import Gate
 from kairos_jax.api.http.app import make_app
 from kairos_jax.api.http.live import Live
 from kairos_jax.api.http.server import HttpOptions, HttpServer
+from kairos_jax.api.keys import KeyCheck
 from kairos_jax.api.servicer import MAX_MESSAGE_BYTES, SERVICE, Servicer
 from kairos_jax.net.address import join_address
 from kairos_jax.net.credentials import PLAIN, Credentials
@@ -35,17 +36,22 @@ class Server:
         health_port: int = 0,
         http: HttpOptions | None = None,
         routes: Sequence[BaseRoute] = (),
+        keys: Sequence[bytes] | None = None,
     ):
         """Raises UsageError if an address cannot be listened on.
 
         port: 0 for any free one. health_port: for health alone, without TLS; 0 for none. routes: of
-        HTTP, beside those of the API and the live page.
+        HTTP, beside those of the API and the live page. keys: SHA-256 of those that gRPC clients
+        need; None: those of HTTP.
         """
         options = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
         ]
-        self._grpc = grpc.aio.server(options=options)
+        if keys is None:
+            keys = http.keys if http else ()
+        checks = [KeyCheck(keys)] if keys else []
+        self._grpc = grpc.aio.server(interceptors=checks, options=options)
         self.gate, self._draining = Gate(clock), False
         kairos_pb2_grpc.add_KairosServicer_to_server(Servicer(self.gate), self._grpc)
         try:  # first: what is wrong with the host is wrong with all the ports
@@ -59,7 +65,7 @@ class Server:
         self._live = Live(self.gate)
         self.http = None
         if http:
-            app = make_app(self.gate, http, [*self._live.routes(), *routes])
+            app = make_app(self.gate, http, [*self._live.routes(), *routes], host)
             self.http = HttpServer(app, host, http.port, net)
 
     @property
