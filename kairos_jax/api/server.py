@@ -41,8 +41,8 @@ class Server:
         """Raises UsageError if an address cannot be listened on.
 
         port: 0 for any free one. health_port: for health alone, without TLS; 0 for none. routes: of
-        HTTP, beside those of the API and the live page. keys: SHA-256 of those that gRPC clients
-        need; None: those of HTTP.
+        HTTP, beside those of the API and the live page. keys: SHA-256 digests of the keys of
+        gRPC clients; None: the keys of HTTP.
         """
         options = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
