@@ -157,7 +157,9 @@ async def read_http(port: int, tokens: int, started: list[float]) -> int:
     body = {"prompt": _PROMPT, "max_tokens": tokens, "stream": True, "ignore_eos": True}
     sent = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n\r\n"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(sent)}\r\n\r\n"
+    )
     writer.write(head.encode() + sent)
     await reader.readuntil(b"\r\n\r\n")
     started.append(time.monotonic())

@@ -4,6 +4,7 @@ python -m kairos_jax.client --prompt="What is the capital of France?" --chat
 python -m kairos_jax.client --prompt_token_ids=1,2,3 --max_tokens=8 --temperature=0 --output=json
 python -m kairos_jax.client --trace=synthetic --rate=2 --num_requests=50
 python -m kairos_jax.client --address=HOST:PORT --tls_ca=ca.pem --prompt=Hello
+python -m kairos_jax.client --address=HOST:PORT --api_key_file=key --prompt=Hello
 
 Exit codes: 0; 1 for what the server could not do (of a workload: none of it); 2 for what it was
 wrong to ask; 130 for Ctrl-C.
@@ -20,7 +21,14 @@ import grpc
 from absl import app, flags
 from google.protobuf.json_format import MessageToDict
 
-from kairos_jax.lab.replay import Received, Record, error_line, fit_to_model, replay
+from kairos_jax.lab.replay import (
+    Metadata,
+    Received,
+    Record,
+    error_line,
+    fit_to_model,
+    replay,
+)
 from kairos_jax.net import credentials
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.process.command import UsageError, list_flags
@@ -42,6 +50,7 @@ _WRONG_TO_ASK = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.UNAUTHENTICATED,
 )
 
 
@@ -60,6 +69,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     string("address", "127.0.0.1:50051", "host:port of the server.")
     credentials.define_caller_flags(values)
+    string("api_key_file", None, "File of the API key that the server asks for.")
     number("timeout", 600.0, "Seconds after which to give a request up.", 0.0)
     enum("output", None, ["json"], "json: one line when done, instead of a stream.")
     # What is not given is not sent, so that the server's own defaults and checks apply.
@@ -125,8 +135,9 @@ async def generate(
     request: kairos_pb2.GenerateRequest,
     timeout_s: float,
     stream: bool,
+    metadata: Metadata = (),
 ) -> dict[str, Any]:
-    """Sends one request; with `stream`, prints its text as it comes.
+    """Sends one request; with `stream`, prints its text as it comes. metadata: sent with it.
 
     Returns:
       What --output=json prints. Times are seconds: ttft_s and tpot_s as the client saw them (None
@@ -143,7 +154,8 @@ async def generate(
     async with net.channel(address) as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)
         begin = asyncio.get_running_loop().time()  # time.monotonic(), like the receiver's.
-        await received.read(stub, request, timeout_s, show if stream else lambda delta: None)
+        shown = show if stream else lambda delta: None
+        await received.read(stub, request, timeout_s, shown, metadata)
     if stream:
         # A server without a tokenizer sends no text.
         print("" if received.text else " ".join(map(str, received.token_ids)))
@@ -165,15 +177,16 @@ async def generate(
     return answer
 
 
-async def run_workload(values: Any, net: Credentials) -> None:
-    """Replays --trace, then prints the summary."""
+async def run_workload(values: Any, net: Credentials, metadata: Metadata = ()) -> None:
+    """Replays --trace, then prints the summary. metadata: sent with each call."""
     arrivals = _read_arrivals(values)
     # Matplotlib comes with it: not worth the wait for a single prompt.
     from kairos_jax.lab.report.comparison import Run, print_table
 
     async with net.channel(values.address) as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)
-        model = await stub.GetModel(kairos_pb2.GetModelRequest(), timeout=values.timeout)
+        asked = kairos_pb2.GetModelRequest()
+        model = await stub.GetModel(asked, timeout=values.timeout, metadata=metadata or None)
     if values.model not in (None, model.name):
         raise UsageError(f"--model={values.model} is not served there; {model.name!r} is")
     arrivals = fit_to_model(arrivals, model, values.max_prompt, values.max_output)
@@ -195,6 +208,7 @@ async def run_workload(values: Any, net: Credentials) -> None:
             timeout_s=values.timeout,
             on_ended=partial(progress, "replay", total=len(arrivals)),
             net=net,
+            metadata=metadata,
         )
     label = f"{model.prefill_policy} + {model.decode_policy}"
     run = Run(label, [record.outcome for record in records])
@@ -239,14 +253,20 @@ def _to_dict(message: Any) -> dict[str, Any]:
     )
 
 
+def _key(values: Any) -> Metadata:
+    """What shows the API key. Raises UsageError."""
+    key = credentials.read_token(values, "api_key_file")
+    return (("authorization", f"Bearer {key}"),) if key else ()
+
+
 async def _run(values: Any) -> None:
-    net = Credentials.caller_from_flags(values)
+    net, metadata = Credentials.caller_from_flags(values), _key(values)
     if values.trace is not None:
         _refuse(values, _PROMPT_ONLY, "--trace makes its own, greedy requests; leave --{} out")
-        return await run_workload(values, net)
+        return await run_workload(values, net, metadata)
     _refuse(values, _TRACE_ONLY, "--{} goes with --trace")
     stream, request = values.output is None, build_request(values)
-    answer = await generate(values.address, net, request, values.timeout, stream)
+    answer = await generate(values.address, net, request, values.timeout, stream, metadata)
     if not stream:
         print(json.dumps(answer, ensure_ascii=False))
 

@@ -18,6 +18,7 @@ import itertools
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from absl import flags
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.http import debug, server
 from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.keys import keys_from_flags
 from kairos_jax.api.server import Server
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine.model import Model, open_model
@@ -83,6 +85,7 @@ class RouterOptions:
     admission: str = "none"
     http: HttpOptions | None = None
     tracing: Tracing | None = None
+    keys: Sequence[bytes] | None = None
 
     @classmethod
     def from_flags(cls) -> "RouterOptions":
@@ -117,6 +120,7 @@ class RouterOptions:
             values.admission,
             HttpOptions.from_flags(),
             Tracing.from_flags(),
+            keys_from_flags(),
         )
 
 
@@ -130,7 +134,8 @@ async def serve(
     stopping = lifecycle.asked_to_stop()
     where = options.host, options.port
     routes = debug.routes(None, _NO_DEBUG)
-    server = Server(*where, time.monotonic, public, options.health_port, options.http, routes)
+    health_port, http = options.health_port, options.http
+    server = Server(*where, time.monotonic, public, health_port, http, routes, options.keys)
     await server.start()
     print(f"starting router for {config.model}: {server.addresses}", flush=True)
     model = await lifecycle.prepared(

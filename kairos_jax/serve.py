@@ -24,6 +24,7 @@ from kairos_jax.api.backend import Backend
 from kairos_jax.api.http import debug, server
 from kairos_jax.api.http.debug import Debug
 from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.keys import keys_from_flags
 from kairos_jax.api.server import Server
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine import profile_file, profiling
@@ -95,13 +96,14 @@ async def serve(
     http: HttpOptions | None = None,
     tracing: Tracing | None = None,
     debugging: Debug | None = None,
+    keys: Sequence[bytes] | None = None,
 ) -> int:
-    """Serves until a signal, or until an instance dies. public: how clients come. debugging: it is
-    told of the workers. Returns the exit code.
+    """Serves until a signal, or until an instance dies. public: how clients come; keys: which they
+    need. debugging: it is told of the workers. Returns the exit code.
     """
     stopping = lifecycle.asked_to_stop()
     routes = debug.routes(debugging, "profiles and traces are off: --debug_dir turns them on")
-    server = Server(host, port, time.monotonic, public, http=http, routes=routes)
+    server = Server(host, port, time.monotonic, public, http=http, routes=routes, keys=keys)
     await server.start()
     print(f"starting {config.model}: {server.addresses}", flush=True)
     prepared = await lifecycle.prepared(prepare, stopping, lambda: server.drain(0.0))
@@ -188,6 +190,7 @@ def main(argv: list[str]) -> None:
                 http,
                 traced,
                 debugging,
+                keys_from_flags(),
             )
         )
     lifecycle.end(code)

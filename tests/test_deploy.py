@@ -282,6 +282,7 @@ def commands() -> dict[str, list[str]]:
     (settings,) = (one for one in VARIANTS["base"] if one["kind"] == "ConfigMap")
     values = settings["data"] | {
         "POD_IP": "10.0.0.7",
+        "NAMESPACE": "default",
         "LWS_LEADER_ADDRESS": "kairos-decode-mesh-0.kairos-decode-mesh",
         "LWS_GROUP_SIZE": "2",
         "LWS_WORKER_INDEX": "1",

@@ -77,7 +77,8 @@ def test_the_wheel_alone_serves_and_simulates(wheel, tmp_path):
             assert time.monotonic() < by
             address = ready.partition("HTTP on ")[2].partition(",")[0]
             body = json.dumps({"prompt": [5, 6, 7], "max_tokens": 3, "temperature": 0}).encode()
-            with urllib.request.urlopen(f"http://{address}/v1/completions", body) as answer:
+            url, kind = f"http://{address}/v1/completions", {"content-type": "application/json"}
+            with urllib.request.urlopen(urllib.request.Request(url, body, kind)) as answer:
                 assert json.load(answer)["usage"]["completion_tokens"] == 3
             with urllib.request.urlopen(f"http://{address}/page/live.js") as page:
                 assert page.status == 200

@@ -13,6 +13,7 @@ from kairos_jax.api.gate import Gate
 from kairos_jax.api.http.app import make_app
 from kairos_jax.api.http.live import Live
 from kairos_jax.api.http.server import HttpOptions, HttpServer
+from kairos_jax.api.keys import KeyCheck
 from kairos_jax.api.servicer import MAX_MESSAGE_BYTES, SERVICE, Servicer
 from kairos_jax.net.address import join_address
 from kairos_jax.net.credentials import PLAIN, Credentials
@@ -38,11 +39,13 @@ class Server:
         health_port: int = 0,
         http: HttpOptions | None = None,
         routes: Sequence[BaseRoute] = (),
+        keys: Sequence[bytes] | None = None,
     ):
         """Raises UsageError if an address cannot be listened on.
 
         port: 0 for any free one. health_port: for health alone, without TLS; 0 for none. routes: of
-        HTTP, beside those of the API and the live page.
+        HTTP, beside those of the API and the live page. keys: SHA-256 digests of the keys of
+        gRPC clients; None: the keys of HTTP.
         """
         options = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -52,7 +55,12 @@ class Server:
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
-        self._grpc = grpc.aio.server(options=options, maximum_concurrent_rpcs=MAX_CALLS)
+        if keys is None:
+            keys = http.keys if http else ()
+        checks = [KeyCheck(keys)] if keys else []
+        self._grpc = grpc.aio.server(
+            interceptors=checks, options=options, maximum_concurrent_rpcs=MAX_CALLS
+        )
         self.gate, self._draining = Gate(clock), False
         kairos_pb2_grpc.add_KairosServicer_to_server(Servicer(self.gate), self._grpc)
         try:  # first: what is wrong with the host is wrong with all the ports
@@ -66,7 +74,7 @@ class Server:
         self._live = Live(self.gate)
         self.http = None
         if http:
-            app = make_app(self.gate, http, [*self._live.routes(), *routes])
+            app = make_app(self.gate, http, [*self._live.routes(), *routes], host)
             self.http = HttpServer(app, host, http.port, net)
 
     @property
@@ -104,10 +112,11 @@ class Server:
         self._draining, self.gate.closed = True, "the server is draining"
         await self._health.say(serving=False)
         drained = True
-        try:
-            await asyncio.wait_for(self.gate.slots.idle(), grace_s)
-        except TimeoutError:
-            drained = False
+        if self.gate.slots.num_held:  # a grace of 0 would else never find them given back
+            try:
+                await asyncio.wait_for(self.gate.slots.idle(), grace_s)
+            except TimeoutError:
+                drained = False
         self._live.close()
         # The last answers may still be on their way out.
         stops = [self._grpc.stop(grace=1.0 if drained else 0.0)]

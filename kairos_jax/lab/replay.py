@@ -15,6 +15,8 @@ from schedulers.ledger.request import Slo
 from schedulers.simulation.attainment import Outcome
 from schedulers.simulation.workload import Arrival, fit_lengths
 
+Metadata = Sequence[tuple[str, str]]
+
 
 @dataclass(slots=True)
 class Received:
@@ -34,14 +36,17 @@ class Received:
         request: kairos_pb2.GenerateRequest,
         timeout_s: float | None = None,
         on_text: Callable[[str], object] = lambda delta: None,
+        metadata: Metadata = (),
     ) -> None:
         """Sends `request` and takes in the answer to its end; what had come before an error stays.
+        metadata: sent with it.
 
         Raises:
           grpc.aio.AioRpcError: the server refused, failed, or did not end within `timeout_s`.
           EOFError: the stream ended without a finish reason.
         """
-        async for message in stub.Generate(request, timeout=timeout_s):
+        more = {"metadata": metadata} if metadata else {}
+        async for message in stub.Generate(request, timeout=timeout_s, **more):
             self.token_times += [time.monotonic()] * len(message.token_ids)
             self.text += message.text_delta
             self.token_ids += message.token_ids
@@ -96,6 +101,7 @@ async def replay(
     timeout_s: float = 600.0,
     on_ended: Callable[[int], object] = lambda count: None,
     net: Credentials = PLAIN,
+    metadata: Metadata = (),
 ) -> list[Record]:
     """Replays `arrivals` with prompts of random token ids; returns a record each, in their order.
 
@@ -110,13 +116,15 @@ async def replay(
       timeout_s: gRPC deadline of each request, from when it is sent.
       on_ended: called with the number of requests that have ended, 0 first.
       net: how the server is reached.
+      metadata: sent with each call.
 
     Raises:
       grpc.aio.AioRpcError: the server can't be reached at the start.
     """
     async with net.channel(address) as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)
-        model = await stub.GetModel(kairos_pb2.GetModelRequest(), timeout=timeout_s)
+        asked = kairos_pb2.GetModelRequest()
+        model = await stub.GetModel(asked, timeout=timeout_s, metadata=metadata or None)
         rng = np.random.default_rng(seed)
         prompts = [rng.integers(model.vocab_size, size=a.num_prompt).tolist() for a in arrivals]
         ended = itertools.count()
@@ -133,7 +141,7 @@ async def replay(
             received, error = Received(), None
             await asyncio.sleep(start + arrival.at - time.monotonic())
             try:
-                await received.read(stub, request, timeout_s)
+                await received.read(stub, request, timeout_s, metadata=metadata)
             except (grpc.aio.AioRpcError, EOFError) as failure:
                 error = error_line(failure)
             on_ended(next(ended))

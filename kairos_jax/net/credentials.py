@@ -83,7 +83,7 @@ class Credentials:
         if values.mutual_tls and not values.tls_ca:
             raise UsageError("--tls_ca is missing, which --mutual_tls needs")
         caller = cls.caller_from_flags(values)
-        return replace(caller, mutual=values.mutual_tls, token=_token(values, "token_file"))
+        return replace(caller, mutual=values.mutual_tls, token=read_token(values, "token_file"))
 
     @classmethod
     def caller_from_flags(cls, values: flags.FlagValues) -> "Credentials":
@@ -220,7 +220,8 @@ def _authority(values: flags.FlagValues, flag: str) -> bytes | None:
     return pem
 
 
-def _token(values: flags.FlagValues, flag: str) -> str:
+def read_token(values: flags.FlagValues, flag: str) -> str:
+    """The one word in the file that a flag names; "" if it names none. Raises UsageError."""
     path = values[flag].value
     if not path:
         return ""

@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class KairosStub:
-    """Missing associated documentation comment in .proto file."""
+    """Where the server has API keys, each call needs the metadata "authorization: Bearer KEY";
+    UNAUTHENTICATED without.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -47,7 +49,9 @@ class KairosStub:
 
 
 class KairosServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Where the server has API keys, each call needs the metadata "authorization: Bearer KEY";
+    UNAUTHENTICATED without.
+    """
 
     def Generate(self, request, context):
         """Generates from one prompt. The first token is sent as soon as prefill has it; the last message
@@ -93,7 +97,9 @@ def add_KairosServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Kairos:
-    """Missing associated documentation comment in .proto file."""
+    """Where the server has API keys, each call needs the metadata "authorization: Bearer KEY";
+    UNAUTHENTICATED without.
+    """
 
     @staticmethod
     def Generate(request,

@@ -22,14 +22,19 @@ def curl(served, tmp_path):
     return call
 
 
-def asked(**body) -> tuple[str, str]:
-    return "--data", json.dumps(body)
+def asked(**body) -> tuple[str, ...]:
+    return "--header", "content-type: application/json", "--data", json.dumps(body)
 
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-def test_a_chat_without_a_content_type(curl):
+def test_the_content_type_of_a_form_is_refused_with_a_reason(curl):
+    said = curl("/v1/completions", "--fail-with-body", "--data", '{"prompt": "x"}', code=22)
+    assert "content-type must be application/json" in json.loads(said)["error"]["message"]
+
+
+def test_a_chat(curl):
     slo = ("--header", "x-slo-ttft-ms: 60000", "--header", "x-slo-tpot-ms: 10000")
     body = asked(messages=QUESTION, max_tokens=16, temperature=0, timing=True)
     answer = json.loads(curl("/v1/chat/completions", *slo, *body))

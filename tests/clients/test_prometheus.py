@@ -70,7 +70,8 @@ def query(address: str, expression: str) -> list[float]:
 def test_prometheus_scrapes_it(served, prometheus):
     address, process = prometheus
     body = json.dumps({"prompt": "Once", "max_tokens": 4, "ignore_eos": True}).encode()
-    with urllib.request.urlopen(f"{served.url}/v1/completions", body) as answer:
+    url, kind = f"{served.url}/v1/completions", {"content-type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(url, body, kind)) as answer:
         answer.read()
     total = served.totals()["output_tokens"]
     by = time.monotonic() + 60

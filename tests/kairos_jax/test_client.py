@@ -33,14 +33,20 @@ class FakeServer(kairos_pb2_grpc.KairosServicer):
 
     def __init__(self):
         self.requests: list[kairos_pb2.GenerateRequest] = []
+        self.keys: list[str | None] = []  # with which each call came
         self.cancelled = asyncio.Event()
         self.second = asyncio.Event()  # A second request has come.
 
     async def GetModel(self, request, context):
+        self._note_key(context)
         return MODEL
+
+    def _note_key(self, context):
+        self.keys.append(dict(context.invocation_metadata()).get("authorization"))
 
     async def Generate(self, request, context):
         self.requests.append(request)
+        self._note_key(context)
         if len(self.requests) == 2:
             self.second.set()
         if request.text == "bad":
@@ -112,6 +118,23 @@ def test_text_streams_to_stdout():
 def test_help_lists_the_flags_of_other_modules_too():
     _, out, _, _ = run_client("--help")
     assert "--tls_ca: PEM file" in out
+
+
+def test_a_key_goes_with_each_call(tmp_path):
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    _, _, _, fake = run_client("--prompt=hello", "--max_tokens=1")
+    assert fake.keys == [None]
+    given = f"--api_key_file={key}"
+    code, _, _, fake = run_client("--prompt=hello", "--max_tokens=1", given)
+    assert (code, fake.keys) == (0, ["Bearer secret"])
+    _, _, _, fake = run_client("--trace=synthetic", "--num_requests=2", "--rate=100", given)
+    assert set(fake.keys) == {"Bearer secret"}
+    assert len(fake.keys) == 2 + 2  # it asks for the model, and so does the replay
+    key.write_text("two words")
+    code, _, err, _ = run_client("--prompt=hello", given)
+    assert code == 2
+    assert f"--api_key_file {key} must hold one word of printable ASCII" in err
 
 
 def test_json_has_everything():

@@ -97,6 +97,19 @@ def test_a_server_answers_refuses_and_drains(environment, profile):
         assert process.stdout.read().split() == ["draining", "drained"]
 
 
+def test_keys_hold_for_grpc_without_http_too(environment, profile, tmp_path):
+    keys, key = tmp_path / "keys", tmp_path / "key"
+    keys.write_text("first\nsecond\n")
+    key.write_text("second\n")
+    flags, expected = golden_case()
+    given = (f"--api_keys_file={keys}", "--http_port=-1")
+    with server(environment, CONFIG, MODEL, profile, *given) as (_, address):
+        refused = ask(environment, address, *flags)
+        assert (refused.returncode, "UNAUTHENTICATED" in refused.stderr) == (2, True)
+        done = ask(environment, address, *flags, f"--api_key_file={key}")
+        assert json.loads(done.stdout)["token_ids"] == expected
+
+
 def test_ctrl_c_drains_too(environment, profile):
     with server(environment, CONFIG, MODEL, profile) as (process, _):
         process.send_signal(signal.SIGINT)

@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,6 +21,7 @@ from kairos_jax.api.http.errors import ApiError, on_error
 from kairos_jax.api.http.fields import Fields, read_object, shown
 from kairos_jax.api.http.guard import Guard, OpenRoute, read_body
 from kairos_jax.api.http.known import refuse_not_served, refuse_of_others
+from kairos_jax.api.http.origin import Origins
 from kairos_jax.api.http.prompts import chat_of
 from kairos_jax.api.http.request import Ask, check_model, check_size, read, renamed
 from kairos_jax.api.http.run import Answering
@@ -45,15 +46,20 @@ _FORESEEN: Sequence[type[Exception]] = (
     WorkerLost,
     RequestFailed,
     IdInUse,
+    ClientDisconnect,
 )
 
 
-def make_app(gate: Gate, options: HttpOptions, routes: Sequence[BaseRoute] = ()) -> Starlette:
+def make_app(
+    gate: Gate, options: HttpOptions, routes: Sequence[BaseRoute] = (), host: str = ""
+) -> Starlette:
     """The ASGI app. routes: others beside those of the API; those that are no `OpenRoute` need a
-    key.
+    key. host: on which the server listens.
     """
     routes = [*Api(gate, options.max_body_bytes).routes(), *routes]
-    middleware = [Middleware(Guard, keys=options.keys, routes=routes)]
+    allowed, cors_origins, keys = options.allowed_hosts, options.cors_origins, options.keys
+    origins = Origins.of(host, allowed, cors_origins, keyed=bool(keys))
+    middleware = [Middleware(Guard, keys=keys, routes=routes, origins=origins)]
     if options.cors_origins:
         cors = Middleware(
             CORSMiddleware,

@@ -148,6 +148,8 @@ def answer_beside(server: WSGIServer, debug: Debug) -> None:
             return app(environ, start)
         status = HTTPStatus.OK
         try:
+            if "HTTP_ORIGIN" in environ and method != "GET":
+                raise ApiError(403, "a profile is not for pages: the request has an Origin")
             body = debug.answer(method, path, dict(parse_qsl(environ["QUERY_STRING"])))
         except ApiError as error:
             status, body = HTTPStatus(error.status), to_bytes(error_object(error))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from kairos_jax.api.gate import Closed
@@ -18,11 +18,14 @@ _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _CODES = {
     400: "invalid_value",
     401: "invalid_api_key",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
     409: "conflict",
     413: "request_too_large",
+    415: "unsupported_media_type",
+    421: "misdirected_request",
     429: "rate_limit_exceeded",
     503: "service_unavailable",
 }
@@ -62,6 +65,8 @@ def describe(error: Exception) -> ApiError:
             return _later(503, str(error), _RETRY_S)
         case RequestFailed():
             return ApiError(500, str(error), code="request_failed")
+        case ClientDisconnect():  # nobody reads it
+            return ApiError(400, "the client went away before the body was there")
         case HTTPException(status_code=404):
             return ApiError(404, "there is nothing at this path")
         case HTTPException(status_code=405):

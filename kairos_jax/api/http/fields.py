@@ -96,7 +96,7 @@ class Fields:
         return value or []
 
     def refuse_all_but(self, name: str, *neutral: Any) -> None:
-        """For what is not served: it may be left out, or ask for what happens anyway."""
+        """Raises BadField unless the field is left out or has a neutral value: it is not served."""
         value = self.values.get(name)
         if value is not None and value not in neutral:
             served = " or ".join(map(json.dumps, neutral or (None,)))

@@ -1,9 +1,9 @@
-"""What stands before every HTTP request: API keys, a name for it, a limit for its body."""
+"""What stands before every HTTP request: where it comes from, API keys, a name for it, a limit for
+its body.
+"""
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -12,6 +12,8 @@ from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kairos_jax.api.http.errors import ApiError, error_response
+from kairos_jax.api.http.origin import Origins
+from kairos_jax.api.keys import MISSING, shows_key
 from kairos_jax.api.validator import MAX_REQUEST_ID
 
 # How long a body that was refused is still read, and forgotten: closing with bytes unread resets
@@ -25,19 +27,21 @@ class OpenRoute(Route):
     """A route that needs no key, for probes, scrapers and browsers. All others need one."""
 
 
-def digest(key: bytes) -> bytes:
-    """By which keys are known: of one length, so that comparing them does not tell theirs."""
-    return hashlib.sha256(key).digest()
-
-
 class Guard:
     """ASGI middleware: lets in who has a key, and gives each answer its X-Request-ID.
 
-    routes: of the app. A request for anything but an `OpenRoute` needs a key.
+    routes: of the app. A request for anything but an `OpenRoute` needs a key. origins: from where
+    requests are taken.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes], routes: Sequence[BaseRoute]):
-        self._app, self._keys, self._routes = app, keys, routes
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[bytes],
+        routes: Sequence[BaseRoute],
+        origins: Origins,
+    ):
+        self._app, self._keys, self._routes, self._origins = app, keys, routes, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -64,8 +68,9 @@ class Guard:
             if len(name) > MAX_REQUEST_ID:
                 limit, got, name = MAX_REQUEST_ID, len(name), ""
                 raise ApiError(400, f"x-request-id must have at most {limit} characters, got {got}")
+            self._origins.check(scope["method"], headers)
             if self._keys and self._is_closed(scope):
-                self._check(headers.get("authorization", ""))
+                self._check_key(headers.get("authorization", ""))
         except ApiError as error:
             await error_response(error)(scope, receive, named)
         else:
@@ -82,13 +87,9 @@ class Guard:
                     return not isinstance(route, OpenRoute)
         return True
 
-    def _check(self, given: str) -> None:
-        scheme, _, key = given.partition(" ")
-        found = digest(key.strip().encode("latin-1"))
-        # All are compared, in a time that does not tell how much of which was right.
-        right = [hmac.compare_digest(found, key) for key in self._keys]
-        if scheme.lower() != "bearer" or not any(right):
-            error = ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
+    def _check_key(self, given: str) -> None:
+        if not shows_key(given, self._keys):
+            error = ApiError(401, MISSING)
             error.headers["www-authenticate"] = "Bearer"
             raise error
 

@@ -72,7 +72,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "prompt_embeds": (),
     "truncation_side": ("left",),
-    # What is told besides.
+    # What an answer tells.
     "prompt_logprobs": (),
     "logprob_token_ids": (),
     "return_tokens_as_token_ids": (False,),

@@ -42,6 +42,7 @@ _FILE_HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
+_EVENTS = "text/event-stream"
 _EVENT_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
@@ -72,7 +73,9 @@ class Live:
         return [Route("/live", self.events), *opened]
 
     async def events(self, request: Request) -> ASGIApp:
-        """Snapshots as server-sent events, without end."""
+        """Snapshots as server-sent events, without end. HEAD takes no place among the viewers."""
+        if request.method == "HEAD":
+            return Response(headers=_EVENT_HEADERS, media_type=_EVENTS)
         return self._watch
 
     @property
@@ -102,7 +105,7 @@ class Live:
         elif self._latest:
             viewer.put_nowait(self._latest)
         try:
-            frames = StreamingResponse(_frames(viewer), 200, _EVENT_HEADERS, "text/event-stream")
+            frames = StreamingResponse(_frames(viewer), 200, _EVENT_HEADERS, _EVENTS)
             await frames(scope, receive, send)
         finally:
             self._viewers.discard(viewer)

@@ -7,14 +7,13 @@ import ssl
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from absl import flags
 
 from kairos_jax.api.http.connections import Connections, Protocol
-from kairos_jax.api.http.guard import digest
+from kairos_jax.api.keys import keys_from_flags
 from kairos_jax.net.address import join_address, listen
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.process import descriptors
@@ -33,8 +32,14 @@ def define_flags() -> None:
         -1,
         65535,
     )
-    flags.DEFINE_string("api_keys_file", None, "File of keys, one a line, that HTTP clients need.")
+    flags.DEFINE_string("api_keys_file", None, "File of keys, one a line, that clients need.")
     flags.DEFINE_list("cors_origins", [], "Whose pages may read answers of the HTTP API; *: all.")
+    flags.DEFINE_list(
+        "allowed_hosts",
+        [],
+        "Names by which HTTP clients may call the server, where no key is asked for, beside "
+        "--host, localhost and IP addresses; *: any.",
+    )
     flags.DEFINE_integer("http_max_body_mb", 8, "MiB that one HTTP request may have.", 1, 1024)
 
 
@@ -42,12 +47,14 @@ def define_flags() -> None:
 class HttpOptions:
     """port: 0 for any free one. keys: SHA-256 of those that are let in; none: all are.
     cors_origins: whose pages may read answers, "*" for all. max_body_bytes: of one request.
+    allowed_hosts: names by which the server may be called, see `Origins`.
     """
 
     port: int
     keys: Sequence[bytes] = field(default=(), repr=False)
     cors_origins: Sequence[str] = ()
     max_body_bytes: int = 8 << 20
+    allowed_hosts: Sequence[str] = ()
 
     @classmethod
     def from_flags(cls) -> "HttpOptions | None":
@@ -58,18 +65,13 @@ class HttpOptions:
             port = _DEFAULT_PORT if values.port else 0
         if port < 0:
             return None
-        keys = _keys(values.api_keys_file) if values.api_keys_file else ()
-        return cls(port, keys, tuple(values.cors_origins), values.http_max_body_mb << 20)
-
-
-def _keys(path: str) -> tuple[bytes, ...]:
-    try:
-        keys = Path(path).read_bytes().split()
-    except OSError as error:
-        raise UsageError(f"--api_keys_file {path}: {error.strerror}") from error
-    if not keys:
-        raise UsageError(f"--api_keys_file {path} is empty")
-    return tuple(digest(key) for key in keys)
+        return cls(
+            port,
+            keys_from_flags(),
+            tuple(values.cors_origins),
+            values.http_max_body_mb << 20,
+            tuple(values.allowed_hosts),
+        )
 
 
 class HttpServer:

@@ -13,8 +13,8 @@ _HEADERS = ("x-slo-", "x-llm-d-slo-")
 
 
 def slo_of_headers(headers: Mapping[str, str]) -> pb.Slo:
-    """What `x-slo-ttft-ms`, `x-llm-d-slo-ttft-ms` and those of the TPOT say. Raises BadField, for a
-    header that does not win too.
+    """The SLO in `x-slo-ttft-ms`, `x-llm-d-slo-ttft-ms` and the like for the TPOT. Raises BadField,
+    also for a header that does not win.
     """
     slo = pb.Slo()
     for prefix in _HEADERS:

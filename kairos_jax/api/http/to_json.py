@@ -1,4 +1,4 @@
-"""JSON as every client reads it: no NaN, no infinity, and no line break of any kind in a string."""
+"""JSON that every client can read: no NaN, no infinity, and no line break in a string."""
 
 import json
 import math

@@ -19,8 +19,8 @@ from kairos_jax.api.http import debug
 from kairos_jax.api.http.app import make_app
 from kairos_jax.api.http.debug import Debug, answer_beside, routes
 from kairos_jax.api.http.errors import ApiError
-from kairos_jax.api.http.guard import digest
 from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.keys import digest
 from kairos_jax.observe import metrics_port
 from kairos_jax.observe.perfetto import RecentTrace, trace_events
 from kairos_jax.process.command import UsageError
@@ -227,8 +227,8 @@ def test_a_worker_of_its_own_process_answers_beside_its_metrics(tmp_path, profil
     answer_beside(server, debugged)
     url = f"http://127.0.0.1:{server.server_port}"
 
-    def ask(path: str, method: str = "GET") -> tuple[int, bytes]:
-        request = urllib.request.Request(url + path, method=method)
+    def ask(path: str, method: str = "GET", **headers: str) -> tuple[int, bytes]:
+        request = urllib.request.Request(url + path, method=method, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return answer.status, answer.read()
@@ -243,6 +243,7 @@ def test_a_worker_of_its_own_process_answers_beside_its_metrics(tmp_path, profil
         status, told = ask(f"{PROFILE}?steps=x", "POST")
         assert (status, json.loads(told)["error"]["param"]) == (400, "steps")
         assert ask("/debug/other")[0] == 404
+        assert ask(f"{PROFILE}?steps=5", "POST", Origin="https://page.example")[0] == 403
     finally:
         server.shutdown()
         server.server_close()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import fakes
 import http_fakes
@@ -217,7 +218,7 @@ def test_special_tokens_show_where_that_is_asked_for(shared, stream):
         # Before min_tokens it ends nothing.
         assert await said(**shown, **ends, min_tokens=6) == all_shown
         assert await said(**shown, **ends, min_tokens=5) == before
-        # What is echoed of a prompt of ids.
+        # The echo of a prompt of ids.
         prompt = [1, *prompt]
         expected = f"<s>{text_of(prompt)}"
         echoed = await said(prompt=prompt, max_tokens=1, echo=True, skip_special_tokens=False)
@@ -301,6 +302,13 @@ def test_every_field_stands_in_the_table_once():
     parts = (known.SERVED, known.OF_CHAT, known.OF_COMPLETIONS, known.NEUTRAL, known.HARMLESS)
     names = [name for part in parts for name in part]
     assert len(names) == len(set(names))
+
+
+def test_every_field_of_the_table_is_in_the_reference():
+    text = (Path(__file__).parents[4] / "docs/reference/http-api.md").read_text()
+    parts = (known.SERVED, known.OF_CHAT, known.OF_COMPLETIONS, known.NEUTRAL, known.HARMLESS)
+    names = {name for part in (*parts, known.NEUTRAL_OF_MESSAGE) for name in part}
+    assert {name for name in names if f"`{name}`" not in text} == set()
 
 
 @pytest.mark.parametrize("path", [TEXT, CHAT])

@@ -12,9 +12,9 @@ from http_fakes import fetch
 
 from kairos_jax.api.gate import Gate
 from kairos_jax.api.http.app import make_app
-from kairos_jax.api.http.guard import digest
 from kairos_jax.api.http.live import Live
 from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.keys import digest
 
 FILES = resources.files("kairos_jax.api.http") / "page"
 PAGE = {file.name: file.read_text() for file in FILES.iterdir()}

@@ -11,8 +11,8 @@ import fakes
 import http_fakes
 import pytest
 
-from kairos_jax.api.http.guard import digest
 from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.keys import digest
 from schedulers.ledger.request import Request, Slo
 
 pytestmark = [

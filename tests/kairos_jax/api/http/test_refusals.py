@@ -14,9 +14,10 @@ from starlette.routing import Route
 
 from kairos_jax.api.gate import Gate
 from kairos_jax.api.http.app import make_app
-from kairos_jax.api.http.guard import OpenRoute, digest
+from kairos_jax.api.http.guard import OpenRoute
 from kairos_jax.api.http.live import Live
 from kairos_jax.api.http.server import HttpOptions
+from kairos_jax.api.keys import digest
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -10,8 +10,8 @@ import httpx2
 import pytest
 
 from kairos_jax.api.http import server
-from kairos_jax.api.http.guard import digest
 from kairos_jax.api.http.server import HttpOptions, HttpServer
+from kairos_jax.api.keys import digest
 from kairos_jax.api.server import Server
 from kairos_jax.net.credentials import PLAIN, Credentials
 from kairos_jax.process.command import UsageError
@@ -30,6 +30,7 @@ def from_flags(monkeypatch):
             "api_keys_file": None,
             "cors_origins": [],
             "http_max_body_mb": 8,
+            "allowed_hosts": [],
         }
         monkeypatch.setattr(server.flags, "FLAGS", SimpleNamespace(**values | given))
         return HttpOptions.from_flags()
@@ -45,9 +46,10 @@ def test_flags_make_options(from_flags, tmp_path):
     assert from_flags(http_port=-1) is None
     keys = tmp_path / "keys"
     keys.write_text("first\n\n  second\r\n")
-    options = from_flags(api_keys_file=str(keys), cors_origins=["*"], http_max_body_mb=1)
+    given = {"cors_origins": ["*"], "http_max_body_mb": 1, "allowed_hosts": ["kairos"]}
+    options = from_flags(api_keys_file=str(keys), **given)
     keys = digest(b"first"), digest(b"second")
-    assert options == HttpOptions(8000, keys, ("*",), 1 << 20)
+    assert options == HttpOptions(8000, keys, ("*",), 1 << 20, ("kairos",))
     assert "first" not in repr(options)
     assert str(digest(b"first")) not in repr(options)
 
@@ -106,7 +108,7 @@ def test_a_client_that_only_listens_does_not_hold_up_the_end():
     async def go():
         server = await started()
         reader, writer = await asyncio.open_connection("127.0.0.1", server.http.port)
-        writer.write(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+        writer.write(b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert (await reader.readline()) == b"HTTP/1.1 200 OK\r\n"
         await asyncio.wait_for(server.drain(0.0), 30)
         await asyncio.wait_for(reader.read(), 30)  # its end
