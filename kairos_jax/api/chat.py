@@ -20,12 +20,6 @@ def render(tokenizer: Tokenizer, chat: pb.Chat) -> str:
         text = tokenizer.render_chat(turns, **options)
     except ValueError as error:
         raise BadField("prompt.chat", f"cannot be rendered: {error}") from error
-    except Exception as error:
-        if not chat.HasField("template") and not chat.HasField("template_kwargs"):
-            raise
-        # A template is a program: a client's may fail in any way.
-        why = f"{type(error).__name__}: {error}"
-        raise BadField("prompt.chat", f"cannot be rendered: {why}") from error
     try:
         text.encode()
     except UnicodeEncodeError as error:

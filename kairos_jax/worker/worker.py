@@ -269,7 +269,7 @@ class Worker:
         """
         invalid = [id for id, token in tokens.items() if token.id == INVALID]
         for id in invalid:
-            log.error("request %s on instance %s: %s", id, self.instance.id, _NOT_FINITE)
+            log.error("request %r on instance %s: %s", id, self.instance.id, _NOT_FINITE)
             self._forget(id)
             self.emit(Failed(id, "not_finite", _NOT_FINITE))
             del tokens[id]

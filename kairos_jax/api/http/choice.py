@@ -145,7 +145,8 @@ class Unskipped(Tokenizer):
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Unskipped":
         """The same one otherwise."""
-        return cls(**{each.name: getattr(tokenizer, each.name) for each in fields(tokenizer)})
+        given = [each.name for each in fields(tokenizer) if each.init]
+        return cls(**{name: getattr(tokenizer, name) for name in given})
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""

@@ -81,20 +81,10 @@ def read(
     n = fields.integer("n", 1, MAX_CHOICES) or 1
     if (fields.integer("best_of", 1, MAX_CHOICES) or n) != n:
         raise BadField("best_of", f"must be n, {n}, as nothing else is served")
-    echo, logprobs = fields.boolean("echo"), _logprobs(fields, chat)
-    own_name = fields.text("request_id")
-    max_name, max_tokens = _max_tokens(fields)
-    silent = echo and max_tokens == 0
-    message = pb.GenerateRequest(
-        request_id=own_name or request_id,
-        max_tokens=1 if silent else max_tokens,
-        sampling=_sampling(fields, logprobs, logprobs if echo else None),
-        slo=slo_of_body(fields, slo),
-        add_special_tokens=fields.flag("add_special_tokens"),
-        truncate_prompt_tokens=_truncation(fields, validator, max_tokens is None and not chat),
-    )
     places = [("messages", chat_of(fields))] if chat else prompts_of(fields)
     _check_choices(len(places), n, validator, chat)
+    max_name, max_tokens = _max_tokens(fields)
+    message = _message(fields, validator, max_tokens, slo, request_id, chat)
     requests = [_request(validator, message, arrival, *place, max_name) for place in places]
     if max_tokens is None and not chat:
         most = _DEFAULT_MAX_TOKENS
@@ -104,19 +94,19 @@ def read(
     if min_tokens:
         requests = [replace(request, stop=frozenset()) for request in requests]
     whole = not message.HasField("truncate_prompt_tokens")
-    options = fields.part("stream_options")
+    options, echo = fields.part("stream_options"), fields.boolean("echo")
     return Ask(
         chat=chat,
         requests=requests,
         prompts=[prompt if whole and isinstance(prompt, str) else None for _, prompt in places],
-        named=bool(own_name),
+        named=bool(fields.text("request_id")),
         n=n,
         stream=fields.boolean("stream"),
         include_usage=options.boolean("include_usage"),
         continuous_usage=options.boolean("continuous_usage_stats"),
         echo=echo,
-        silent=silent,
-        logprobs=logprobs,
+        silent=echo and max_tokens == 0,
+        logprobs=_logprobs(fields, chat),
         stops=_stops(fields, validator),
         show_stop=fields.boolean("include_stop_str_in_output"),
         min_tokens=min_tokens,
@@ -125,6 +115,27 @@ def read(
         return_token_ids=fields.boolean("return_token_ids"),
         timing=fields.boolean("timing"),
         near_misses=near_misses(fields),
+    )
+
+
+def _message(
+    fields: Fields,
+    validator: Validator,
+    max_tokens: int | None,
+    slo: pb.Slo,
+    request_id: str,
+    chat: bool,
+) -> pb.GenerateRequest:
+    """The message that a body asks for, but for its prompt."""
+    echo, logprobs = fields.boolean("echo"), _logprobs(fields, chat)
+    silent = echo and max_tokens == 0
+    return pb.GenerateRequest(
+        request_id=fields.text("request_id") or request_id,
+        max_tokens=1 if silent else max_tokens,
+        sampling=_sampling(fields, logprobs, logprobs if echo else None),
+        slo=slo_of_body(fields, slo),
+        add_special_tokens=fields.flag("add_special_tokens"),
+        truncate_prompt_tokens=_truncation(fields, validator, max_tokens is None and not chat),
     )
 
 

@@ -264,6 +264,7 @@ async def test_a_worker_that_fails_and_its_requests_are_counted(harness):
     seen = told(harness.metrics)
     assert seen("kairos_workers_lost_total", role="decode") == 1
     assert seen("kairos_requests_total", outcome="failed") == 1
+    assert seen("kairos_requests_failed_total", cause="no_worker") == 1
     assert seen("kairos_slo_requests_total", objective="both", result="missed") == 1
 
 

@@ -93,16 +93,15 @@ def test_options_of_a_chat_reach_its_template(fields, expected):
 
 
 class Failing(Tokenizer):
-    """A client's template is a program, which may fail in any way."""
+    """Fails by a client's template, or renders a client's text."""
 
     def render_chat(self, messages, **options):
         if "chat_template" in options:
-            raise eval(options["chat_template"])
+            raise ValueError(options["chat_template"])
         return options["template_kwargs"]["text"]
 
 
-@pytest.mark.parametrize("error", ["ZeroDivisionError()", "RecursionError('deep')", "KeyError(1)"])
-def test_a_template_that_fails_is_the_clients_mistake(error):
+def test_a_template_that_fails_is_the_clients_mistake():
     async def main():
         plain = http_fakes.tokenizer()
         tokenizer = Failing(plain.backend, chat_template="x")
@@ -111,10 +110,10 @@ def test_a_template_that_fails_is_the_clients_mistake(error):
             async with http_fakes.httpx2.AsyncClient(base_url=url, timeout=30) as client:
                 body = {"messages": [{"role": "user", "content": "hi"}]}
                 for path in (CHAT, "/tokenize"):
-                    answer = await client.post(path, json=body | {"chat_template": error})
-                    assert answer.status_code == 400
-                    message = answer.json()["error"]["message"]
-                    assert f"cannot be rendered: {error.partition('(')[0]}" in message
+                    answer = await client.post(path, json=body | {"chat_template": "why"})
+                    error = answer.json()["error"]
+                    assert (answer.status_code, error["param"]) == (400, "messages")
+                    assert error["message"] == "messages cannot be rendered: why"
                 odd = json.dumps(body | {"chat_template_kwargs": {"text": "\ud800"}})
                 answer = await client.post(CHAT, content=odd)
                 assert answer.status_code == 400
