@@ -77,12 +77,12 @@ def pack(
     def one(w: Array, inputs: int) -> Array:
         return as_packed(w.reshape(math.prod(w.shape[:inputs]), -1))
 
-    untied = dataclasses.replace(config, tie_embeddings=False)
+    num_inputs = {path: weight.num_inputs for path, weight in weights_of(config).items()}
     if config.tie_embeddings:
-        packed["head"] = packed["embed"].T
-    for path, weight in weights_of(untied).items():
-        if weight.num_inputs:
-            packed[path] = one(packed[path], weight.num_inputs)
+        packed["head"], num_inputs["head"] = packed["embed"].T, 1
+    for path, inputs in num_inputs.items():
+        if inputs:
+            packed[path] = one(packed[path], inputs)
     return packed
 
 

@@ -115,11 +115,11 @@ class Validator:
         return ids[-count:]
 
     def _check_size(self, text: str, field: str) -> None:
-        """Refuses a text that cannot fit, which would take seconds to tokenize. Raises BadField."""
+        """Refuses a text that cannot fit, which would take seconds to tokenize. Raises TooLong."""
         assert self.tokenizer
         least = self.tokenizer.least_tokens(text)
         if least > self.config.max_context:
-            raise BadField(
+            raise TooLong(
                 field,
                 f"has {len(text.encode())} bytes, which are at least {least} tokens; with at least "
                 f"1 token of output it must fit the context of {self.config.max_context}",
