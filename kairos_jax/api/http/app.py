@@ -17,18 +17,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
+from kairos_jax.api.http.answers.run import Answering
+from kairos_jax.api.http.answers.warned import HEADER, Warnings
+from kairos_jax.api.http.body.fields import Fields, read_object, shown
+from kairos_jax.api.http.body.known import refuse_not_served, refuse_of_others
+from kairos_jax.api.http.body.prompts import chat_of
+from kairos_jax.api.http.body.request import Ask, check_model, check_size, read, renamed
+from kairos_jax.api.http.body.slo import slo_of_headers
 from kairos_jax.api.http.errors import ApiError, on_error
-from kairos_jax.api.http.fields import Fields, read_object, shown
 from kairos_jax.api.http.guard import Guard, OpenRoute, read_body
-from kairos_jax.api.http.known import refuse_not_served, refuse_of_others
 from kairos_jax.api.http.origin import Origins
-from kairos_jax.api.http.prompts import chat_of
-from kairos_jax.api.http.request import Ask, check_model, check_size, read, renamed
-from kairos_jax.api.http.run import Answering
 from kairos_jax.api.http.server import HttpOptions
-from kairos_jax.api.http.slo import slo_of_headers
 from kairos_jax.api.http.to_json import Json
-from kairos_jax.api.http.warned import HEADER, Warnings
 from kairos_jax.api.refusal import BadField, UnknownModel
 from kairos_jax.api.validator import Validator
 from kairos_jax.routing.fleet import Full, WorkerLost

@@ -23,8 +23,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from kairos_jax.api.http.body.fields import shown
 from kairos_jax.api.http.errors import ApiError, error_object
-from kairos_jax.api.http.fields import shown
 from kairos_jax.api.http.to_json import to_bytes
 from kairos_jax.observe.perfetto import RecentTrace
 from kairos_jax.process.command import UsageError

@@ -9,8 +9,8 @@ import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kairos_jax.api.http.body.fields import shown
 from kairos_jax.api.http.errors import ApiError
-from kairos_jax.api.http.fields import shown
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _JSON = "application/json"

@@ -8,7 +8,7 @@ import http_fakes
 import pytest
 from http_fakes import ids_of, of, says, text_in
 
-from kairos_jax.api.http.choice import StopTexts, token_text
+from kairos_jax.api.http.answers.choice import StopTexts, token_text
 from kairos_jax.api.http.server import HttpOptions
 
 # Of all ids, the special ones among them.

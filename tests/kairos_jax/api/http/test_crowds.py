@@ -9,7 +9,8 @@ import http_fakes
 import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from kairos_jax.api.http import request, writing
+from kairos_jax.api.http.answers import writing
+from kairos_jax.api.http.body import request
 from kairos_jax.api.http.connections import Connections
 
 CONFIG = fakes.altered(max_requests=4)

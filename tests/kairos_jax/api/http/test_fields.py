@@ -13,9 +13,9 @@ import http_fakes
 import pytest
 from http_fakes import ids_of, of, says, text_in, text_of
 
-from kairos_jax.api.http import known
-from kairos_jax.api.http.choice import StopTexts
-from kairos_jax.api.http.fields import Fields
+from kairos_jax.api.http.answers.choice import StopTexts
+from kairos_jax.api.http.body import known
+from kairos_jax.api.http.body.fields import Fields
 from kairos_jax.text.tokenizer import Tokenizer
 
 TEXT = "/v1/completions"

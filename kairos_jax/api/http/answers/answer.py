@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kairos_jax.api.http.choice import Choice, Offsets, Piece, token_bytes, token_text
-from kairos_jax.api.http.request import Ask
+from kairos_jax.api.http.answers.choice import Choice, Offsets, Piece, token_bytes, token_text
+from kairos_jax.api.http.body.request import Ask
 from kairos_jax.api.http.to_json import to_bytes, to_json
 from kairos_jax.engine.calls import Token
 from kairos_jax.text.tokenizer import Tokenizer

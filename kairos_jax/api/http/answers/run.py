@@ -13,11 +13,11 @@ from starlette.types import Receive, Scope, Send
 
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed
-from kairos_jax.api.http.answer import DONE, Answer, event_of
-from kairos_jax.api.http.choice import Choice, Piece, StopTexts, Unskipped
+from kairos_jax.api.http.answers.answer import DONE, Answer, event_of
+from kairos_jax.api.http.answers.choice import Choice, Piece, StopTexts, Unskipped
+from kairos_jax.api.http.answers.writing import Comments, in_time, write_whole
+from kairos_jax.api.http.body.request import Ask
 from kairos_jax.api.http.errors import describe, error_object
-from kairos_jax.api.http.request import Ask
-from kairos_jax.api.http.writing import Comments, in_time, write_whole
 from kairos_jax.observe.tracing import trace_of
 from kairos_jax.routing.fleet import WorkerLost
 from kairos_jax.routing.router import IdInUse, Router

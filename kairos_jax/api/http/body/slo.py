@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from kairos_jax.api.http.fields import Fields, shown
+from kairos_jax.api.http.body.fields import Fields, shown
 from kairos_jax.api.refusal import BadField
 from kairos_jax.rpc import kairos_pb2 as pb
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kairos_jax.api.http.fields import Fields, check_text, shown
-from kairos_jax.api.http.known import near_misses, refuse_not_served, refuse_of_others
-from kairos_jax.api.http.prompts import Prompt, chat_of, prompts_of
-from kairos_jax.api.http.slo import slo_of_body
+from kairos_jax.api.http.body.fields import Fields, check_text, shown
+from kairos_jax.api.http.body.known import near_misses, refuse_not_served, refuse_of_others
+from kairos_jax.api.http.body.prompts import Prompt, chat_of, prompts_of
+from kairos_jax.api.http.body.slo import slo_of_body
 from kairos_jax.api.refusal import BadField, UnknownModel
 from kairos_jax.api.validator import Validator
 from kairos_jax.rpc import kairos_pb2 as pb

@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from kairos_jax.api.http.fields import Fields, check_int32, check_text, is_ids, shown
-from kairos_jax.api.http.known import NEUTRAL_OF_MESSAGE
+from kairos_jax.api.http.body.fields import Fields, check_int32, check_text, is_ids, shown
+from kairos_jax.api.http.body.known import NEUTRAL_OF_MESSAGE
 from kairos_jax.api.refusal import BadField
 from kairos_jax.rpc import kairos_pb2 as pb
 

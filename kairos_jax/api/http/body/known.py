@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kairos_jax.api.http.fields import Fields, shown
+from kairos_jax.api.http.body.fields import Fields, shown
 from kairos_jax.api.refusal import BadField
 
 SERVED = frozenset(
