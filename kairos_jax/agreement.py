@@ -52,7 +52,7 @@ from schedulers.ledger.instance import Instance
 from schedulers.ledger.journal import Journal, Record, check, to_lines
 from schedulers.simulation.workload import Arrival, rescale, synthetic
 
-# Requests that the workload has, at most, and those that the knee is found with.
+# Requests of the workload, at most; and requests with which the knee is found.
 _NUM_REQUESTS, _NUM_KNEE = 5000, 500
 # Simulations that tell how much chance there is in an attainment.
 _NUM_CHANCES = 10

@@ -76,9 +76,8 @@ class CostModel:
     def from_profile(cls, profile: Mapping[str, Any], kinds: Sequence[str] = KINDS) -> "CostModel":
         """Reads a profile (DESIGN: "Profile file").
 
-        kinds: the tables that must be there: policies of one role need that role's alone. Where
-        another is missing, its times are nan, so that whoever asks for one all the same cannot take
-        it for an answer.
+        kinds: the tables that must be there. Policies of one role need only the table of that role.
+        The times of a missing table are nan, so that no caller takes them for an answer.
 
         Raises ValueError that names a coefficient which is missing, negative or not finite.
         """

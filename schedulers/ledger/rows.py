@@ -50,7 +50,7 @@ class Rows(Generic[T]):
     takes the place of one that leaves.
 
     seqs: in the order of their rows; to look at. cells: all columns [Column.NUM, len(self)].
-    num_tokens: their lengths in sum; whoever changes a length in the array changes it too.
+    num_tokens: the sum of the lengths; code that changes a length in the array changes it too.
     num_removed: how many have left.
     """
 

@@ -10,7 +10,7 @@ NONE = np.empty(0, np.intp)
 _FIRST = np.zeros(1, np.intp)
 
 
-def everybody(cost: CostModel, instance: Instance) -> Batch:
+def all_running(cost: CostModel, instance: Instance) -> Batch:
     """A step of all running sequences; nothing waits."""
     running = instance.running
     return Batch(running.ones, predicted_s=cost.decode_all(running)) if running.seqs else Batch()

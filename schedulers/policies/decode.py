@@ -1,9 +1,9 @@
-"""Decode policies: who steps, whose KV is fetched, and who gives its pages back.
+"""Decode policies: which sequences step, are fetched, or give their pages back.
 
 A waiting request is in one of three states: its KV is elsewhere (no pages), under way (pages, not
-ready) or here (ready). Only the last may step. A request is given pages for the tokens that it has,
-and one more page whenever it needs it; where none is left, a running one is evicted: its KV is
-copied out, and it waits to be fetched again.
+ready) or here (ready). Only a request that is ready may step. A request gets pages for the tokens
+that it has, and one more page whenever it needs it. If no page is left, a running request is
+evicted: its KV is copied out, and it waits to be fetched again.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Batch, Instance
 from schedulers.ledger.rows import Rows
-from schedulers.policies.batches import NONE, batch_of, everybody, in_turn, under_light_load
+from schedulers.policies.batches import NONE, all_running, batch_of, in_turn, under_light_load
 from schedulers.policies.kairos_plus import KairosPlus
 from schedulers.policies.room import Room, prefix
 
@@ -34,7 +34,7 @@ class Continuous:
         running, waiting = instance.running, instance.waiting
         room = Room(instance)
         if not waiting.seqs and room.free >= 0 and len(running.seqs) <= cap:
-            return everybody(self.cost, instance)
+            return all_running(self.cost, instance)
         stay = room.make(lambda: -running.arrival)
         if stay.size > cap:
             stay = stay[running.arrival[stay].argsort()[:cap]]
@@ -53,9 +53,9 @@ class Continuous:
 class Kairos:
     """Shortest context first, while the predicted step stays within `target` of the least TPOT.
 
-    All that are admitted step. A request whose KV is under way holds its place in the prediction.
-    Under lasting overload the long wait for as long as shorter ones come. The longest is evicted
-    first.
+    All admitted sequences step. A request whose KV is under way holds its place in the prediction.
+    Under lasting overload a long sequence waits for as long as shorter ones come. The longest is
+    evicted first. A TPOT that no step can keep does not count.
     """
 
     cost: CostModel
@@ -66,7 +66,7 @@ class Kairos:
         room = Room(instance)
         if room.free >= 0:
             if not waiting.seqs:
-                return everybody(self.cost, instance)
+                return all_running(self.cost, instance)
             if batch := under_light_load(self.cost, instance, self.target, room):
                 return batch
         stay = room.make(lambda: -running.length)
@@ -122,5 +122,5 @@ POLICIES: dict[str, Callable[[CostModel], Continuous | Kairos | KairosPlus]] = {
     "kairos_plus": KairosPlus,
 }
 
-# Those that put sequences which have missed their TTFT behind all others.
+# Policies that put sequences which have missed their TTFT behind all others.
 DEMOTING = frozenset({"kairos_plus"})

@@ -132,7 +132,7 @@ class KairosPlus:
         """How long the step may take."""
         tpot = view.cells[Column.TPOT]
         if not urgent.size:
-            # Of the hopeless none may hold up the others by the TPOT that it has missed.
+            # Only hopeless sequences step: a short TPOT that is missed must not shorten the step.
             return self.target * float(np.maximum.reduce(tpot[order]))
         least = float(np.minimum.reduce(tpot[urgent]))
         return min(float(view.period[urgent[0]]), self.target * least)
@@ -145,8 +145,8 @@ class KairosPlus:
         hopeless: np.ndarray,
         room: Room,
     ) -> np.ndarray:
-        """Whose KV to bring over: the served, and hopeless ones, the oldest first, into pages that
-        nobody needs.
+        """The waiting rows to fetch: served ones first, then hopeless ones, oldest first, into
+        pages that no served one needs.
         """
         waiting, num_running = instance.waiting, len(instance.running)
         far = served[served >= num_running] - num_running

@@ -14,6 +14,7 @@ import numpy as np
 from schedulers.cost import CostModel, Number
 from schedulers.ledger.instance import Instance, Role
 from schedulers.ledger.request import Request, Slo
+from schedulers.ledger.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,21 +265,29 @@ def _load(instance: Instance, cost: CostModel, now: float, demotes_late: bool) -
     base of a step. No other sequence counts for more than a whole instance; the one with the
     shortest TPOT pays the base.
     """
-    pace, own, tpot = instance.pace, [], []
+    pace, base_s = instance.pace, cost.decode.base_s
+    total, shortest, its_own = 0.0, math.inf, 0.0
     for rows in (instance.running, instance.waiting):
         if not rows:
             continue
         counts = rows.tpot >= pace * cost.decode_base_s
         if demotes_late:
-            counts &= np.where(rows.count > 0, rows.first_at, now) <= rows.deadline
-        tpot.append(rows.tpot[counts])
-        own.append(pace * share(rows.length[counts], tpot[-1], cost))
-    if not sum(some.size for some in tpot):
-        return 0.0
-    own, tpot = np.concatenate(own), np.concatenate(tpot)
-    shortest = tpot.argmin()
-    own[shortest] += pace * cost.decode.base_s / tpot[shortest]
-    return float(np.minimum(own, 1.0).sum())
+            counts &= _first_at(instance, rows, now) <= rows.deadline
+        with np.errstate(over="ignore"):  # a TPOT may be as short as a client likes
+            own = np.minimum(pace * share(rows.length, rows.tpot, cost), 1.0)
+        total += float(own @ counts)
+        tpot = rows.tpot if counts.all() else np.where(counts, rows.tpot, math.inf)
+        row = tpot.argmin()
+        if tpot[row] < shortest:
+            shortest, its_own = float(tpot[row]), float(own[row])
+    return total + min(pace * base_s / shortest, 1.0 - its_own)
+
+
+def _first_at(instance: Instance, rows: Rows, now: float) -> np.ndarray:
+    """When the first tokens came, or come at the earliest."""
+    if instance.role is Role.DECODE:
+        return rows.first_at
+    return np.where(rows.count > 0, rows.first_at, now)
 
 
 def _room(instance: Instance) -> float:
