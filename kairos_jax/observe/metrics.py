@@ -1,5 +1,4 @@
 """What became of a router's requests, for Prometheus. Names: docs/reference/metrics-and-traces.md.
-the names.
 
 A request is counted when its first token comes and when it ends, from its stream's own record; a
 token costs one addition to a tally. All else is read at a scrape (`collectors.py`).
@@ -48,8 +47,9 @@ class Metrics(Observer):
     """The metrics of one router. Told on its event loop, rendered on any thread.
 
     model: as the aliases name it. slo: of requests that state none, whose class always has a name.
-    registry: what is told; more may be registered. judged: requests of the last minutes that an SLO
-    was held against; and of them, those that met that of the TTFT, of the TPOT, and both.
+    registry: of prometheus_client, which is rendered at a scrape; takes further collectors. judged:
+    requests of the last minutes that an SLO was held against; and of them, those that met that of
+    the TTFT, of the TPOT, and both.
     """
 
     def __init__(

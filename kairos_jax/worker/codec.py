@@ -4,8 +4,8 @@ what its receiver finds whom it is for.
 Times go out as ages and come in as times of the receiver's clock: `now` is when a message is
 written, or was read. They are off by how long it was on its way.
 
-A new message is a class in `messages.py`, a field in internal.proto, a entry here, and the code
-that handles it.
+A new message is a class in `messages.py`, a field in internal.proto, a row (`Entry`) here, and the
+code that handles it.
 """
 
 import enum
