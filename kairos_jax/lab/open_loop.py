@@ -16,8 +16,9 @@ from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.process.progress import Progress
 from kairos_jax.routing.fleet import Full, WorkerLost
 from kairos_jax.routing.router import Router
+from kairos_jax.routing.stream import RequestFailed
 from kairos_jax.worker.build import build_workers
-from models.sampling import SamplingParams
+from models.sampling import INVALID, SamplingParams
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Instance
 from schedulers.ledger.request import Request, Seq, Slo
@@ -66,8 +67,8 @@ def serve(
 
 
 class EndingEngine:
-    """An engine that ends outputs where the workload says: the n-th token of a request that has -n
-    among its stop tokens is that one. No vocabulary has it.
+    """An engine that ends outputs where the workload says: the n-th token of a request that stops
+    at `_end_after(n)` is that one. No vocabulary has it.
     """
 
     def __init__(self, engine: Engine):
@@ -81,9 +82,9 @@ class EndingEngine:
         def ended() -> dict[str, Token]:
             tokens = wait()
             for seq, _ in work:
-                nth = -(seq.num_tokens + 1)
-                if nth in seq.request.stop and seq.request.id in tokens:
-                    tokens[seq.request.id] = Token(nth)
+                end = _end_after(seq.num_tokens + 1)
+                if end in seq.request.stop and seq.request.id in tokens:
+                    tokens[seq.request.id] = Token(end)
             return tokens
 
         return ended
@@ -95,6 +96,11 @@ class EndingEngine:
     def write_pages(self, pages: Sequence[int], kv: KV) -> None:
         """See `Engine.write_pages`."""
         self.engine.write_pages(pages, kv)
+
+
+def _end_after(num_tokens: int) -> int:
+    """The stop token of an output of so many; its own inverse."""
+    return INVALID - num_tokens
 
 
 def _requests(
@@ -110,7 +116,7 @@ def _requests(
             rng.integers(live.vocab_size, size=arrival.num_prompt).tolist(),
             min(longest, live.config.max_context - arrival.num_prompt),
             slo,
-            stop=frozenset({-arrival.num_output}),
+            stop=frozenset({_end_after(arrival.num_output)}),
             sampling=SamplingParams(),
         )
         for arrival, slo in zip(arrivals, slos, strict=True)
@@ -155,8 +161,8 @@ async def _send(
             async for output in stream:
                 times.append(output.at - start)
             ok = True
-        except (Full, WorkerLost):
-            pass  # counts as a failed request; a dead instance is told of by the router
+        except (Full, WorkerLost, RequestFailed):
+            pass  # counts as a failed request; the worker's log or the router says why
         progress("requests", next(ended), len(requests))
         return _outcome(request, times, ok)
 
@@ -166,7 +172,7 @@ async def _send(
 
 
 def _outcome(request: Request, times: Sequence[float], ok: bool) -> Outcome:
-    slo, (num_asked,) = request.slo, (-nth for nth in request.stop)
+    slo, (num_asked,) = request.slo, map(_end_after, request.stop)
     if not times:
         return Outcome(slo, request.arrival, ok=False, num_asked=num_asked)
     return Outcome(
