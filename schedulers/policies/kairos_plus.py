@@ -132,7 +132,7 @@ class KairosPlus:
         """How long the step may take."""
         tpot = view.cells[Column.TPOT]
         if not urgent.size:
-            # Only hopeless sequences step: a short TPOT that is missed must not shorten the step.
+            # No served sequence steps: a short TPOT that is missed must not shorten the step.
             return self.target * float(np.maximum.reduce(tpot[order]))
         least = float(np.minimum.reduce(tpot[urgent]))
         return min(float(view.period[urgent[0]]), self.target * least)
