@@ -3,6 +3,7 @@
 Dimension letters: R rows, Q queries a row, D hidden size, V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -180,9 +181,15 @@ def structure(config: ModelConfig, dtype: jnp.dtype):
 
 
 def weights_of(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Weight]:
-    """The declaration of every weight, by path."""
-    _, state = structure(config, jnp.dtype(dtype))
-    return {path_of(path): described(path_of(path), param) for path, param in state}
+    """The declaration of every weight, by path. All layers declare the same weights."""
+    _, state = structure(dataclasses.replace(config, num_layers=1), jnp.dtype(dtype))
+    weights = {}
+    for (name, *rest), param in state:
+        of_layer = name == "layers"
+        for layer in range(config.num_layers if of_layer else 1):
+            path = path_of((name, layer, *rest[1:]) if of_layer else (name, *rest))
+            weights[path] = described(path, param)
+    return weights
 
 
 def path_of(path: tuple[Any, ...]) -> str:
