@@ -32,15 +32,16 @@ log = logging.getLogger(__name__)
 
 # Raised whenever other points are measured, or the fit changes: a profile that was kept before is
 # then measured again.
-_VERSION = 2
+_VERSION = 3
 # Passes over all points, so that a noisy moment spoils no point's median; and what each point gets
-# in each of them: short enough to measure the whole grid in about a minute.
+# in each of them: short enough to measure the whole grid in about a minute. Mixed steps are long,
+# and one run a pass shows their form: they take a tenth of the measurement at most.
 _PASSES, _REPEATS, _BUDGET_S = 3, 5, 0.2
+_REPEATS_MIXED = 1
 # KV moves in whole blocks: tokens that fill them.
 _TRANSFER_BLOCKS = (1, 2, 4)
-# Contexts of decode steps whose sequences are alike; and of mixed ones, the longest and, if a
-# sequence may be as long, the shortest.
-_CONTEXTS, _LONG, _SHORT = (64, 256, 1024), 2048, 64
+# Contexts of decode steps whose sequences are alike; mixed steps have the first and the last.
+_CONTEXTS = (64, 256, 1024)
 
 
 def measure(
@@ -57,7 +58,8 @@ def measure(
     total = _PASSES * len(points)
     for done, (_, index) in enumerate(itertools.product(range(_PASSES), range(len(points)))):
         progress("measure step times", done, total)
-        times[index] += _times_s(points[index][-1])
+        kind, _, run = points[index]
+        times[index] += _times_s(run, _REPEATS_MIXED if kind == "mixed" else _REPEATS)
     progress("measure step times", total, total)
     samples: dict[str, list[tuple]] = {}
     for (kind, point, _), of_point in zip(points, times, strict=True):
@@ -219,8 +221,8 @@ def _mixtures(engine: JaxEngine) -> Iterable[list[int]]:
     long.
     """
     sizes = [size for size in engine.shapes.decode_rows if size > 1]
-    longest = min(_LONG, engine.limits.max_context - 1)
-    shortest = max(min(_SHORT, longest // 8), 1)
+    longest = min(_CONTEXTS[-1], engine.limits.max_context - 1)
+    shortest = max(min(_CONTEXTS[0], longest // 8), 1)
     for size in sorted({sizes[-1 - len(sizes) * third // 3] for third in range(3) if sizes}):
         one = [shortest] * size
         one[size // 2] = longest
@@ -263,10 +265,10 @@ def _transfer(source: JaxEngine, target: JaxEngine, tokens: int) -> None:
     target.wait()
 
 
-def _times_s(run: Callable[[], Any]) -> list[float]:
+def _times_s(run: Callable[[], Any], repeats: int) -> list[float]:
     """A few times, one at least."""
     times: list[float] = []
-    while not times or (len(times) < _REPEATS and sum(times) < _BUDGET_S):
+    while not times or (len(times) < repeats and sum(times) < _BUDGET_S):
         begin = time.perf_counter()
         run()
         times.append(time.perf_counter() - begin)

@@ -26,9 +26,9 @@ BASE_S, SEQ_S, TOKEN_S, PROMPT_TOKEN_S = 0.0275, 0.0024, 2.9e-6, 1.4e-3
 class TimedEngine:
     """An engine that only takes time. form: how its decode steps read contexts."""
 
-    def __init__(self, form, kernels="native", limits=LIMITS):
+    def __init__(self, form, kernels="native", limits=LIMITS, role=Role.BOTH):
         self.form, self.kernels, self.limits = form, kernels, limits
-        self.shapes = Shapes.for_role(Role.BOTH, limits, 32)
+        self.shapes = Shapes.for_role(role, limits, 32)
         device = SimpleNamespace(platform="cpu", device_kind="cpu")
         self.mesh = SimpleNamespace(devices=np.array([device]), size=1)
         self.config = SimpleNamespace(head_dim=64)
@@ -92,12 +92,14 @@ def test_the_form_is_the_one_that_the_steps_have(measured, form, kernels, caplog
     assert cost.decode_s([200] * 15 + [1900]) == pytest.approx(engine.now, rel=0.01)
 
 
-def test_mixed_batches_take_a_small_part_of_the_measurement(measured):
-    engine = TimedEngine("ragged")
+@pytest.mark.parametrize("role", [Role.BOTH, Role.DECODE])
+@pytest.mark.parametrize("form", ["ragged", "padded"])
+def test_mixed_batches_take_a_small_part_of_the_measurement(measured, form, role):
+    engine = TimedEngine(form, role=role)
     profile = measured(engine)
     samples = profile["samples"]["mixed"]
     assert [batch for batch, *_ in samples] == [6, 6, 16, 16, 32, 32]
-    assert {longest for *_, longest, _ in samples} == {2047}
+    assert {longest for *_, longest, _ in samples} == {1024}
     assert all(longest < total < batch * longest for batch, total, longest, _ in samples)
     assert engine.decoded_s["mixed"] < 0.15 * (engine.now - engine.decoded_s["mixed"])
 
