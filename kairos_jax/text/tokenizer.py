@@ -1,7 +1,7 @@
 """Text to token ids and back, and chats to text; from a Hugging Face directory or a GGUF file."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Tokenizer:
       special_tokens: what chat templates find under names such as "bos_token".
       chat_template: Jinja source, None if the model has no default template.
       named_templates: other templates of the model, by name.
+      skips_special: whether special tokens have no text.
     """
 
     backend: tokenizers.Tokenizer
@@ -35,6 +36,12 @@ class Tokenizer:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
     named_templates: Mapping[str, str] = field(default_factory=dict)
+    skips_special: bool = True
+
+    @cached_property
+    def showing_special(self) -> "Tokenizer":
+        """The same tokenizer, whose special tokens have their content as text."""
+        return replace(self, skips_special=False)
 
     @property
     def vocab_size(self) -> int:
@@ -52,10 +59,11 @@ class Tokenizer:
         return encoding.ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`: special tokens skipped, bytes that are not UTF-8 shown as U+FFFD."""
+        """Text of `ids`. Bytes that are not UTF-8 are shown as U+FFFD."""
+        skip = self.skips_special
         if len(ids) < _LONG:
-            return self.backend.decode(list(ids), skip_special_tokens=True)
-        (text,) = self.backend.decode_batch([list(ids)], skip_special_tokens=True)
+            return self.backend.decode(list(ids), skip_special_tokens=skip)
+        (text,) = self.backend.decode_batch([list(ids)], skip_special_tokens=skip)
         return text
 
     @property
@@ -82,7 +90,9 @@ class Tokenizer:
 
     def has_text(self, id: int) -> bool:
         """Whether `decode` makes something of `id`. (Models pad their vocabularies past ours.)"""
-        return id not in self._special_ids and self.backend.id_to_token(id) is not None
+        if self.skips_special and id in self._special_ids:
+            return False
+        return self.backend.id_to_token(id) is not None
 
     def render_chat(
         self,

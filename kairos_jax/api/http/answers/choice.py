@@ -1,7 +1,7 @@
 """One choice of an answer: tokens in, text out, up to where it ends."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from kairos_jax.engine.calls import PromptLogprobs, Token
 from kairos_jax.routing.stream import Stream
@@ -137,24 +137,6 @@ class Choice:
         if ends and self.shows_end and not self.shows_end(ids[-1]):
             del ids[-1]
         return self.detokenizer.push(ids)
-
-
-class Unskipped(Tokenizer):
-    """A tokenizer that shows special tokens as text."""
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Unskipped":
-        """The same one otherwise."""
-        given = [each.name for each in fields(tokenizer) if each.init]
-        return cls(**{name: getattr(tokenizer, name) for name in given})
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer`."""
-        return self.backend.decode(list(ids), skip_special_tokens=False)
-
-    def has_text(self, id: int) -> bool:
-        """See `Tokenizer`."""
-        return self.backend.id_to_token(id) is not None
 
 
 class Offsets:

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed
 from kairos_jax.api.http.answers.answer import DONE, Answer, event_of
-from kairos_jax.api.http.answers.choice import Choice, Piece, StopTexts, Unskipped
+from kairos_jax.api.http.answers.choice import Choice, Piece, StopTexts
 from kairos_jax.api.http.answers.writing import Comments, in_time, write_whole
 from kairos_jax.api.http.body.request import Ask
 from kairos_jax.api.http.errors import describe, error_object
@@ -62,7 +62,7 @@ class Answering:
 
     def _answer(self, streams: Sequence[Stream]) -> Answer:
         ask, plain = self._ask, self._backend.validator.tokenizer
-        tokenizer = Unskipped.of(plain) if plain and ask.show_special else plain
+        tokenizer = plain.showing_special if plain and ask.show_special else plain
         # A special token that ends the output belongs to what it stops at.
         hides_end = plain and ask.show_special and not ask.show_stop
         choices = [
