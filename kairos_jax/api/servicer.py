@@ -9,7 +9,7 @@ import grpc
 
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
-from kairos_jax.api.refusal import BadField, UnknownModel
+from kairos_jax.api.refusal import BadField, UnknownModel, message_of
 from kairos_jax.engine.calls import PromptLogprobs, Token
 from kairos_jax.observe.tracing import trace_of
 from kairos_jax.routing.fleet import Full, WorkerLost
@@ -52,18 +52,18 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
                 await _answer(backend, stream, context)
         except UnknownModel as error:
             backend.router.rejected("unknown_model")
-            await context.abort(grpc.StatusCode.NOT_FOUND, _cut(error))
+            await context.abort(grpc.StatusCode.NOT_FOUND, message_of(error))
         except BadField as error:
             backend.router.rejected("bad_request")
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _cut(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message_of(error))
         except IdInUse as error:
             backend.router.rejected("id_in_use")
-            await context.abort(grpc.StatusCode.ALREADY_EXISTS, _cut(error))
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, message_of(error))
         except Full as error:
             retry = (("retry-after-s", f"{error.retry_after_s:.3g}"),)
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _cut(error), retry)
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message_of(error), retry)
         except WorkerLost as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(error))
+            await context.abort(grpc.StatusCode.UNAVAILABLE, message_of(error))
 
     async def _submit(
         self, backend: Backend, request: pb.GenerateRequest, arrival: float, context
@@ -98,9 +98,9 @@ async def _answer(backend: Backend, stream: Stream, context) -> None:
                 _finish(response, stream)
             await _write(context, response)
     except WorkerLost as error:
-        await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(error))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, message_of(error))
     except RequestFailed as error:
-        await context.abort(grpc.StatusCode.INTERNAL, _cut(error))
+        await context.abort(grpc.StatusCode.INTERNAL, message_of(error))
     except TimeoutError:
         why = f"the client has read nothing of its answer for {WRITE_S:g} s"
         log.warning("%s: it is cut off", why)
@@ -114,12 +114,6 @@ async def _write(context, response: pb.GenerateResponse) -> None:
     """Raises TimeoutError where the client does not read."""
     async with asyncio.timeout(WRITE_S):
         await context.write(response)
-
-
-def _cut(error: Exception) -> str:
-    """The message, which may quote the client, within what gRPC carries in a status."""
-    text = str(error)
-    return text if len(text) <= 1000 else text[:1000] + "..."
 
 
 def _of_prompt(stream: Stream, logprobs: PromptLogprobs) -> Iterator[pb.GenerateResponse]:

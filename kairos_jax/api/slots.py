@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from kairos_jax.routing.fleet import Full
+from kairos_jax.routing.fleet import no_slot
 
 T = TypeVar("T")
 
@@ -44,11 +44,7 @@ class Slots:
     def _change(self, count: int) -> None:
         if count > 0 and self.num_held + count > self.limit:
             self.on_full()
-            raise Full(
-                f"{self.limit} requests are in progress, the most this server takes",
-                "max_requests",
-                self.wait_s(),
-            )
+            raise no_slot(self.limit, self.wait_s())
         self.num_held += count
         if self.num_held:
             self._idle.clear()

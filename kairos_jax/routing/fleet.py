@@ -25,6 +25,12 @@ class Full(Exception):
         self.retry_after_s = max(retry_after_s, LEAST_RETRY_S)
 
 
+def no_slot(limit: int, wait_s: float) -> Full:
+    """As many requests are in progress as `max_requests` allows."""
+    reason = f"{limit} requests are in progress, the most this server takes"
+    return Full(reason, "max_requests", wait_s)
+
+
 class WorkerLost(Exception):
     """The instance that served this request failed, and there is no other to go on with it."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from absl import flags
 
 from kairos_jax.routing.dispatch import Dispatch
-from kairos_jax.routing.fleet import Fleet, Full, WorkerLost
+from kairos_jax.routing.fleet import Fleet, Full, WorkerLost, no_slot
 from kairos_jax.routing.observer import Observer
 from kairos_jax.routing.peer import Peer
 from kairos_jax.routing.stream import Stream
@@ -112,11 +112,7 @@ class Router:
         """Raises Full if no request can be taken now. slo: of the one that is to be, if known."""
         if self.num_streams >= self.max_requests:
             self.rejected("max_requests", slo)
-            raise Full(
-                f"{self.max_requests} requests are in progress, the most this server takes",
-                "max_requests",
-                self.fleet.wait_s(),
-            )
+            raise no_slot(self.max_requests, self.fleet.wait_s())
 
     def rejected(self, reason: str, slo: Slo | None = None) -> None:
         """Tells the observers of a request that was not taken. reason, slo: see `Observer`."""

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from kairos_jax.api.gate import Closed
 from kairos_jax.api.http.to_json import Json
-from kairos_jax.api.refusal import BadField, TooLong, UnknownModel
+from kairos_jax.api.refusal import BadField, TooLong, UnknownModel, message_of
 from kairos_jax.routing.fleet import Full, WorkerLost
 from kairos_jax.routing.router import IdInUse
 from kairos_jax.routing.stream import RequestFailed
@@ -29,7 +29,6 @@ _CODES = {
     429: "rate_limit_exceeded",
     503: "service_unavailable",
 }
-_MAX_MESSAGE = 1000
 # Where nobody can say when a retry may succeed.
 _RETRY_S = 1.0
 
@@ -80,13 +79,10 @@ def describe(error: Exception) -> ApiError:
 
 def error_object(error: ApiError) -> Mapping[str, object]:
     """The JSON object of an error, as a body or as an event."""
-    message = str(error)
-    if len(message) > _MAX_MESSAGE:  # it may quote the client
-        message = message[:_MAX_MESSAGE] + "..."
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     return {
         "error": {
-            "message": message,
+            "message": message_of(error),
             "type": _TYPES.get(error.status, kind),
             "param": error.param,
             "code": error.code,

@@ -122,7 +122,7 @@ NEUTRAL_OF_MESSAGE: Mapping[str, tuple[Any, ...]] = {
 
 STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats", "include_obfuscation"})
 
-_KNOWN = tuple({*SERVED, *OF_COMPLETIONS, *OF_CHAT, *NEUTRAL, *HARMLESS})
+_KNOWN = frozenset({*SERVED, *OF_COMPLETIONS, *OF_CHAT, *NEUTRAL, *HARMLESS})
 # A client may send any number of fields, of any length.
 _MOST_LOOKED_AT, _LONGEST = 16, 64
 # Of 1, by difflib's measure: "max_new_tokens" is as near as 0.83 to "max_tokens".
