@@ -11,7 +11,7 @@ code that handles it.
 import enum
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import grpc
@@ -401,12 +401,13 @@ def _to_outlined(said: pb.Outlined, sender: Sender) -> Outlined:
 
 
 def _status(status: Status) -> pb.Status:
-    return pb.Status(**asdict(status))
+    return pb.Status(**_fields(status))
 
 
 def _to_status(said: pb.Status) -> Status:
-    told: dict[str, Any] = {each.name: getattr(said, each.name) for each in fields(Status)}
-    return replace(Status(**told), begun=tuple(said.begun))
+    told = _told(said, Status)
+    told["begun"] = tuple(said.begun)
+    return Status(**told)
 
 
 def _welcome(welcome: Welcome) -> pb.Welcome:
@@ -422,17 +423,22 @@ def _welcome(welcome: Welcome) -> pb.Welcome:
 
 
 def _to_welcome(said: pb.Welcome) -> Welcome:
-    told: dict[str, Any] = {
-        each.name: getattr(said, each.name) for each in fields(Welcome) if each.name != "profile"
-    }
-    limits = {each.name: getattr(said.limits, each.name) for each in fields(Limits)}
-    told |= {"role": Role(said.role), "limits": Limits(**limits)}
-    return Welcome(**told, profile=json.loads(said.profile_json))
+    told = _told(said, Welcome)
+    told["role"] = Role(said.role)
+    told["limits"] = Limits(**_told(said.limits, Limits))
+    told["profile"] = json.loads(said.profile_json)
+    return Welcome(**told)
 
 
 def _fields(record: Any) -> dict[str, Any]:
     """Of a dataclass, by name: the message that says it has fields of the same names."""
     return {each.name: getattr(record, each.name) for each in fields(record)}
+
+
+def _told(said: Any, kind: type) -> dict[str, Any]:
+    """What a message says of the fields of a dataclass; not those that it has under other names."""
+    names = (each.name for each in fields(kind))
+    return {name: getattr(said, name) for name in names if hasattr(said, name)}
 
 
 def _error(error: BaseException) -> str:
