@@ -107,6 +107,7 @@ class RouterOptions:
                 f"--hang_s must be at least twice --heartbeat_s, {values.heartbeat_s:g}, got "
                 f"{values.hang_s:g}"
             )
+        http = HttpOptions.from_flags()
         return cls(
             values.host,
             values.port,
@@ -118,9 +119,9 @@ class RouterOptions:
             values.rejoin_s,
             values.health_port,
             values.admission,
-            HttpOptions.from_flags(),
+            http,
             Tracing.from_flags(),
-            keys_from_flags(),
+            None if http else keys_from_flags(),
         )
 
 

@@ -190,7 +190,7 @@ def main(argv: list[str]) -> None:
                 http,
                 traced,
                 debugging,
-                keys_from_flags(),
+                None if http else keys_from_flags(),
             )
         )
     lifecycle.end(code)

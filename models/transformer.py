@@ -180,9 +180,9 @@ def structure(config: ModelConfig, dtype: jnp.dtype):
     return graph, tuple(nnx.to_flat_state(state))
 
 
-def weights_of(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Weight]:
+def weights_of(config: ModelConfig) -> dict[str, Weight]:
     """The declaration of every weight, by path. All layers declare the same weights."""
-    _, state = structure(dataclasses.replace(config, num_layers=1), jnp.dtype(dtype))
+    _, state = structure(dataclasses.replace(config, num_layers=1), jnp.dtype(jnp.float32))
     weights = {}
     for (name, *rest), param in state:
         of_layer = name == "layers"

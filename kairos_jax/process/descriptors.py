@@ -14,11 +14,10 @@ def ensure() -> int:
     is too low to serve.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    limit, wanted = _finite(soft), min(_finite(hard), _MOST)
+    if limit < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    limit = _MOST if soft == resource.RLIM_INFINITY else soft
+        limit = wanted
     if limit < LEAST:
         raise UsageError(
             f"this process may open {limit} files, and a server needs at least {LEAST}: "
@@ -32,5 +31,8 @@ def for_clients() -> int:
     that links to peers can always be made.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = _MOST if soft == resource.RLIM_INFINITY else soft
-    return max(16, (limit - LEAST) // 2)
+    return max(16, (_finite(soft) - LEAST) // 2)
+
+
+def _finite(limit: int) -> int:
+    return _MOST if limit == resource.RLIM_INFINITY else limit
