@@ -100,7 +100,7 @@ class Leader:
         result = self._engine.run(call)
         if result is not None:
             result = result.addressable_data(0)
-        # A block belongs to whoever reads it, and may be deleted; a step after it hangs as well.
+        # The reader of a block owns it and may delete it. A step after it hangs where a read does.
         samples = isinstance(call, Step | Score)
         self._last = (by, result) if samples else (float("inf"), None)
         return result
@@ -144,7 +144,7 @@ def lead(
     on_lost: OnLost = end_process,
     deadline_s: float = DEADLINE_S,
 ) -> Leader:
-    """Waits for the followers; then whatever `engine` runs, its warm-up too, runs on all.
+    """Waits for the followers. All later calls of `engine`, warm-up too, run on every process.
 
     on_lost: called once, on a thread of the leader's, when a process is lost or a call hangs. A
     step may hang then: the process is to end.
@@ -233,7 +233,7 @@ def _meet(port: int, secret: bytes) -> tuple[int, bytes]:
 def _accept(
     listener: socket.socket, processes: Processes, secret: bytes, deadline_s: float
 ) -> list[Connection]:
-    """A connection to each follower. Whoever does not know the secret is sent away."""
+    """A connection to each follower. A process that does not know the secret is cut off."""
     connections: dict[int, Connection] = {}
     by = time.monotonic() + _MEET_S
     while missing := set(range(1, processes.count)) - set(connections):

@@ -36,7 +36,7 @@ class InFlight:
     async def admit(self, num_bytes: int, priority: Callable[[], Priority]) -> AsyncIterator[None]:
         """The block is entered when there is room, which is given back when it is left.
 
-        priority: asked again whenever there is room, since it may change meanwhile.
+        priority: asked again whenever there is room, since it may have changed.
         """
         mine = _Waiting(num_bytes, priority, asyncio.get_running_loop().create_future())
         self._waiting.append(mine)

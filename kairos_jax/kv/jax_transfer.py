@@ -2,7 +2,7 @@
 
 On that wire are bytes alone, buffer i to buffer i: no shape, no dtype, no sharding, and no deadline
 that works. So each shard of a block is a buffer of its own, pulled to one device and joined there,
-and whoever waits for it looks at `is_ready` and keeps the time itself.
+and a reader polls `is_ready` against a deadline of its own.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from jax.sharding import (
 from kairos_jax.kv.manifest import Box, Manifest, box_of, grid_of, shape_of, shards_of
 from kairos_jax.net.address import join_address, split_address
 
-# For a look whether the peer listens. Whoever connects to a port where nobody does hears nothing.
+# For the probe of a peer's port. The transfer server itself reports no failed connection.
 _PROBE_S = 5.0
 # For each connection's data: on loopback 4 carried 1.76 GiB/s, 2 carried 1.39, and 1 carried 1.28.
 _SOCKETS = 4
@@ -92,7 +92,7 @@ class TransferPort:
         return len(self._connections)
 
     def register(self, blocks: Sequence[jax.Array]) -> tuple[int, list[jax.Array]]:
-        """Lets whoever knows the uuid pull the shards of these blocks, once.
+        """Lets a peer that knows the uuid pull the shards of these blocks, once.
 
         They may be still computing. The server keeps what is not pulled until `delete()` of the
         arrays that are returned; they must not be donated.

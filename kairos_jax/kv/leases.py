@@ -29,7 +29,7 @@ class State(Enum):
 @dataclass(slots=True, eq=False)
 class Lease:
     """One offer. deadline: when it runs out, in seconds of the owner's clock; while it still grows,
-    whoever adds to it looks after it.
+    it does not run out: the side that computes its blocks ends it.
 
     complete: no more blocks come. num_claims: how often it was claimed, retries included.
     num_calls: claims whose calls are open: while there is one, the lease does not run out.
@@ -71,7 +71,7 @@ class Leases:
         self._leases[ticket.uuid] = Lease(ticket)
 
     def extend(self, ticket: Ticket, kv: KV, last: bool, now: float) -> None:
-        """Adds blocks. An offer that has ended meanwhile is passed over."""
+        """Adds blocks. An offer that has ended is passed over."""
         lease = self._leases.get(ticket.uuid)
         if lease is not None:
             lease.kv.extend(kv)

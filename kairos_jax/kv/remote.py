@@ -1,4 +1,4 @@
-"""KV between processes: offers kept for whoever claims them, and fetches of what others offer.
+"""KV between processes: offers kept for their claimants, and fetches of what others offer.
 
 All of it happens on one event loop; what may block, on threads beside it. A fetch claims the offer
 over gRPC, compares its manifest, and takes its parts as they come: by the transfer server (`jax`)

@@ -3,8 +3,8 @@
 One `Credentials` holds both, for what a process listens on and for what it calls. Without flags it
 is plain, which is right on loopback alone.
 
-The token never goes in the clear to another host: `channel` and `add_port` refuse that. Whoever
-could read it there could use it, and a warning is not seen until then.
+The token never goes in the clear to another host: `channel` and `add_port` refuse that. Anyone who
+reads it on the network can use it, and a warning would come too late.
 """
 
 import functools

@@ -9,7 +9,8 @@ from typing import Any
 class Heartbeat:
     """Counts for how long nothing came.
 
-    A stall of this process itself counts for two beats at most: what came meanwhile lies unread.
+    A stall of this process itself counts for two beats at most: messages may have come during it
+    that are not read yet.
     """
 
     def __init__(self, period_s: float, limit_s: float):

@@ -38,7 +38,7 @@ def from_flags(watch: Watch | None = None) -> contextlib.AbstractContextManager[
 @contextlib.contextmanager
 def recording(path: Path, watch: Watch | None = None) -> Iterator[Journal]:
     """A journal on the workers' clock; all of it is in the file when the block ends. If the disk
-    fails meanwhile, what runs goes on without: an error is logged, and the file ends there.
+    fails before that, an error is logged, the file ends there, and the run goes on without it.
 
     watch: is told the records too, as they come.
 

@@ -36,7 +36,7 @@ class Handover:
 @dataclass(frozen=True, slots=True)
 class Prefetch:
     """A request whose KV is being offered elsewhere, and which will come here by a Handover: what
-    there is of it may be brought over meanwhile. prompt: its token ids, as of the Handover.
+    there is of it may be fetched already. prompt: its token ids, as of the Handover.
     """
 
     ticket: Ticket

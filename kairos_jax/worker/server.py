@@ -186,8 +186,8 @@ class RoleServer:
 
 
 class _Late:
-    """A server that has started, for whoever adds a service. What generated code registers besides
-    its generic handler is not looked up any more then, and gRPC warns of it.
+    """A server that has started, as an argument of `add_..._to_server`. What generated code
+    registers besides its generic handler is not looked up any more then, and gRPC warns of it.
     """
 
     def __init__(self, server: grpc.aio.Server):

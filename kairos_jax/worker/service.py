@@ -287,7 +287,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
                 router.ahead.add(ticket.request_id)
             case Release(id) | Cancel(id):
                 if not self._forget(id, router):
-                    return  # it has ended here meanwhile, or was never this router's
+                    return  # it has ended here, or was never this router's
         self._worker.post(message)
 
     def _know(self, id: str, router: _Attached) -> None:

@@ -2,7 +2,7 @@
 
 One thread owns the ledger and the engine, another waits for the engine's steps. While a step is
 under way the first says what the last one gave, takes new requests in, and begins to fetch their
-KV; whatever touches pages waits for the step's end. Messages come in through `post`, from any
+KV; changes of pages wait for the step's end. Messages come in through `post`, from any
 thread; events go out through `emit`, which must be quick and callable from this thread.
 """
 
@@ -132,7 +132,8 @@ class Worker:
                 if batch.work:
                     self._start_step(batch)
                 self._tell()
-                # With the step under way booked: what is sent meanwhile comes after it.
+                # Only now, so that the summary counts the step under way. What that step gives is
+                # told after it.
                 summary = self.outline(self.instance, now)
                 self.emit(Outlined(self.instance.id, summary, self._num_received))
                 if batch.work:
@@ -354,7 +355,7 @@ class Worker:
         ticket, kv = fetched.ticket, fetched.kv
         id = ticket.request_id
         if self._tickets.get(id) is not ticket:
-            return  # cancelled meanwhile
+            return  # cancelled while it was fetched
         if isinstance(kv, Exception):
             self._forget(id)
             self.emit(Lost(id, kv))

@@ -223,8 +223,8 @@ class Instance:
 
     def end(self, batch: Batch, now: float, stopped: Collection[str] = ()) -> list[Seq]:
         """Books a step that ran: one more output token for each sequence that is now computed to
-        its end. `stopped`: those of them whose output this token ends. Ids cancelled meanwhile are
-        passed over.
+        its end. `stopped`: those of them whose output this token ends. Ids that were cancelled
+        during the step are passed over.
 
         Returns the sequences that have left `running`: finished (with a finish_reason), or parked.
         """

@@ -89,8 +89,8 @@ class PageTable:
         return now
 
     def free(self, pages: Sequence[int]) -> None:
-        """Takes back what one holder has. Of cached ones the last goes first, as whoever wants it
-        needs those before it too.
+        """Takes back what one holder has. Of cached ones the last goes first, as a sequence
+        that wants it needs those before it too.
         """
         if not self._key:
             self._free.extend(reversed(pages))

@@ -3,7 +3,7 @@ what they have in common, whether their KV is computed here or brought here.
 
 A page whose tokens are all of one prompt is cached under a key of that prompt's
 (`Request.page_keys`), which stands for these tokens and for all before them. So what is cached of a
-prompt are its first pages, and whoever holds one of them holds those before it too: pages are
+prompt are its first pages, and a holder of one of them holds those before it too: pages are
 cached in order, given back together, the last first, and evicted in the order in which they were
 given back. None is therefore evicted before those that follow it.
 """
@@ -94,8 +94,8 @@ class Pool:
 
     def cache(self, seq: Seq, count: int) -> None:
         """The KV of the last `count` of its computed tokens has come into its pages: caches those
-        of its prompt that are full now. Where another has cached the same meanwhile, its page takes
-        the place of ours, or ours could outlast those before it.
+        of its prompt that are full now. Where another sequence has cached the same tokens first,
+        its page takes the place of ours, or ours could outlast those before it.
         """
         keys, size = seq.request.page_keys, self.page_size
         full = slice((seq.computed - count) // size, min(seq.computed // size, len(keys)))

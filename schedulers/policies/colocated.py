@@ -112,7 +112,7 @@ class Colocated:
         if not chunk or beside <= 0:
             return batch
         taken = sum(instance.pages_needed(instance.waiting[id]) for id in batch.fetch)
-        # Whoever runs may need a page more, those that stand back too.
+        # Each running sequence may need one more page, those that stand back too.
         free = instance.pages.num_free - taken - int(np.count_nonzero(instance.running.count))
         prompts = copy.copy(prompts)
         prompts.pages = Free(max(free, 0))  # type: ignore[assignment]

@@ -16,7 +16,7 @@ _DECILES = 10
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one request. Times are seconds on the clock of whoever waited for it.
+    """What became of one request. Times are seconds on the clock of the client that waited.
 
     ok: it was answered to its end; a rejected, failed or cancelled one misses every SLO. late_s: by
     how much the latest of its tokens missed the line of its TPOT, token k being due k * tpot after
