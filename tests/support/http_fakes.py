@@ -185,6 +185,22 @@ def serving_in_thread(
         raise error
 
 
+def served(test: Callable[[Api], Awaitable[None]]) -> Callable[..., None]:
+    """Runs an async test against the server of the fixture `shared`, whose client it is given."""
+
+    def run(shared):
+        shared(test)
+
+    return run
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Returns when it holds, which another task or thread sees to."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0)
+
+
 @contextlib.contextmanager
 def client_of_thread(
     config: ServerConfig = fakes.CONFIG, app: HttpOptions | None = None

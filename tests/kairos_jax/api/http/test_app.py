@@ -6,7 +6,7 @@ from typing import Any
 import fakes
 import http_fakes
 import pytest
-from http_fakes import ids_of, of, says, text_in
+from http_fakes import ids_of, of, says, served, text_in
 
 from kairos_jax.api.http.answers.choice import StopTexts, token_text
 from kairos_jax.api.http.server import HttpOptions
@@ -15,22 +15,6 @@ from kairos_jax.api.http.server import HttpOptions
 TEXTS = [token_text(http_fakes.tokenizer(), id) for id in range(fakes.VOCAB)]
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def shared():
-    """Runs an async test against a server that all tests share which leave it as it was."""
-    with http_fakes.serving_in_thread() as run:
-        yield run
-
-
-def served(test):
-    """Runs an async test against the shared server, whose client it is given."""
-
-    def run(shared):
-        shared(test)
-
-    return run
 
 
 def used(prompt: int, completion: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import fakes
 import http_fakes
 import pytest
+from http_fakes import until
 from uvicorn.protocols.http.flow_control import FlowControl
 
 from kairos_jax.api.http.answers import writing
@@ -37,12 +38,6 @@ def head(length, path="/v1/completions"):
 async def connected(api):
     http = api.harness.server.http
     return await asyncio.open_connection("127.0.0.1", http.port)
-
-
-async def until(condition):
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0)
 
 
 @serving

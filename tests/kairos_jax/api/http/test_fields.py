@@ -11,7 +11,7 @@ from pathlib import Path
 import fakes
 import http_fakes
 import pytest
-from http_fakes import ids_of, of, says, text_in, text_of
+from http_fakes import ids_of, of, says, served, text_in, text_of, until
 
 from kairos_jax.api.http.answers.choice import StopTexts
 from kairos_jax.api.http.body import known
@@ -20,21 +20,6 @@ from kairos_jax.text.tokenizer import Tokenizer
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with http_fakes.serving_in_thread() as run:
-        yield run
-
-
-def served(test):
-    """Runs an async test against the shared server, whose client it is given."""
-
-    def run(shared):
-        shared(test)
-
-    return run
 
 
 # How a conversation is rendered.
@@ -416,12 +401,10 @@ def test_a_client_that_takes_the_servers_names_stands_in_nobodys_way():
             taken += [f"{router._prefix}-{number}" for number in range(20)]
             for name in taken:
                 begin(request_id=name)
-            while router.num_streams < len(taken):
-                await asyncio.sleep(0.01)
+            await until(lambda: router.num_streams == len(taken))
             for _ in range(10):
                 begin()
-            while router.num_streams < len(taken) + 10:
-                await asyncio.sleep(0.01)
+            await until(lambda: router.num_streams == len(taken) + 10)
             assert len({stream.name for stream in router.streams}) == len(taken) + 10
             for engine in api.harness.engines:
                 engine.gate.set()
@@ -440,8 +423,7 @@ def test_a_name_of_the_body_that_is_taken_is_refused(n):
                 engine.gate.clear()
             body = http_fakes.ASK | {"prompt": "x", "max_tokens": 2, "request_id": "mine", "n": n}
             first = asyncio.ensure_future(api.post(TEXT, body))
-            while router.num_streams < n:
-                await asyncio.sleep(0.01)
+            await until(lambda: router.num_streams == n)
             for stream in (False, True):
                 answer = await api.post(TEXT, body | {"stream": stream})
                 error = answer.json()["error"]
@@ -451,8 +433,7 @@ def test_a_name_of_the_body_that_is_taken_is_refused(n):
             headers = {"x-request-id": "mine" if n == 1 else "mine-0"}
             del body["request_id"], body["n"]
             second = asyncio.ensure_future(api.post(TEXT, body, headers=headers))
-            while router.num_streams < n + 1:
-                await asyncio.sleep(0.01)
+            await until(lambda: router.num_streams == n + 1)
             (name,) = {stream.name for stream in router.streams} - {"mine", "mine-0", "mine-1"}
             assert name.startswith(f"{headers['x-request-id']}~")
             for engine in api.harness.engines:

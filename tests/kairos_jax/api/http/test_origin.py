@@ -8,7 +8,8 @@ import logging
 
 import http_fakes
 import pytest
-from http_fakes import fetch, of, says
+from http_fakes import fetch, of, says, until
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from kairos_jax.api.gate import Gate
 from kairos_jax.api.http.app import make_app
@@ -148,8 +149,21 @@ def test_a_head_takes_no_place_among_those_who_look_on():
 
 @pytest.mark.parametrize("path", [TEXT, "/tokenize"])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_an_upload_that_breaks_off_leaves_no_traceback(caplog, path, chunked):
+def test_an_upload_that_breaks_off_leaves_no_traceback(caplog, monkeypatch, path, chunked):
     caplog.set_level(logging.WARNING)
+    reads, ends = [], []  # of a body, and of requests
+    receive, run_asgi = RequestResponseCycle.receive, RequestResponseCycle.run_asgi
+
+    async def told_of_reads(cycle):
+        reads.append(cycle)
+        return await receive(cycle)
+
+    async def told_of_ends(cycle, app):
+        await run_asgi(cycle, app)
+        ends.append(cycle)
+
+    monkeypatch.setattr(RequestResponseCycle, "receive", told_of_reads)
+    monkeypatch.setattr(RequestResponseCycle, "run_asgi", told_of_ends)
 
     async def main():
         async with http_fakes.serving() as api:
@@ -157,13 +171,17 @@ def test_an_upload_that_breaks_off_leaves_no_traceback(caplog, path, chunked):
             head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{size}\r\n\r\n"
             for begun in ("", '5\r\n{"pro' if chunked else '{"prompt": '):
                 for abort in (False, True):
+                    reads.clear()
+                    ends.clear()
                     where = "127.0.0.1", api.harness.server.http.port
                     _, writer = await asyncio.open_connection(*where)
                     writer.write((head + begun).encode())
                     await writer.drain()
-                    await asyncio.sleep(0.05)  # it waits for the rest
+                    # It waits for the rest.
+                    await until(lambda begun=begun: len(reads) == 1 + bool(begun))
+                    assert not ends
                     writer.transport.abort() if abort else writer.close()
-            await asyncio.sleep(0.1)
+                    await until(lambda: ends)
             assert (await api.post(TEXT, {"prompt": "x"})).status_code == 200
 
     asyncio.run(main())
