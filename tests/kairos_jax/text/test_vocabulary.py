@@ -1,6 +1,6 @@
 """What tokens stand for, and how few tokens a text can become."""
 
-import itertools
+import sys
 import threading
 import time
 
@@ -118,13 +118,24 @@ def test_a_tokenizer_that_may_drop_any_text_has_no_bound(name):
 # Other threads run while a long text is tokenized.
 
 
+@pytest.fixture
+def quick_switches():
+    """A thread that waits for the GIL gets it from one that runs Python, soon."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("quick_switches")
 @pytest.mark.parametrize("what", ["encode", "decode"])
 def test_long_work_lets_other_threads_run(what):
     tokenizer, text = byte_level(), "hi é🙂" * 30_000
     ids = tokenizer.encode(text)
     assert ids == tokenizer.backend.encode(text).ids
     assert tokenizer.decode(ids) == tokenizer.backend.decode(ids) == text
-    works = {"encode": lambda: tokenizer.encode(text), "decode": lambda: tokenizer.decode(ids * 9)}
+    many = ids * 9
+    works = {"encode": lambda: tokenizer.encode(text), "decode": lambda: tokenizer.decode(many)}
     span: list[float] = []
 
     def work() -> None:
@@ -133,12 +144,14 @@ def test_long_work_lets_other_threads_run(what):
         span.append(time.perf_counter())
 
     thread = threading.Thread(target=work)
-    seen = [time.perf_counter()]
+    gaps, last = [], time.perf_counter()  # in which this thread did not run
     thread.start()
     while thread.is_alive():
-        time.sleep(0.001)
-        seen.append(time.perf_counter())
+        now = time.perf_counter()
+        if now - last > 0.001:
+            gaps.append((last, now))
+        last = now
+    gaps.append((last, time.perf_counter()))
     began, ended = span
-    gaps = [min(b, ended) - max(a, began) for a, b in itertools.pairwise(seen)]
     # With the GIL held, one gap is all of it.
-    assert max(gaps) < 0.9 * (ended - began)
+    assert max(min(b, ended) - max(a, began) for a, b in gaps) < 0.8 * (ended - began)
