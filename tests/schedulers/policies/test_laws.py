@@ -162,6 +162,34 @@ def test_prefill(name, cost, workload, pack):
     assert sorted(left) == sorted(request.id for request in workload[1])
 
 
+def finish(policy, instance, coming, rng, stops=0.0):
+    """The ids of all that come, in the order in which they finish, once they have. coming: when,
+    and what `Instance.add` is given then. stops: how likely a token ends its output.
+    """
+    now, under_way, finished, idle = 0.0, [], [], 0
+    coming = coming[::-1]
+    while coming or instance.waiting or instance.running:
+        while coming and (coming[-1][0] <= now or not instance.waiting):
+            at, added = coming.pop()
+            now = max(now, at)
+            instance.add(*added)
+        batch = decide(policy, instance, now)
+        assert batch or under_way, "an idle instance that waits for nothing"
+        instance.begin(batch, now)
+        instance.check()
+        under_way += batch.fetch
+        if under_way and (not batch.work or rng.random() < 0.5):
+            instance.fetched(under_way.pop(rng.randrange(len(under_way))))
+        now += batch.predicted_s * rng.uniform(0.5, 2.0) + 1e-6
+        idle = 0 if batch.work else idle + 1
+        assert idle < PATIENCE, "requests are fetched and evicted, and never step"
+        if batch.work:
+            stopped = [id for id in batch.work if rng.random() < stops]
+            finished += [seq.request.id for seq in instance.end(batch, now, stopped)]
+        instance.check()
+    return finished
+
+
 DECODE = decode.POLICIES | {"one_at_a_time": lambda cost: decode.Continuous(cost, cap=1)}
 if "patience_s" in {field.name for field in dataclasses.fields(decode.KairosPlus)}:
     DECODE["impatient"] = lambda cost: decode.KairosPlus(cost, patience_s=0.5)
@@ -173,33 +201,13 @@ if "patience_s" in {field.name for field in dataclasses.fields(decode.KairosPlus
 def test_decode(name, cost, workload):
     limits, requests, seed = workload
     policy, rng = DECODE[name](cost), random.Random(seed)
-    instance, now, under_way, finished = Instance("d", Role.DECODE, limits), 0.0, [], []
-    # They are handed over in the order of their first tokens, which is not that of their arrivals.
-    coming = [
+    firsts = [
         (r.arrival + rng.uniform(0, 2 * r.slo.ttft), r.id, r) for r in requests if r.max_tokens > 1
     ]
-    coming.sort(reverse=True)
-    expected, idle = sorted(id for _, id, _ in coming), 0
-    while coming or instance.waiting or instance.running:
-        while coming and (coming[-1][0] <= now or not instance.waiting):
-            first_at, _, request = coming.pop()
-            now = max(now, first_at)
-            instance.add(request, 1, first_at)
-        batch = decide(policy, instance, now)
-        assert batch or under_way, "an idle instance that waits for nothing"
-        instance.begin(batch, now)
-        instance.check()
-        under_way += batch.fetch
-        if under_way and (not batch.work or rng.random() < 0.5):
-            instance.fetched(under_way.pop(rng.randrange(len(under_way))))
-        now += batch.predicted_s * rng.uniform(0.5, 2.0) + 1e-6
-        idle = 0 if batch.work else idle + 1
-        assert idle < PATIENCE, "requests are fetched and evicted, and never step"
-        if batch.work:
-            stopped = [id for id in batch.work if rng.random() < 0.05]
-            finished += [seq.request.id for seq in instance.end(batch, now, stopped)]
-        instance.check()
-    assert sorted(finished) == expected
+    # They are handed over in the order of their first tokens, which is not that of their arrivals.
+    coming = [(at, (request, 1, at)) for at, _, request in sorted(firsts)]
+    finished = finish(policy, Instance("d", Role.DECODE, limits), coming, rng, stops=0.05)
+    assert sorted(finished) == sorted(id for _, id, _ in firsts)
 
 
 @pytest.mark.parametrize(
@@ -210,23 +218,6 @@ def test_decode(name, cost, workload):
 def test_colocated(names, cost, workload):
     limits, requests, seed = workload
     policy, rng = Colocated(cost, *names), random.Random(seed)
-    instance, now, under_way, finished = Instance("b", Role.BOTH, limits), 0.0, [], []
-    requests, idle = requests[::-1], 0
-    while requests or instance.waiting or instance.running:
-        while requests and (requests[-1].arrival <= now or not instance.waiting):
-            now = max(now, requests[-1].arrival)
-            instance.add(requests.pop())
-        batch = decide(policy, instance, now)
-        assert batch or under_way, "an idle instance that waits for nothing"
-        instance.begin(batch, now)
-        instance.check()
-        under_way += batch.fetch
-        if under_way and (not batch.work or rng.random() < 0.5):
-            instance.fetched(under_way.pop(rng.randrange(len(under_way))))
-        now += batch.predicted_s * rng.uniform(0.5, 2.0) + 1e-6
-        idle = 0 if batch.work else idle + 1
-        assert idle < PATIENCE, "requests are fetched and evicted, and never step"
-        if batch.work:
-            finished += [seq.request.id for seq in instance.end(batch, now)]
-        instance.check()
-    assert sorted(finished) == sorted(request.id for request in workload[1])
+    coming = [(request.arrival, (request,)) for request in requests]
+    finished = finish(policy, Instance("b", Role.BOTH, limits), coming, rng)
+    assert sorted(finished) == sorted(request.id for request in requests)
