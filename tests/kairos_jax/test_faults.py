@@ -4,6 +4,7 @@ import asyncio
 
 import processes
 import pytest
+import rolling
 import scenarios
 import soak
 
@@ -40,6 +41,16 @@ def test_nothing_is_lost(cluster, scenario):
         assert row.recovery_s < (row.detection_s or 0.0) + 3.0, "with the prefill of what it had"
     if "exit" in row.note:
         assert row.note.startswith("exit 0")
+
+
+def test_a_rolling_restart_by_readiness_fails_no_request(cluster):
+    result = asyncio.run(rolling.rolling_restart(cluster))
+    print(result)
+    roles = ("prefill", "prefill", "decode", "decode", "router")
+    assert result.restarted == [(role, 0) for role in roles]
+    assert result.num_requests > 100
+    assert not result.failed
+    assert result.tokens_wrong == 0
 
 
 def test_nothing_is_left_after_cancels_and_kills(cluster):

@@ -175,12 +175,12 @@ class Cluster:
             self.workers[role] = [self._worker(role).ready() for _ in range(count)]
         self.router = self.start_router()
 
-    def start_router(self) -> Process:
+    def start_router(self, *arguments: str) -> Process:
         """Another router for the same workers."""
         targets = (
             f"--{role}={','.join(each.address for each in of)}" for role, of in self.workers.items()
         )
-        return self._launch("router", *targets).ready()
+        return self._launch("router", *targets, *arguments).ready()
 
     def replace(self, worker: Process) -> Process:
         """Starts a worker anew that has ended, or ends here, and waits until all that route to it
