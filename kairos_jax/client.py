@@ -31,6 +31,7 @@ from kairos_jax.lab.replay import (
 )
 from kairos_jax.net import credentials
 from kairos_jax.net.credentials import Credentials
+from kairos_jax.process import early
 from kairos_jax.process.command import UsageError, list_flags
 from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
@@ -289,6 +290,7 @@ def run(arguments: Sequence[str], values: flags.FlagValues) -> int:
 
 
 def main(argv: list[str]) -> int:
+    early.restore()
     return run(argv[1:], flags.FLAGS)
 
 

@@ -6,8 +6,8 @@ Prints one line, "ready: HTTP on HOST:PORT, gRPC on HOST:PORT", and ends all of 
 SIGTERM, or when one ends by itself. When it is killed, they notice that their stdin has ended, and
 end too. What it is told of the config, the wire and the transport goes on to them.
 
-Exit codes: 0 when it was asked to end; 1 if a process ended before; 2 for a wrong flag, which a
-process may have found.
+Exit codes: 0 when it was asked to end; 1 if a process ended before, or it was stopped before it was
+ready, 130 by Ctrl-C; 2 for a wrong flag, which a process may have found.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from kairos_jax.engine import profile_file
 from kairos_jax.kv import options as kv_options
 from kairos_jax.net import credentials
 from kairos_jax.observe import otlp
-from kairos_jax.process import launch, lifecycle
+from kairos_jax.process import early, launch, lifecycle
 
 # Beyond their own --grace_s: to end in when asked to, before they are killed.
 _END_S = 10.0
@@ -161,6 +161,8 @@ async def run(plan: Plan) -> int:
             starting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await starting
+            print(early.STOPPED, flush=True)
+            return stopping.result()
         return 0
     except Ended as error:
         print(f"error: {error}; ending all", file=sys.stderr, flush=True)
@@ -234,4 +236,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     define_flags()
-    launch.run(main)
+    launch.run(main, serves=True)

@@ -17,4 +17,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     role.define_flags(port=50061)
-    launch.run(main)
+    launch.run(main, serves=True)

@@ -6,8 +6,8 @@ SIGTERM and Ctrl-C drain it: what waits goes back to the routers, what runs goes
 and then goes back too. A second Ctrl-C ends it at once. SIGUSR1 has it print what it holds, as one
 line of JSON after "state: ".
 
-Exit codes: 0 after a drain; 1 if the instance died, or it was stopped before it was ready; 2 for a
-wrong flag, config or model.
+Exit codes: 0 after a drain; 1 if the instance died, or it was stopped before it was ready, 130 by
+Ctrl-C; 2 for a wrong flag, config or model.
 """
 
 import asyncio
@@ -142,7 +142,7 @@ async def serve(
     print(f"starting {role.value} of {config.model}: gRPC on {server.address}", flush=True)
     prepared = await lifecycle.prepared(prepare, stopping, server.close)
     if prepared is None:
-        return 1
+        return stopping.result()
     engine, emit = prepared.engine, server.service.emit
     transport = RemoteTransport(
         prepared.facts,

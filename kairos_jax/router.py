@@ -8,8 +8,8 @@ It listens at once and answers UNAVAILABLE (health: NOT_SERVING) until there is 
 role, and whenever there is none of one. Several routers may share the same workers. SIGTERM and
 Ctrl-C drain it; a second Ctrl-C ends it at once.
 
-Exit codes: 0 after a drain; 1 if it was stopped before it was ready; 2 for a wrong flag, config or
-model.
+Exit codes: 0 after a drain; 1 if it was stopped before it was ready, 130 by Ctrl-C; 2 for a wrong
+flag, config or model.
 """
 
 import asyncio
@@ -143,7 +143,7 @@ async def serve(
         lambda: open_model(config), stopping, lambda: server.drain(0.0)
     )
     if model is None:
-        return 1
+        return stopping.result()
     changed = asyncio.Event()
     # What steps cost, it learns from its workers.
     cost = CostModel.from_profile(_NOTHING, ())
@@ -244,4 +244,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    launch.run(main)
+    launch.run(main, serves=True)

@@ -5,8 +5,8 @@
 It listens at once and answers UNAVAILABLE (health: NOT_SERVING) until every shape is compiled.
 SIGTERM and Ctrl-C drain it; a second Ctrl-C ends it at once.
 
-Exit codes: 0 after a drain; 1 if an instance died, or it was stopped before it was ready; 2 for a
-wrong flag, config or model.
+Exit codes: 0 after a drain; 1 if an instance died, or it was stopped before it was ready, 130 by
+Ctrl-C; 2 for a wrong flag, config or model.
 """
 
 import asyncio
@@ -108,7 +108,7 @@ async def serve(
     print(f"starting {config.model}: {server.addresses}", flush=True)
     prepared = await lifecycle.prepared(prepare, stopping, lambda: server.drain(0.0))
     if prepared is None:
-        return 1
+        return stopping.result()
     cost, loop = prepared.cost, asyncio.get_running_loop()
     metrics = Metrics(Path(config.model).name, config.default_slo)
     observers = [metrics, tracing] if tracing else [metrics]
@@ -198,4 +198,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    launch.run(main)
+    launch.run(main, serves=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from absl import app, flags
 
+from kairos_jax.process import early
+
 
 class UsageError(Exception):
     """What was asked for cannot be done; the message says why."""
@@ -16,13 +18,17 @@ class UsageError(Exception):
 def run(
     main: Callable[[list[str]], int | None],
     parse: Callable[[list[str]], list[str]] | None = None,
+    serves: bool = False,
 ) -> None:
     """Runs a binary's `main`: wrong use ends it with one line and code 2.
 
-    parse: instead of `parse_flags`.
+    parse: instead of `parse_flags`. serves: `main` takes signals by `lifecycle.asked_to_stop`, and
+    until then they end the process at once.
     """
 
     def guarded(argv: list[str]) -> int | None:
+        if not serves:
+            early.restore()
         try:
             if len(argv) > 1:
                 raise UsageError(f"unexpected argument {argv[1]!r}")

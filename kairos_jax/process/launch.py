@@ -34,8 +34,10 @@ def read_config() -> ServerConfig:
     return ServerConfig.from_dict(values)
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a binary's `main`: wrong flags, config or model end it with one line and code 2."""
+def run(main: Callable[[list[str]], int | None], serves: bool = False) -> None:
+    """Runs a binary's `main`: wrong flags, config or model end it with one line and code 2. serves:
+    see `command.run`.
+    """
 
     def checked(argv: list[str]) -> int | None:
         try:
@@ -43,7 +45,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         except (ConfigError, ModelNotAvailable) as error:
             raise UsageError(str(error)) from error
 
-    command.run(checked, _parse)
+    command.run(checked, _parse, serves)
 
 
 def _parse(argv: list[str]) -> list[str]:

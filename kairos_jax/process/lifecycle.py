@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from absl import flags
 from rich.console import Console
 
+from kairos_jax.process import early
+
 T = TypeVar("T")
 
 
@@ -22,21 +24,22 @@ def define_flags(port: int) -> None:
     flags.DEFINE_bool("end_with_stdin", False, "Drain when stdin ends, as when its writer dies.")
 
 
-def asked_to_stop() -> asyncio.Future[Any]:
+def asked_to_stop() -> asyncio.Future[int]:
     """What is done once SIGTERM or Ctrl-C asks the process to drain; a second Ctrl-C ends it at
-    once.
+    once. Its result is the exit code of a process that is not ready yet.
     """
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[int] = loop.create_future()
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, _on_signal, sign, stop)
     if "end_with_stdin" in flags.FLAGS and flags.FLAGS.end_with_stdin:
         loop.add_reader(sys.stdin.fileno(), _on_stdin, loop, stop)
-    return asyncio.ensure_future(stop.wait())
+    return stop
 
 
 async def prepared(
     prepare: Callable[[], T],
-    stopping: asyncio.Future[Any],
+    stopping: asyncio.Future[int],
     close: Callable[[], Awaitable[object]],
 ) -> T | None:
     """What `prepare` returns, or None if the process is asked to stop before. Raises what it does,
@@ -53,7 +56,7 @@ async def prepared(
         await close()
         raise
     Console(stderr=True).show_cursor()  # which a progress bar has hidden
-    print("stopped while starting", flush=True)
+    print(early.STOPPED, flush=True)
     return None
 
 
@@ -64,16 +67,18 @@ def end(code: int) -> None:
     os._exit(code)
 
 
-def _on_signal(sign: signal.Signals, stop: asyncio.Event) -> None:
-    if stop.is_set() and sign is signal.SIGINT:
-        os._exit(130)
-    stop.set()
+def _on_signal(sign: signal.Signals, stop: asyncio.Future[int]) -> None:
+    if not stop.done():
+        stop.set_result(early.CODES[sign])
+    elif sign is signal.SIGINT:
+        os._exit(early.CODES[sign])
 
 
-def _on_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+def _on_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Future[int]) -> None:
     if not os.read(sys.stdin.fileno(), 4096):
         loop.remove_reader(sys.stdin.fileno())
-        stop.set()
+        if not stop.done():
+            stop.set_result(1)
 
 
 def _in_daemon(job: Callable[[], T]) -> asyncio.Future[T]:

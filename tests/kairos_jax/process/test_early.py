@@ -1,0 +1,69 @@
+"""Signals while a binary's imports go on."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+# Stops the first import of numpy where exceptions are ignored, as in the callbacks of extensions.
+_HOOK = """
+import sys
+
+class Swallows:
+    def __del__(self):
+        print("importing", flush=True)
+        sys.stdin.read()
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            sys.meta_path.remove(self)
+            Swallows()
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.fixture
+def importing(tmp_path):
+    """A server that is amid its imports; it goes on once its stdin ends."""
+    (tmp_path / "sitecustomize.py").write_text(_HOOK)
+    started = []
+
+    def start(ignored=False):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kairos_jax.serve", "--port=0"],
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+        )
+        started.append(process)
+        assert process.stdout.readline() == "importing\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+def test_a_signal_amid_imports_ends_it_with_one_line(importing, sign, code):
+    process = importing()
+    process.send_signal(sign)
+    # Its stdin stays open: it ends by the signal alone.
+    assert process.wait(60) == code
+    assert process.stderr.read() == "stopped while starting\n"
+
+
+def test_an_ignored_signal_stays_ignored(importing):
+    process = importing(ignored=True)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said.startswith("error: --config is missing")
