@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kairos_jax.demo import server
+from kairos_jax.demo import Addresses, server
 
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
@@ -41,7 +41,7 @@ class Kairos:
         """The command of the side that is asked for steps."""
         return [sys.executable, str(HERE / "steps_kairos.py"), *self.arguments]
 
-    def serving(self) -> contextlib.AbstractContextManager[str]:
+    def serving(self) -> contextlib.AbstractContextManager[Addresses]:
         """A server; see `kairos_jax.demo.server`."""
         return server(self.arguments, Console(stderr=True))
 

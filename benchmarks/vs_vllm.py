@@ -244,7 +244,7 @@ def _servers(vllm: Vllm | None, folder: Path, vocab_size: int) -> Iterator[dict[
         servers = {}
         for layout in _LAYOUTS.value:
             say(f"starting kairos, {layout}")
-            address = stack.enter_context(_kairos(layout).serving())
+            address = stack.enter_context(_kairos(layout).serving()).grpc
             servers[f"kairos {layout}"] = ours(address)
         if vllm:
             say("starting vllm")

@@ -67,11 +67,11 @@ class Site:
         leader = self.start("decode", *mesh, "--process_id=0")
         return leader, self.start("decode", *mesh, "--process_id=1", *of_follower)
 
-    def router(self, prefill, *decode):
+    def router(self, prefill, *decode, arguments=()):
         """Once the workers are ready."""
         of = {"prefill": [prefill.ready()], "decode": [each.ready() for each in decode]}
         targets = [f"--{role}={','.join(w.address for w in all)}" for role, all in of.items()]
-        return self.start("router", *targets).ready()
+        return self.start("router", *targets, *arguments).ready()
 
     @property
     def profile(self):
@@ -173,7 +173,8 @@ def test_its_streams_go_on_elsewhere_when_it_loses_a_process(site, expected, los
 
 def test_clients_are_told_when_there_is_no_other(site):
     leader, follower = site.mesh()
-    router = site.router(site.start("prefill", *site.profile), leader)
+    given = ["--rejoin_s=0"]  # none comes back
+    router = site.router(site.start("prefill", *site.profile), leader, arguments=given)
 
     async def run():
         async with stub_of(router) as stub:
