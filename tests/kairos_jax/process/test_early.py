@@ -33,14 +33,14 @@ def importing(tmp_path):
     started = []
 
     def start(ignored=False):
+        ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"] if ignored else []
         process = subprocess.Popen(
-            [sys.executable, "-m", "kairos_jax.serve", "--port=0"],
+            [*ignoring, sys.executable, "-m", "kairos_jax.serve", "--port=0"],
             env=os.environ | {"PYTHONPATH": str(tmp_path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
         )
         started.append(process)
         assert process.stdout.readline() == "importing\n"
