@@ -142,7 +142,7 @@ def test_errors_become_its_exceptions(answers):
         "tools": [*bad, "tools", "invalid_value"],
         "an image": [*bad, "messages[0].content[0]", "invalid_value"],
         "a format": [*bad, "response_format", "invalid_value"],
-        "too long": [*bad, "messages", "invalid_value"],
+        "too long": [*bad, "messages", "context_length_exceeded"],
         "no such path": ["NotFoundError", 404, None, "not_found"],
     }
 
