@@ -5,14 +5,17 @@ import re
 import subprocess
 from pathlib import Path
 
+import models_table
 import pytest
+
+from models.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 LISTED = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True)
 FILES = [ROOT / name for name in LISTED.stdout.split()]
 PAGES = [path for path in FILES if path.suffix == ".md" and path.exists()]
 SOURCES = [path for path in FILES if path.suffix in (".py", ".proto") and "_pb2" not in path.name]
-TOP = "kairos_jax|schedulers|models|tests|configs|benchmarks|deploy|docs"
+TOP = "kairos_jax|schedulers|models|tests|configs|benchmarks|deploy|docs|examples"
 PATH = re.compile(rf"\b(?:{TOP})/[\w./-]+\.(?:py|proto|md|cc|json|yaml|js|png)\b")
 DOTTED = re.compile(r"\b(?:kairos_jax|schedulers|models)(?:\.\w+)+")
 
@@ -45,6 +48,11 @@ def test_links_and_paths_of_a_page_exist(page):
 @pytest.mark.parametrize(("page", "most"), [("README.md", 150), ("WORKSPACE.md", 250)])
 def test_a_page_stays_short(page, most):
     assert len((ROOT / page).read_text().splitlines()) <= most
+
+
+def test_the_tables_of_models_are_those_of_the_code():
+    assert models_table.page() == models_table.PAGE.read_text()
+    assert all(each.examples for each in FAMILIES.values())
 
 
 def test_the_picture_of_the_live_page_is_small():

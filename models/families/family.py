@@ -13,6 +13,7 @@ class Family:
         name: `model_type` in config.json.
         architecture: the class of transformers that computes it.
         gguf: `general.architecture` of its GGUF files; None where these use another family's.
+        examples: hub ids of models that are of it.
         qkv_bias: q, k and v have biases, whatever config.json says.
         qk_norm: each head of q and k is normed.
         gguf_interleaves: GGUF files keep the rows of q and k in another order (see
@@ -27,6 +28,7 @@ class Family:
     name: str
     architecture: str
     gguf: str | None
+    examples: tuple[str, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
     gguf_interleaves: bool = False

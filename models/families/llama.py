@@ -6,6 +6,7 @@ LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
     gguf="llama",
+    examples=("meta-llama/Llama-3.1-8B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
     gguf_interleaves=True,
     biases=("attention_bias", "mlp_bias"),
     defaults={

@@ -8,6 +8,7 @@ MISTRAL = Family(
     name="mistral",
     architecture="MistralForCausalLM",
     gguf=None,
+    examples=("mistralai/Mistral-7B-Instruct-v0.3",),
     windows="all",
     defaults={
         **COMMON,

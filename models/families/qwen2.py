@@ -8,6 +8,7 @@ QWEN2 = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
     gguf="qwen2",
+    examples=("Qwen/Qwen2.5-7B-Instruct",),
     qkv_bias=True,
     windows="by layer",
     defaults={

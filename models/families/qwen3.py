@@ -8,6 +8,7 @@ QWEN3 = Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
     gguf="qwen3",
+    examples=("Qwen/Qwen3-8B",),
     qk_norm=True,
     windows="by layer",
     biases=("attention_bias",),
