@@ -1,4 +1,4 @@
-"""Writes the tables of docs/reference/supported-models.md from the families that there are.
+"""Writes the tables of docs/reference/model-support.md from the families that there are.
 
 python tests/support/models_table.py
 """
@@ -9,7 +9,7 @@ from models.checkpoint.gguf_file import KINDS
 from models.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/reference/supported-models.md"
+PAGE = ROOT / "docs/reference/model-support.md"
 
 
 def families() -> str:
