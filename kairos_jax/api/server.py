@@ -15,6 +15,7 @@ from kairos_jax.api.http.live import Live
 from kairos_jax.api.http.server import HttpOptions, HttpServer
 from kairos_jax.api.keys import KeyCheck
 from kairos_jax.api.servicer import MAX_MESSAGE_BYTES, SERVICE, Servicer
+from kairos_jax.api.well_formed import WellFormed
 from kairos_jax.net.address import join_address
 from kairos_jax.net.credentials import PLAIN, Credentials
 from kairos_jax.net.health import Health
@@ -57,9 +58,9 @@ class Server:
         ]
         if keys is None:
             keys = http.keys if http else ()
-        checks = [KeyCheck(keys)] if keys else []
+        checks = [KeyCheck(keys)] if keys else []  # first: before a message is read
         self._grpc = grpc.aio.server(
-            interceptors=checks, options=options, maximum_concurrent_rpcs=MAX_CALLS
+            interceptors=[*checks, WellFormed()], options=options, maximum_concurrent_rpcs=MAX_CALLS
         )
         self.gate, self._draining = Gate(clock), False
         kairos_pb2_grpc.add_KairosServicer_to_server(Servicer(self.gate), self._grpc)
