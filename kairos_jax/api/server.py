@@ -1,6 +1,7 @@
 """The server of one process: gRPC with health and reflection, and HTTP beside it."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -24,6 +25,19 @@ from kairos_jax.rpc import kairos_pb2_grpc
 
 # Calls at once, those included that are refused for want of a slot.
 MAX_CALLS = 4096
+
+
+class _NoTraceOfLeavers(logging.Filter):
+    """Drops what grpc.aio logs as an error, with a traceback, where a client is gone before the
+    status of its call could be sent: at times it finds that out too late.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter`."""
+        return not record.getMessage().startswith("ExecuteBatchError raised in core")
+
+
+_NO_TRACE = _NoTraceOfLeavers()
 
 
 class Server:
@@ -58,6 +72,7 @@ class Server:
         ]
         if keys is None:
             keys = http.keys if http else ()
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_NO_TRACE)  # once, however many servers
         checks = [KeyCheck(keys)] if keys else []  # first: before a message is read
         self._grpc = grpc.aio.server(
             interceptors=[*checks, WellFormed()], options=options, maximum_concurrent_rpcs=MAX_CALLS
