@@ -30,7 +30,7 @@ def _unary(handler):
     async def answer(raw, context):
         if handler.request_streaming:
             return await handler.stream_unary(_all(handler, raw, context), context)
-        return await handler.unary_unary(await _one(handler, raw, context), context)
+        return await handler.unary_unary(await _one(handler, context), context)
 
     return answer
 
@@ -40,7 +40,7 @@ def _streaming(handler):
         if handler.request_streaming:
             said = handler.stream_stream(_all(handler, raw, context), context)
         else:
-            said = handler.unary_stream(await _one(handler, raw, context), context)
+            said = handler.unary_stream(await _one(handler, context), context)
         if not inspect.isasyncgen(said):
             return await said
         async for response in said:
@@ -49,18 +49,22 @@ def _streaming(handler):
     return answer
 
 
-async def _one(handler, raw: AsyncIterator[bytes], context):
-    async for request in _all(handler, raw, context):
-        return request
-    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
+# By `read`, as a stream that is not iterated to its end is left to the garbage collector.
+async def _one(handler, context):
+    raw = await context.read()
+    if raw is grpc.aio.EOF:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
+    return await _message(handler, raw, context)
 
 
 async def _all(handler, raw: AsyncIterator[bytes], context):
     async for each in raw:
-        try:
-            request = handler.request_deserializer(each)
-        except DecodeError as error:
-            code, why = grpc.StatusCode.INVALID_ARGUMENT, f"the message cannot be read: {error}"
-            await context.abort(code, why)
-        else:
-            yield request
+        yield await _message(handler, each, context)
+
+
+async def _message(handler, raw: bytes, context):
+    try:
+        return handler.request_deserializer(raw)
+    except DecodeError as error:
+        code, why = grpc.StatusCode.INVALID_ARGUMENT, f"the message cannot be read: {error}"
+        await context.abort(code, why)

@@ -1,6 +1,7 @@
 """gRPC calls whose messages are none, or that have none: the client is told, and the log is not."""
 
 import asyncio
+import sys
 
 import fakes
 import grpc
@@ -73,3 +74,20 @@ async def test_a_client_that_leaves_ends_its_request(harness):
     async with asyncio.timeout(20):
         while harness.router.num_streams:
             await asyncio.sleep(0)
+
+
+@served
+async def test_no_stream_of_messages_is_left_to_the_garbage_collector(harness):
+    started, hooks = [], sys.get_asyncgen_hooks()
+
+    def first(generator) -> None:
+        started.append(generator.__qualname__)
+        hooks.firstiter(generator)
+
+    sys.set_asyncgen_hooks(firstiter=first)
+    try:
+        await answers(harness, GENERATE, fakes.ask([1, 2, 3], 4).SerializeToString())
+    finally:
+        sys.set_asyncgen_hooks(firstiter=hooks.firstiter)
+    assert started
+    assert not any("_MessageReceiver" in name for name in started)
