@@ -146,8 +146,10 @@ async def fuzz(
 
 
 def serious(log: str) -> list[str]:
-    """Lines of a log that tell of an error that nobody foresaw."""
-    return [f"log: {line[:300]}" for line in log.splitlines() if _SERIOUS.search(line)]
+    """Where a log tells of an error that nobody foresaw, with what stands around it."""
+    lines = log.splitlines()
+    found = [at for at, line in enumerate(lines) if _SERIOUS.search(line)]
+    return ["log: " + "\n".join(lines[max(at - 2, 0) : at + 12])[:3000] for at in found]
 
 
 async def settled(served: Served, num_requests: int, result: Fuzz) -> Mark:
