@@ -52,7 +52,7 @@ def _streaming(handler):
 # By `read`, as a stream that is not iterated to its end is left to the garbage collector.
 async def _one(handler, context):
     raw = await context.read()
-    if raw is grpc.aio.EOF:
+    if not isinstance(raw, bytes):  # the mark of its end
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
     return await _message(handler, raw, context)
 

@@ -79,7 +79,7 @@ def paths() -> list[str]:
     app = make_app(gate, HttpOptions(0), others)
     found = [route.path for route in app.routes if isinstance(route, Route)]
     filled = [re.sub(r"\{.*?\}", value, path) for path in found for value in _PARAMETERS]
-    return list(dict.fromkeys(filled))
+    return sorted(set(filled))  # the files of the page come in any order
 
 
 @dataclass(frozen=True, slots=True)

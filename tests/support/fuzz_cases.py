@@ -272,7 +272,7 @@ _UNKNOWN = ("max_token", "temprature", "stream_option", "streem", "\ud800stop", 
 @st.composite
 def _fields(draw) -> tuple[str, Any]:
     """One field of a body, by name: often with a value that it is sent for."""
-    name = draw(st.sampled_from((*_NAMES, *known.SERVED, *_UNKNOWN)))
+    name = draw(st.sampled_from((*_NAMES, *sorted(known.SERVED), *_UNKNOWN)))
     special = {"prompt": _prompts, "messages": _messages}.get(name, _odd)
     usual = (*_PLAUSIBLE.get(name, _FLAGS), *known.NEUTRAL.get(name, ()))
     return name, draw(st.one_of(st.sampled_from(usual), special))
