@@ -11,13 +11,16 @@ SWEEP ?= --simulated --profile=llama3_8b_h100_roofline --trace=synthetic --ttft=
   --rates=10,20,25,30,35,40 --layouts=2:1,3xcolocated
 # Of `make bench-accelerator`: config, sizes of the random weights, any other flags of the benchmark.
 BENCH ?= --config=configs/llama3_8b.py:gpu1 --model_shape=llama3_8b
+# Of `make fuzz`: how many requests, and the seed that makes them.
+FUZZ ?= 100000
+SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 # Named by version, so that another PYTHON makes another environment.
 INSTALLED = $(VENV)/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: help setup model demo agreement bench-accelerator serve cluster sweep paper test slow clients \
-  lint lock proto clean
+.PHONY: help setup model demo agreement bench-accelerator serve cluster sweep paper test slow fuzz \
+  clients lint lock proto clean
 
 help:
 	@echo "make demo   serve one workload under three schedulers; report in out/demo/report.html"
@@ -29,6 +32,7 @@ help:
 	@echo "make bench-accelerator  steps beside the limits of the GPU or TPU here: out/roofline.json"
 	@echo "make test   lint and the whole default test suite"
 	@echo "make slow   the tests of several processes, which take minutes"
+	@echo "make fuzz   $(FUZZ) malformed and hostile requests to a server, of SEED=$(SEED)"
 	@echo "make clients  programs of others against the server: openai, vllm bench, lm-eval, ..."
 	@echo "make setup  the environment alone, in $(VENV)"
 	@echo "make lint   ruff, pyright, import-linter"
@@ -84,6 +88,10 @@ test: lint model
 
 slow: setup
 	$(BIN)/python -m pytest -m slow --ignore=tests/clients
+
+fuzz: setup
+	KAIROS_FUZZ_REQUESTS=$(FUZZ) KAIROS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -m slow \
+	  --capture=no tests/kairos_jax/api/test_fuzz.py
 
 # Each program is installed once, in out/clients, from PyPI.
 clients: setup model

@@ -1,14 +1,16 @@
 """Why a request cannot be served as it is: the errors that its checks raise."""
 
-# Characters of an error that a client is told: a gRPC status carries few, and an error may quote
-# what the client sent.
-_MAX_MESSAGE = 1000
+# Characters of an error that a client is told: an error may quote what the client sent, and a gRPC
+# status carries few. It has up to 12 bytes for one that is not ASCII, else up to 3, and clients
+# need not take more than 8 KiB.
+_MAX_MESSAGE, _MAX_NOT_ASCII = 1000, 500
 
 
 def message_of(error: Exception) -> str:
     """The error as a client is told it."""
     text = str(error)
-    return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "..."
+    most = _MAX_MESSAGE if text.isascii() else _MAX_NOT_ASCII
+    return text if len(text) <= most else text[:most] + "..."
 
 
 class BadField(ValueError):

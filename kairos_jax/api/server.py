@@ -1,6 +1,7 @@
 """The server of one process: gRPC with health and reflection, and HTTP beside it."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -15,6 +16,7 @@ from kairos_jax.api.http.live import Live
 from kairos_jax.api.http.server import HttpOptions, HttpServer
 from kairos_jax.api.keys import KeyCheck
 from kairos_jax.api.servicer import MAX_MESSAGE_BYTES, SERVICE, Servicer
+from kairos_jax.api.well_formed import WellFormed
 from kairos_jax.net.address import join_address
 from kairos_jax.net.credentials import PLAIN, Credentials
 from kairos_jax.net.health import Health
@@ -23,6 +25,19 @@ from kairos_jax.rpc import kairos_pb2_grpc
 
 # Calls at once, those included that are refused for want of a slot.
 MAX_CALLS = 4096
+
+
+class _NoTraceOfLeavers(logging.Filter):
+    """Drops what grpc.aio logs as an error, with a traceback, where a client is gone before the
+    status of its call could be sent: at times it finds that out too late.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter`."""
+        return not record.getMessage().startswith("ExecuteBatchError raised in core")
+
+
+_NO_TRACE = _NoTraceOfLeavers()
 
 
 class Server:
@@ -57,9 +72,10 @@ class Server:
         ]
         if keys is None:
             keys = http.keys if http else ()
-        checks = [KeyCheck(keys)] if keys else []
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_NO_TRACE)  # once, however many servers
+        checks = [KeyCheck(keys)] if keys else []  # first: before a message is read
         self._grpc = grpc.aio.server(
-            interceptors=checks, options=options, maximum_concurrent_rpcs=MAX_CALLS
+            interceptors=[*checks, WellFormed()], options=options, maximum_concurrent_rpcs=MAX_CALLS
         )
         self.gate, self._draining = Gate(clock), False
         kairos_pb2_grpc.add_KairosServicer_to_server(Servicer(self.gate), self._grpc)

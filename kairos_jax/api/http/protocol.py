@@ -1,4 +1,5 @@
-"""HTTP/1.1 on one connection. A request to upgrade is answered as if it had not asked.
+"""HTTP/1.1 on one connection. A request to upgrade is answered as if it had not asked; and what
+follows a request does not spoil its answer.
 
 A server may ignore `Upgrade` (RFC 9110, section 7.8). Java's HTTP client asks for h2c with each
 first request. The parser takes all bytes after the headers of such a request for the new protocol,
@@ -6,9 +7,10 @@ so they would be lost as its body.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 
 class PlainProtocol(HttpToolsProtocol):
@@ -16,16 +18,34 @@ class PlainProtocol(HttpToolsProtocol):
 
     # The head of a request to upgrade, without `Upgrade`, until it is parsed again.
     _head: bytes | None = None
+    # The request that is being answered. `cycle` is the one that came last, which may have to wait.
+    _answered: RequestResponseCycle | None = None
+    # What came while it is answered is no HTTP: the connection ends with the answer.
+    _is_spoilt = False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tells the request that is being answered, and not only the one that came last."""
+        if (answered := self._answered) and not answered.response_complete:
+            answered.disconnected = True
+            answered.message_event.set()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         self._unset_keepalive_if_required()
+        if self._is_spoilt:
+            return
         try:
             self._parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # the latter: CONNECT
             message = "Invalid HTTP request received."
             self.logger.warning(message)
-            self.send_400_response(message)
+            answered = self._answered
+            if answered and answered.response_started and not answered.response_complete:
+                # Written now, the refusal would be in the middle of that answer.
+                answered.keep_alive, self._is_spoilt = False, True
+            else:
+                self.send_400_response(message)
 
     def on_headers_complete(self) -> None:
         """Keeps back a request to upgrade."""
@@ -40,6 +60,10 @@ class PlainProtocol(HttpToolsProtocol):
         """The end of a request; nothing for one that is kept back."""
         if self._head is None:
             super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _parse(self, data: bytes) -> None:
         while True:

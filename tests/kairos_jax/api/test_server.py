@@ -1,6 +1,7 @@
 """Router, prefill, transfer and decode over real loopback gRPC, with fake engines."""
 
 import asyncio
+import logging
 import random
 
 import fakes
@@ -316,3 +317,16 @@ async def test_reflection_lists_the_services(harness):
     response = await call.read()
     names = {server.name for server in response.list_services_response.service}
     assert {SERVICE, "grpc.health.v1.Health"} <= names
+
+
+def test_a_client_that_is_gone_before_its_refusal_leaves_no_traceback(caplog):
+    @served
+    async def test(harness):
+        log = logging.getLogger("grpc._cython.cygrpc")
+        log.error("ExecuteBatchError raised in core by servicer method [/x]")
+        log.error("Unexpected [KeyError] raised by servicer method [/x]")
+
+    test()
+    assert [record.getMessage() for record in caplog.records] == [
+        "Unexpected [KeyError] raised by servicer method [/x]"
+    ]
