@@ -149,7 +149,7 @@ def serious(log: str) -> list[str]:
     """Where a log tells of an error that nobody foresaw, with what stands around it."""
     lines = log.splitlines()
     found = [at for at, line in enumerate(lines) if _SERIOUS.search(line)]
-    return ["log: " + "\n".join(lines[max(at - 2, 0) : at + 12])[:3000] for at in found]
+    return ["log: " + "\n".join(lines[max(at - 2, 0) : at + 60])[:6000] for at in found]
 
 
 async def settled(served: Served, num_requests: int, result: Fuzz) -> Mark:

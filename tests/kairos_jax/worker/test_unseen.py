@@ -37,6 +37,19 @@ def test_the_time_until_it_is_free_passes():
     assert unseen.summary(99.0).free_s == 0.0
 
 
+def test_a_place_that_is_booked_while_a_summary_is_made_does_not_break_it():
+    """As by the event loop, while a thread renders the metrics."""
+    unseen = Unseen(IDLE, 0.0)
+
+    def add(summary):
+        unseen.book("b", loads(10))
+        return replace(summary, load=summary.load + 1)
+
+    unseen.book("a", add)
+    assert unseen.summary(0.0).load == 1
+    assert unseen.summary(0.0).load == 11
+
+
 @given(st.lists(st.sampled_from("abc")), st.data())
 def test_each_router_is_told_of_its_own_requests(order, data):
     receipts = Receipts()
