@@ -49,12 +49,10 @@ class Unseen:
         self._summary, self._at = summary, now
 
     def summary(self, now: float) -> Summary:
-        """The worker's state as far as is known at `now`. May be called from any thread: metrics are
-        rendered on one of their own.
-        """
+        """The worker's state as far as is known at `now`. May be called from any thread."""
         free_s = max(self._summary.free_s - (now - self._at), 0.0)
         summary = replace(self._summary, free_s=free_s)
-        for add in list(self._booked.values()):  # a copy, since others may book a place at the same time
+        for add in list(self._booked.values()):  # a copy: places are booked while metrics are made
             summary = add(summary)
         return summary
 
