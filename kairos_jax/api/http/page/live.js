@@ -271,6 +271,8 @@ function instances(told) {
     const there = grid.children[index] ?? null;
     if (there !== card.node) grid.insertBefore(card.node, there);
     drawInstance(card, each, told);
+    // The focus stops at the terms of one card: those of 64 would be too many to pass.
+    for (const node of card.terms) node.tabIndex = index ? -1 : 0;
   });
   const left = told.num_instances - told.instances.length;
   say(byId("instances-rest"), left > 0 ? `and ${count(left)} more` : "");
@@ -283,8 +285,9 @@ function newCard(id) {
   const card = { node, points: [], last: null };
   for (const name of names) card[name] = element(name === "role" ? "span" : "p");
   card.numbers = ["waiting", "running", "parked", "load"].map((name) => [name, element("span")]);
-  const counts = card.numbers.map(([name, number]) => (
-    element("span", "", number, "\u00a0", term(name))));
+  card.terms = card.numbers.map(([name]) => term(name));
+  const counts = card.numbers.map(([, number], index) => (
+    element("span", "", number, "\u00a0", card.terms[index])));
   card.load = counts.pop();
   card.prompts = element("span");
   const [waiting, running, parked] = counts;

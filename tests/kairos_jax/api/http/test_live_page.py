@@ -221,6 +221,8 @@ def test_terms_are_explained_on_focus_and_on_hover(tab):
             "document.getElementById(node.getAttribute('aria-describedby'))?.role)"
         )
         assert set(described) == {"tooltip"}
+        stops = "[...document.querySelectorAll('.instance .term')].map(node => node.tabIndex)"
+        assert tab.value(stops) == [0] * 4 + [-1] * 4
         assert tab.value(tips) == []
         tab.value("document.querySelector('#queue-title .term').focus()")
         assert tab.value(tips) == ["tip-laxity"]
