@@ -68,8 +68,8 @@ def snapshot(backend: Backend, now: float) -> dict[str, Any]:
 def _queued(
     streams: Sequence[Stream], router: Router, statuses: dict[str, Status | None], now: float
 ) -> dict[str, Any]:
-    """Those without a token. rows: first who is being computed, then by laxity. lost: those that
-    can no longer be in time, the most overdue first.
+    """Those without a token: first who is being computed, then by laxity. lost: in the same order,
+    those that can no longer be in time.
     """
     begun = {id for status in statuses.values() if status for id in status.begun}
     pace = {peer.id: peer.summary(now).pace for peer in router.peers}
