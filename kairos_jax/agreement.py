@@ -40,7 +40,15 @@ from kairos_jax.engine.model import open_model
 from kairos_jax.lab.flags import parse_list, workload_text
 from kairos_jax.lab.open_loop import InstanceDied, Live, serve
 from kairos_jax.lab.replay import fit_to_model
-from kairos_jax.lab.simulated import KINDS, attained, drifted_by, find_knee, scenario_of, simulated
+from kairos_jax.lab.simulated import (
+    KINDS,
+    attained,
+    drifted_by,
+    find_knee,
+    layout_of,
+    scenario_of,
+    simulated,
+)
 from kairos_jax.lab.step_ratios import Steps, measure_steps
 from kairos_jax.process import launch
 from kairos_jax.process.command import UsageError
@@ -227,7 +235,7 @@ def main(argv: list[str]) -> int:
             return 1
     report = {
         "model": config.model,
-        "layout": config.layout,
+        "layout": str(layout_of(config)),
         "policies": [config.prefill.policy, config.decode.policy],
         "slo": asdict(config.slo),
         "workload": workload_text(workload, "synthetic"),
@@ -240,7 +248,7 @@ def main(argv: list[str]) -> int:
     (folder / "agreement.json").write_text(json.dumps(report, indent=1) + "\n")
     console = Console()
     console.width = max(console.width, 110)
-    console.print(f"{config.layout}, knee at {knee:.2f} requests/s", highlight=False)
+    console.print(f"{layout_of(config)}, knee at {knee:.2f} requests/s", highlight=False)
     console.print(f"step times: {profiling.fit_line(measured)}", highlight=False)
     print_table(rows, console)
     plain = max((row.largest(row.simulated) for row in rows), key=abs)

@@ -5,7 +5,8 @@
 Each pair gets a fresh server process and the same requests at the same times, over gRPC. The rate
 is chosen from the measured profile so that the baseline is under pressure. The pairs are served one
 after another, so the machine may be slower for one of them. A row whose pace differs from the other
-rows by more than a tenth is run again once. If the rows still differ, the demo says so.
+rows by more than a tenth is run again once. If the rows still differ, the demo says so. It also
+names each part of the measured profile that fits poorly.
 """
 
 import asyncio
@@ -26,12 +27,14 @@ from rich.console import Console
 
 from kairos_jax.config import ServerConfig
 from kairos_jax.engine.profiling import fit_line
-from kairos_jax.lab.pace import level, pace_text, read_pace
+from kairos_jax.lab.pace import level, pace_text, pace_warnings, paces_text, read_pace
 from kairos_jax.lab.replay import fit_to_model, replay
 from kairos_jax.lab.report.comparison import Run, print_table, write_report
+from kairos_jax.lab.simulated import devices_text, layout_of
 from kairos_jax.process import launch
 from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2 as pb
+from schedulers import fitting
 from schedulers.cost import CostModel
 from schedulers.simulation.workload import Arrival, synthetic
 
@@ -187,7 +190,8 @@ def replay_pair(pair: Pair, arguments: Sequence[str], config: ServerConfig, load
 def _facts(config: ServerConfig, profile: dict, load: Workload) -> dict[str, str]:
     return {
         "Model": f"{profile['model']}, {config.dtype}",
-        "Devices": f"{config.layout}, {profile['device']}",
+        "Layout": str(layout_of(config)),
+        "Devices": f"{profile['device']}, {devices_text(config)}",
         "Workload": f"{load}; greedy, end of sequence ignored",
         "Step times": f"{profile['source']} {profile['date']}; {fit_line(profile)}",
         "Versions": ", ".join(f"{name} {v}" for name, v in profile["versions"].items()),
@@ -210,6 +214,8 @@ def main(argv: list[str]) -> int:
         profile = measure(passed, output / "profile.json")
         load = choose_workload(config, profile)
         console.print(f"  {fit_line(profile)}", f"  workload: {load}", sep="\n", highlight=False)
+        for warning in fitting.warnings(profile):
+            console.print(f"  {warning}", style="yellow", highlight=False)
         arguments = [*passed, f"--profile={output / 'profile.json'}"]
         run = functools.partial(replay_pair, arguments=arguments, config=config, load=load)
         runs = replay_pairs(PAIRS, run, lambda text: console.print(f"  {text}", highlight=False))
@@ -222,8 +228,9 @@ def main(argv: list[str]) -> int:
     summaries = {run.label: run.summary | {"pace": run.pace} for run in runs}
     (output / "summary.json").write_text(json.dumps(summaries, indent=1) + "\n")
     report = output / "report.html"
-    facts = _facts(config, profile, load) | {"Pace": pace_text(runs)}
-    write_report(report, runs, "kairos_jax demo", facts)
+    facts = _facts(config, profile, load) | {"Pace": paces_text(runs)}
+    warnings = [*fitting.warnings(profile), *pace_warnings(runs)]
+    write_report(report, runs, "kairos_jax demo", facts, warnings)
     print(
         f"\nReport: {report}\n"
         "Talk to a server yourself:\n"

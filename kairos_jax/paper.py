@@ -24,6 +24,7 @@ from absl import flags
 
 from kairos_jax.engine import profile_file
 from kairos_jax.lab.advise import guess
+from kairos_jax.lab.answer import answer
 from kairos_jax.lab.cells import (
     Cell,
     Layout,
@@ -178,7 +179,7 @@ def run_study(
     facts = {
         "SLO": slo_text(study.scenario.classes),
         "Step times": f"{profile.get('name', study.name)} ({profile.get('source', 'unknown')})",
-        "Instances": study.layout.words,
+        "Instances": str(study.layout),
         "Workload": workload_text(study.arrivals, source),
         "Baseline": f"caps {', '.join(map(str, study.caps))}, with and without packing of prompts",
         **study.notes,
@@ -194,7 +195,7 @@ def run_study(
         "name": study.name,
         "facts": facts,
         "comparisons": [each.as_json() for each in comparisons],
-        "markdown": f"## {title}\n\n{said}\n\n{markdown(comparisons)}",
+        "markdown": f"## {title}\n\n{answer(results)}\n\n{said}\n\n{markdown(comparisons)}",
     }
 
 

@@ -118,6 +118,7 @@ def _pack(text: str) -> float:
 
 def report(folder: Path, results: Sequence[Result], title: str, facts: dict[str, str]) -> None:
     """Writes the table and the page, and prints the essence."""
+    from kairos_jax.lab.answer import answer
     from kairos_jax.lab.report import sweep
     from kairos_jax.lab.report.comparison import print_table
 
@@ -125,6 +126,7 @@ def report(folder: Path, results: Sequence[Result], title: str, facts: dict[str,
     page = folder / "report.html"
     sweep.write_report(page, results, title, facts)
     console = Console()
+    console.print(answer(results), highlight=False)
     for heading, lines in sweep.essence(results):
         console.rule(f"[bold]{heading}", align="left")
         print_table(lines, console)
@@ -212,14 +214,14 @@ def simulated(values: Any) -> tuple[list[Result], dict[str, str]]:
 def live(values: Any) -> tuple[list[Result], dict[str, str]]:
     """All results, and what the reader must know. Raises UsageError."""
     from kairos_jax.lab import offline
+    from kairos_jax.lab.simulated import devices_text, layout_of
     from kairos_jax.process import launch
 
     _refuse(values, _SIMULATED_ONLY, "needs --simulated")
     config = launch.read_config()
-    layout = f"{config.prefill.instances}:{config.decode.instances}"
-    if config.colocated:
-        layout = f"{config.prefill.instances}xcolocated"
-    cells = _grid(values, layout, str(config.decode.max_batch), str(config.prefill.pack))
+    cells = _grid(
+        values, str(layout_of(config)), str(config.decode.max_batch), str(config.prefill.pack)
+    )
     classes = _classes(values, config.slo.ttft, config.slo.tpot)
     path = Path(values.profile) if values.profile else None
     setting = offline.Setting(config, _workload(values), classes, values.seed, path)
@@ -236,8 +238,7 @@ def live(values: Any) -> tuple[list[Result], dict[str, str]]:
     return results, {
         "SLO": slo_text(classes),
         "Model": f"{config.model}, {config.dtype}",
-        "Devices": f"{devices[0].device_kind}, {config.prefill.devices} a prefill and "
-        f"{config.decode.devices} a decode instance",
+        "Devices": f"{devices[0].device_kind}, {devices_text(config)}",
         "Workload": workload_text(setting.arrivals, values.trace)
         + "; greedy, end of sequence ignored",
         "Run": "live engines, open loop, in one process",

@@ -1,18 +1,24 @@
-"""Fits the coefficients of a profile to measured step times, by relative error."""
+"""Fits the coefficients of a profile to measured step times, by relative error, and says which fits
+are too poor to use.
+"""
 
 import itertools
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from schedulers.cost import FORMS
+from schedulers.cost import FORMS, KINDS
 
 # A form that the kernels do not declare must have an error smaller by this factor: where contexts
 # cost next to nothing, both forms fit and noise would decide.
 _CLEARLY = 0.9
+
+# Below this R2 a fit explains less than half of how step times differ, and users are warned.
+POOR_R2 = 0.5
 
 Decode = tuple[int, int, float]
 """(batch, context, seconds) of a step whose sequences all have `context` tokens."""
@@ -63,6 +69,66 @@ def fit(
         fitted["transfer"] = line.named("base_s", "per_token_s")
         residuals["transfer"] = line.residuals
     return fitted | {"fit": residuals}
+
+
+def usable(profile: Mapping[str, Any]) -> dict[str, Any]:
+    """The profile without the parts that are worse than none.
+
+    A part whose R2 is below 0 predicts its own samples worse than their mean does. The mean takes
+    its place: the same time for every step, whatever its size. "fit" then says left_out for the
+    part. A profile that has no samples of the part stays as it is.
+    """
+    usable = dict(profile)
+    for kind in KINDS:
+        seconds = _seconds(profile, kind)
+        if not seconds or not (_r2(profile, kind) or 0.0) < 0:
+            continue
+        coefficients = {name: 0.0 for name in profile[kind] if name.endswith("_s")}
+        usable[kind] = coefficients | {"base_s": statistics.fmean(seconds)}
+        usable["fit"] = {**usable["fit"], kind: {**usable["fit"][kind], "left_out": True}}
+    return usable
+
+
+def warnings(profile: Mapping[str, Any]) -> list[str]:
+    """A sentence for each part of a profile whose fit is poor, by name."""
+    found = []
+    for kind in KINDS:
+        r2 = _r2(profile, kind)
+        if r2 is None or r2 >= POOR_R2:
+            continue
+        text = f"The step-time profile fits {kind} poorly: R2 is {r2:.2f}"
+        if r2 >= 0:
+            found.append(f"{text}, below {POOR_R2:g}. Decisions that depend on it may be wrong.")
+        elif seconds := _seconds(profile, kind):
+            mean = f"{1000 * statistics.fmean(seconds):.3g} ms"
+            found.append(
+                f"{text}. Below 0 it predicts worse than the mean of its samples, so it is left "
+                f"out of decisions: they take the mean, {mean}."
+            )
+        else:
+            found.append(f"{text}, and there are no samples to take the mean of.")
+    return found
+
+
+def _r2(profile: Mapping[str, Any], kind: str) -> float | None:
+    """None where it is not known. A profile may come from anywhere."""
+    fits = profile.get("fit")
+    of_kind = fits.get(kind) if isinstance(fits, Mapping) else None
+    r2 = of_kind.get("r2") if isinstance(of_kind, Mapping) else None
+    return float(r2) if isinstance(r2, int | float) else None
+
+
+def _seconds(profile: Mapping[str, Any], kind: str) -> list[float]:
+    """The measured times of a part; none if they are not all there."""
+    samples = profile.get("samples")
+    kinds = ("decode", "mixed") if kind == "decode" else (kind,)
+    if not isinstance(samples, Mapping):
+        return []
+    rows = [row for each in kinds for row in (samples.get(each) or ())]
+    times = [row[-1] for row in rows if isinstance(row, list | tuple) and row]
+    if len(times) < len(rows) or not all(isinstance(time, int | float) for time in times):
+        return []
+    return [float(time) for time in times]
 
 
 @dataclass(frozen=True, slots=True)

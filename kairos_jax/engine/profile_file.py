@@ -10,6 +10,7 @@ from absl import flags
 
 from kairos_jax.process.command import UsageError
 from schedulers.cost import KINDS, CostModel
+from schedulers.fitting import usable
 
 
 def define_flags() -> None:
@@ -19,7 +20,7 @@ def define_flags() -> None:
 
 def read(path: str | Path, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
     """The profile in a file, or of that name among `packaged()`, with times of these kinds at
-    least.
+    least. Parts that are worse than none are left out: see `schedulers.fitting.usable`.
 
     Raises UsageError if there is none, or a cost model cannot use it.
     """
@@ -33,6 +34,7 @@ def read(path: str | Path, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
         if not isinstance(profile, dict):
             raise ValueError(f"must be a JSON object, got {type(profile).__name__}")
         CostModel.from_profile(profile, kinds)
+        profile = usable(profile)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"profile {path}: {error}") from error
     return profile

@@ -25,7 +25,7 @@ from kairos_jax.process.cache import cache_dir
 from kairos_jax.process.progress import Progress
 from models.ops import KERNELS
 from schedulers.cost import KINDS
-from schedulers.fitting import fit
+from schedulers.fitting import fit, usable
 from schedulers.ledger.request import Request, Seq, Slo
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def measure(
     and fits the profile. What engines of one role cannot show is left out.
 
     Returns:
-        The profile (DESIGN: "Profile file"); "samples" are medians in seconds.
+        The profile (DESIGN: "Profile file"); "samples" are medians in seconds. Parts that are
+        worse than none are left out: see `schedulers.fitting.usable`.
     """
     points = _points(engines)
     times: list[list[float]] = [[] for _ in points]
@@ -66,7 +67,7 @@ def measure(
         samples.setdefault(kind, []).append((*point, statistics.median(of_point)))
     fitted = _fitted(engines, samples)
     device = engines[0].mesh.devices.flat[0]
-    return {
+    profile = {
         "name": f"{name}, {config.layout}",
         "model": name,
         "platform": device.platform,
@@ -81,6 +82,7 @@ def measure(
         "kv_capacity_tokens": config.decode.kv_tokens,
         "samples": samples,
     }
+    return usable(profile)
 
 
 def _fitted(engines: Sequence[JaxEngine], samples: dict[str, list[tuple]]) -> dict[str, Any]:
@@ -175,6 +177,7 @@ def fit_line(profile: dict) -> str:
     said = {"decode": f" (contexts {form})"}
     return ", ".join(
         f"{kind} R2 {fit['r2']:.3f}, p90 error {fit['p90_rel_error']:.0%}{said.get(kind, '')}"
+        f"{' (left out: the mean is used)' if fit.get('left_out') else ''}"
         for kind, fit in profile.get("fit", {}).items()
         if fit["r2"] is not None
     )

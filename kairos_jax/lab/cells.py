@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,11 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
-        """From "P:D", "colocated" or "Nxcolocated". Raises ValueError."""
+        """From "P:D", "colocated" or "Nxcolocated", or as it is written. Raises ValueError."""
+        if written := re.fullmatch(r"([1-9]\d*) prefill \+ ([1-9]\d*) decode", text):
+            return cls(int(written[1]), int(written[2]))
+        if written := re.fullmatch(r"([1-9]\d*) colocated", text):
+            return cls(colocated=int(written[1]))
         before, colon, after = text.partition(":")
         number, x, word = text.rpartition("x")
         counts = [before, after] if colon else [number if x else "1"]
@@ -47,13 +52,13 @@ class Layout:
             raise ValueError(f"a layout must be P:D, colocated or Nxcolocated, got {text!r}")
         return cls(*map(int, counts)) if colon else cls(colocated=int(counts[0]))
 
-    def __str__(self) -> str:
-        if self.colocated:
-            return "colocated" if self.colocated == 1 else f"{self.colocated}xcolocated"
-        return f"{self.num_prefill}:{self.num_decode}"
-
     @property
-    def words(self) -> str:
+    def instances(self) -> int:
+        """Their number."""
+        return self.num_prefill + self.num_decode + self.colocated
+
+    def __str__(self) -> str:
+        """Such as "2 prefill + 1 decode": its name in all that is written, as of `Scenario`."""
         if self.colocated:
             return f"{self.colocated} colocated"
         return f"{self.num_prefill} prefill + {self.num_decode} decode"

@@ -142,7 +142,7 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
     if len(caps) > 1:
         bases = [each for each in all_bases if each.cell.max_batch == cap]
         found.append(_compare(f"Largest gain against the baseline at a cap of {cap}", ours, bases))
-    held = {pair: _highest_held(loads) for pair, loads in ours.items()}
+    held = {pair: highest_held(loads) for pair, loads in ours.items()}
     title = f"Gain against {best}, where the pair still holds {HELD:g} % end to end"
     return [*found, _compare(title, held, all_bases)]
 
@@ -157,7 +157,7 @@ def _compare(
     return Comparison(title, list(ours), gains)
 
 
-def _highest_held(loads: Mapping[Load, Result]) -> dict[Load, Result]:
+def highest_held(loads: Mapping[Load, Result]) -> dict[Load, Result]:
     """Of each layout, the highest rate at which HELD is attained."""
     held: dict[Layout, Result] = {}
     for (layout, rate), result in loads.items():

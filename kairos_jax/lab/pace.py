@@ -67,12 +67,21 @@ def level(runs: Sequence[Run], again: Callable[[int], Run], say: Callable[[str],
 
 def pace_text(runs: Sequence[Run]) -> str:
     """The pace of each row, and whether the rows compare."""
-    paces = ", ".join(f"{run.label} {run.pace:.2f}" for run in runs)
-    text = f"Pace (measured over predicted step time): {paces}."
+    paces = f"Pace (measured over predicted step time): {paces_text(runs)}."
+    return " ".join([paces, *pace_warnings(runs)])
+
+
+def paces_text(runs: Sequence[Run]) -> str:
+    """The pace of each row."""
+    return ", ".join(f"{run.label} {run.pace:.2f}" for run in runs)
+
+
+def pace_warnings(runs: Sequence[Run]) -> list[str]:
+    """That the rows do not compare, if they do not."""
     spread = _spread([run.pace for run in runs])
-    if spread > LIMIT:
-        text += f" The rows do not compare: the machine's pace differed by {spread:.0%}."
-    return text
+    if spread <= LIMIT:
+        return []
+    return [f"The rows do not compare: the machine's pace differed by {spread:.0%}."]
 
 
 def _spread(paces: Sequence[float]) -> float:

@@ -1,9 +1,12 @@
-"""The simulated counterpart of what a config serves: attainments, and the rate that it holds."""
+"""The simulated counterpart of what a config serves: its layout, attainments, and the rate that it
+holds.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from kairos_jax.config import ServerConfig
+from kairos_jax.lab.cells import Layout
 from kairos_jax.lab.flags import slo_text
 from kairos_jax.process.command import UsageError
 from schedulers.cost import CostModel
@@ -31,6 +34,21 @@ def scenario_of(config: ServerConfig, cost: CostModel) -> Scenario:
         pack=first.pack,
         limits={role: config.limits(role) for role in Role},
     )
+
+
+def layout_of(config: ServerConfig) -> Layout:
+    """Of the server that the config describes."""
+    if config.colocated:
+        return Layout(colocated=config.prefill.instances)
+    return Layout(config.prefill.instances, config.decode.instances)
+
+
+def devices_text(config: ServerConfig) -> str:
+    """Such as "1 per prefill and 4 per decode instance"."""
+    first, second = config.prefill.devices, config.decode.devices
+    if config.colocated or first == second:
+        return f"{first} per instance"
+    return f"{first} per prefill and {second} per decode instance"
 
 
 def drifted_by(scenario: Scenario, ratio: float) -> Scenario:

@@ -1,7 +1,7 @@
 """What became of a router's requests, for Prometheus. Names: docs/reference/metrics-and-traces.md.
 
 A request is counted when its first token comes and when it ends, from its stream's own record; a
-token costs one addition to a tally. All else is read at a scrape (`collectors.py`).
+token costs two additions. All else is read at a scrape (`collectors.py`).
 """
 
 import time
@@ -28,6 +28,9 @@ OTHER_CLASS, UNKNOWN_CLASS = "other", "unknown"
 # Turned away for want of room or time, and so missed; the others are the client's own mistakes.
 _MISSED = frozenset({"max_requests", "parked_kv", "predicted_ttft", "no_worker", "closed"})
 
+# The columns of `Metrics.flow`.
+_TAKEN, _ENDED, _TOKENS = range(3)
+
 _LATENCY_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0),
@@ -49,7 +52,8 @@ class Metrics(Observer):
     model: as the aliases name it. slo: of requests that state none, whose class always has a name.
     registry: of prometheus_client, which is rendered at a scrape; takes further collectors. judged:
     requests of the last minutes that an SLO was held against; and of them, those that met that of
-    the TTFT, of the TPOT, and both.
+    the TTFT, of the TPOT, and both. flow: requests taken, requests ended and output tokens of the
+    last minutes.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class Metrics(Observer):
         clock: Callable[[], float] = time.monotonic,
     ):
         self.registry = CollectorRegistry()
-        self.judged, self._clock = RecentCounts(4), clock
+        self.judged, self.flow, self._clock = RecentCounts(4), RecentCounts(3), clock
         self._model, self._classes = model, {_name(slo)} if slo else set()
         self._by_outcome()
         self._by_time()
@@ -105,8 +109,13 @@ class Metrics(Observer):
         if reason in _MISSED:
             self._judge(name, False, False)
 
+    def begun(self, stream: Stream) -> None:
+        """A request was taken."""
+        self.flow.add_one(self._clock(), _TAKEN)
+
     def first_token(self, stream: Stream) -> None:
         """The first token of a request has come."""
+        self.flow.add_one(self._clock(), _TOKENS)
         timing, name = stream.timing(), self._class(stream.request.slo)
         self._prompt_tokens.labels(name).inc(len(stream.request.prompt))
         self._cached_tokens.labels(name).inc(stream.cached_tokens)
@@ -119,9 +128,11 @@ class Metrics(Observer):
     def next_token(self, gap_s: float) -> None:
         """Another token of a request has come."""
         self.gaps.add(gap_s)
+        self.flow.add_one(self._clock(), _TOKENS)
 
     def ended(self, stream: Stream, outcome: str) -> None:
         """A request is over. outcome: "stop", "length", "cancelled" or "failed"."""
+        self.flow.add_one(self._clock(), _ENDED)
         name = self._class(stream.request.slo)
         self._requests.labels(outcome, name).inc()
         self._output_tokens.labels(name).inc(len(stream.tokens))

@@ -1,10 +1,10 @@
-"""A fit finds what made the samples, and how decode steps read contexts."""
+"""A fit finds what made the samples, and how decode steps read contexts; poor fits are named."""
 
 import numpy as np
 import pytest
 
 from schedulers.cost import CostModel
-from schedulers.fitting import fit
+from schedulers.fitting import fit, usable, warnings
 
 
 def test_fit_leaves_out_what_was_not_measured():
@@ -143,3 +143,65 @@ def test_where_contexts_cost_nothing_the_declared_form_is_used(declared):
     assert (
         fit(decode=even, mixed=mixed, form=declared, buckets=BUCKETS)["decode"]["form"] == declared
     )
+
+
+def profile_with(transfer_r2, samples=((256, 0.006), (512, 0.002))):
+    """A profile whose transfer part has this R2."""
+    made = fit(
+        [(n, 0, 0.001 + n * 1e-5) for n in (64, 128, 256)],
+        [(b, c, 0.01 + b * 1e-3 + b * c * 1e-6) for b in (1, 2, 8) for c in (64, 256)],
+        [(256, 0.005), (512, 0.01)],
+        buckets=[1, 2, 8],
+        row_tokens=64,
+    )
+    made["fit"]["transfer"]["r2"] = transfer_r2
+    return made | {"kv_capacity_tokens": 1000, "samples": {"transfer": [list(s) for s in samples]}}
+
+
+def test_a_part_that_is_worse_than_the_mean_of_its_samples_is_left_out():
+    profile = profile_with(-0.3)
+    cost = CostModel.from_profile(usable(profile))
+    assert cost.transfer_s(1) == cost.transfer_s(9999) == pytest.approx(0.004)
+    whole = CostModel.from_profile(profile)
+    assert (cost.prefill, cost.decode) == (whole.prefill, whole.decode)
+    assert usable(profile)["fit"]["transfer"]["left_out"]
+    assert "left_out" not in profile["fit"]["transfer"], "what is given stays as it is"
+    assert usable(usable(profile)) == usable(profile)
+
+
+@pytest.mark.parametrize("r2", [0.0, 0.4, 0.99, None])
+def test_a_part_that_is_better_than_the_mean_stays(r2):
+    assert usable(profile_with(r2)) == profile_with(r2)
+
+
+def test_a_decode_part_that_is_left_out_takes_one_time_for_all_steps():
+    profile = profile_with(0.9)
+    profile["fit"]["decode"]["r2"] = -1.0
+    profile["samples"] |= {"decode": [[1, 64, 0.01], [8, 64, 0.02]], "mixed": [[2, 128, 99, 0.03]]}
+    cost = CostModel.from_profile(usable(profile))
+    assert cost.decode_s([64]) == cost.decode_s([900] * 8) == pytest.approx(0.02)
+
+
+def test_a_poor_part_is_named():
+    assert warnings(profile_with(0.6)) == []
+    assert warnings(profile_with(0.31)) == [
+        "The step-time profile fits transfer poorly: R2 is 0.31, below 0.5. Decisions that depend "
+        "on it may be wrong."
+    ]
+    for profile in (profile_with(-0.3), usable(profile_with(-0.3))):
+        assert warnings(profile) == [
+            "The step-time profile fits transfer poorly: R2 is -0.30. Below 0 it predicts worse "
+            "than the mean of its samples, so it is left out of decisions: they take the mean, "
+            "4 ms."
+        ]
+
+
+@pytest.mark.parametrize("samples", [None, 3, {"transfer": [[1, "x"]]}, {"transfer": [3]}, {}])
+def test_without_samples_there_is_no_mean_to_take(samples):
+    profile = profile_with(-0.3) | {"samples": samples}
+    assert usable(profile) == profile
+    (warning,) = warnings(profile)
+    assert warning.endswith("R2 is -0.30, and there are no samples to take the mean of.")
+    for odd in (None, 3, {"transfer": 3}, {"transfer": {"r2": "x"}}):
+        assert usable(profile | {"fit": odd}) == profile | {"fit": odd}
+        assert warnings(profile | {"fit": odd}) == []

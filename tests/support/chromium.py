@@ -58,7 +58,9 @@ class Tab:
     def until(self, expression: str) -> None:
         """Waits until some JavaScript is true, looking every 50 ms."""
         deadline = time.monotonic() + _TIMEOUT_S
-        look = f"new Promise(done => setTimeout(() => done(Boolean({expression})), 50))"
+        # What a page has that has not loaded yet is null, and an error here would never answer.
+        tried = f"try {{ done(Boolean({expression})) }} catch {{ done(false) }}"
+        look = f"new Promise(done => setTimeout(() => {{ {tried} }}, 50))"
         while not self.value(look):
             assert time.monotonic() < deadline, f"{expression} is not so; {self.wrong}"
 

@@ -1,5 +1,8 @@
 """What a server is at, for the live page: what waits by laxity, what runs by slack, how many met
-their SLO in the last minutes, and how the instances are.
+their SLO in the last minutes, requests and tokens a second, and how the instances are.
+
+A request is lost if it can no longer keep its SLO, as predicted now. It counts as missed at once,
+not only when it ends: under overload requests that are lost wait for minutes.
 
 However much there is, a snapshot has so many rows and counts for the rest. It may be made on
 another thread than the event loop's: each number is right, but they may be of moments some
@@ -20,8 +23,8 @@ from kairos_jax.routing.stream import Stream
 from kairos_jax.worker.status import Status
 from schedulers.ledger.instance import Role
 
-# Rows of the most urgent that are told one by one, and instances.
-MAX_ROWS = 12
+# Requests that are told one by one: the most urgent, and the lost ones; and instances.
+MAX_ROWS, MAX_LOST = 12, 6
 MAX_INSTANCES = 64
 # Request ids are the clients' own, and may be longer.
 MAX_NAME = 64
@@ -39,7 +42,11 @@ def snapshot(backend: Backend, now: float) -> dict[str, Any]:
     waiting, running = [], []
     for stream in router.streams:
         (waiting if stream.last_token_at is None else running).append(stream)
-    judged = backend.metrics.judged
+    judged, flow = backend.metrics.judged, backend.metrics.flow
+    queued = _queued(waiting, router, statuses, now)
+    runs, lost = _running(running, router, now)
+    for objective in ("ttft", "both"):
+        lost[objective] += queued["lost"]["count"]
     return {
         "at": round(now, 4),
         "model": validator.model,
@@ -49,9 +56,10 @@ def snapshot(backend: Backend, now: float) -> dict[str, Any]:
         "slo": {"ttft_s": config.slo.ttft, "tpot_s": config.slo.tpot},
         "policies": [config.prefill.policy, config.decode.policy],
         "tokens": len(backend.metrics.gaps),
-        "judged": {"slot_s": judged.slot_s, "slots": judged.slots(now)},
-        "queued": _queued(waiting, router, statuses, now),
-        "running": _running(running, now),
+        "judged": {"slot_s": judged.slot_s, "slots": judged.slots(now), "lost": lost},
+        "flow": {"slot_s": flow.slot_s, "slots": flow.slots(now)},
+        "queued": queued,
+        "running": runs,
         "instances": [_instance(peer, statuses[peer.id], now) for peer in peers[:MAX_INSTANCES]],
         "num_instances": len(peers),
     }
@@ -60,8 +68,8 @@ def snapshot(backend: Backend, now: float) -> dict[str, Any]:
 def _queued(
     streams: Sequence[Stream], router: Router, statuses: dict[str, Status | None], now: float
 ) -> dict[str, Any]:
-    """Those without a token: first who is being computed, then by laxity those that can be in time,
-    and then those that cannot.
+    """Those without a token: first who is being computed, then by laxity. lost: in the same order,
+    those that can no longer be in time.
     """
     begun = {id for status in statuses.values() if status for id in status.begun}
     pace = {peer.id: peer.summary(now).pace for peer in router.peers}
@@ -72,38 +80,71 @@ def _queued(
     # A router that has met no worker yet knows of no step times.
     laxity = due_s - paces * np.nan_to_num(router.fleet.cost.prefill_s(prompt))
     waits = np.array([stream.request.id not in begun for stream in streams], dtype=bool)
-    first = np.lexsort((laxity, laxity < 0, waits))[:MAX_ROWS].tolist()
+    # How much of a prompt in prefill is computed is not known here: it may be in time until it is
+    # due.
+    laxity = np.where(waits | (laxity >= 0), laxity, np.minimum(due_s, 0.0))
+    lost = laxity < 0
+
+    def row(at: int) -> dict[str, Any]:
+        stream = streams[at]
+        return {
+            "name": stream.name[:MAX_NAME],
+            "state": "queued" if waits[at] else "prefill",
+            "prompt": int(prompt[at]),
+            "waited_s": round(now - stream.request.arrival, 4),
+            "laxity_s": round(laxity.item(at), 4),
+            "due_s": round(due_s.item(at), 4),
+            "at": _shown(where[at]),
+        }
+
+    first, others = _apart(np.lexsort((laxity, waits)), lost)
     return _counted(laxity, LAXITY_BOUNDS) | {
         "begun": int((~waits).sum()),
-        "rows": [
-            {
-                "name": streams[row].name[:MAX_NAME],
-                "state": "queued" if waits[row] else "prefill",
-                "prompt": int(prompt[row]),
-                "waited_s": round(now - streams[row].request.arrival, 4),
-                "laxity_s": round(laxity.item(row), 4),
-                "due_s": round(due_s.item(row), 4),
-                "at": _shown(where[row]),
-            }
-            for row in first
-        ],
+        "rows": [row(at) for at in first],
+        "lost": {"count": int(lost.sum()), "rows": [row(at) for at in others]},
     }
 
 
-def _running(streams: Sequence[Stream], now: float) -> dict[str, Any]:
-    """Those with a token, by slack: until the next is due on the line of the TPOT."""
-    slack = np.array(
-        [
-            (each.first_token_at or now) + len(each.tokens) * each.request.slo.tpot - now
-            for each in streams
-        ]
-    )
-    first = slack.argsort(kind="stable")[:MAX_ROWS].tolist()
-    return _counted(slack, SLACK_BOUNDS) | {
-        "rows": [
-            _progress(streams[row], now) | {"slack_s": round(slack.item(row), 4)} for row in first
-        ]
+def _running(
+    streams: Sequence[Stream], router: Router, now: float
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Those with a token, by slack: until the next is due on the line of the TPOT. And how many of
+    them can no longer keep the TTFT, the TPOT, and both.
+    """
+    tpot = np.array([each.request.slo.tpot for each in streams])
+    first_at = np.array([each.first_token_at or now for each in streams], dtype=float)
+    made = np.array([len(each.tokens) for each in streams], dtype=float)
+    most = np.array([each.request.max_tokens for each in streams], dtype=float)
+    deadline = np.array([each.request.deadline for each in streams])
+    with np.errstate(over="ignore"):  # a TPOT may be as large as a number can be
+        slack = first_at + made * tpot - now
+        line_end = first_at + np.maximum(most - 1, 0.0) * tpot
+    # Whoever is behind may catch up, but no step is shorter than its base: at best all tokens up to
+    # max_tokens come at that pace. nan: no worker has said how long steps take.
+    least_s = np.nan_to_num(router.fleet.cost.decode_base_s)
+    left = np.maximum(most - made, 0.0)
+    no_tpot = (left > 0) & (now + left * least_s > line_end)
+    no_ttft = first_at > deadline
+    lost = no_ttft | no_tpot
+
+    def row(at: int) -> dict[str, Any]:
+        missed = [name for name, no in (("TTFT", no_ttft), ("TPOT", no_tpot)) if no[at]]
+        told = _progress(streams[at], now) | {"slack_s": round(slack.item(at), 4)}
+        return told | ({"missed": missed} if missed else {})
+
+    first, others = _apart(slack.argsort(kind="stable"), lost)
+    told = _counted(slack, SLACK_BOUNDS) | {
+        "rows": [row(at) for at in first],
+        "lost": {"count": int(lost.sum()), "rows": [row(at) for at in others]},
     }
+    counts = {"ttft": no_ttft, "tpot": no_tpot, "both": lost}
+    return told, {name: int(which.sum()) for name, which in counts.items()}
+
+
+def _apart(order: np.ndarray, lost: np.ndarray) -> tuple[list[int], list[int]]:
+    """The first of an order that can keep their SLO, and the first of those that are lost."""
+    gone = lost[order].astype(bool)
+    return order[~gone][:MAX_ROWS].tolist(), order[gone][:MAX_LOST].tolist()
 
 
 def _progress(stream: Stream, now: float) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def write_report(
     runs: Sequence[Run],
     title: str = "kairos_jax report",
     facts: Mapping[str, str] | None = None,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Writes one HTML file that needs nothing else, to be read on any screen.
 
@@ -121,11 +122,13 @@ def write_report(
       path: of the HTML file.
       runs: the first is drawn first; colours repeat after eight.
       facts: what the reader must know to repeat the runs: model, device, workload, versions.
+      warnings: what the reader must know before any figure, a sentence each.
     """
     html = render(
         "runs",
         title=title,
         facts={"SLO": _slo_text(runs), **(facts or {})},
+        warnings=warnings,
         table=table_of(runs),
         runs=runs,
         figures=_figures(runs),

@@ -1,6 +1,7 @@
 """Plots as SVG to be put into a page, whose colours follow the reader's dark mode."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # Figures are drawn in the light colours, which then become CSS variables.
 COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#db2777", "#0891b2", "#a16207", "#64748b")
@@ -21,6 +22,8 @@ _VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)"} | {
 }
 _DASHES = ("-", "--", "-.", ":")  # for readers who can't tell the colours apart
 _MARKERS = "osD^vPX*"
+# From so many times the SLO on, times are on a logarithmic axis.
+_LOG_FROM = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,12 @@ def line(
         axes.plot(*points, **style)
 
 
+def emphasize(axes: Axes, index: int, point: tuple[float, float]) -> None:
+    """Makes one point of a marked line larger."""
+    color, marker = COLORS[index % len(COLORS)], _MARKERS[index % len(_MARKERS)]
+    axes.plot(*point, color=color, marker=marker, markersize=10, linestyle="none")
+
+
 def bars(axes: Axes, names: Sequence[str], heights: Sequence[Sequence[float]]) -> None:
     """A group of bars for each name [G], with one of each series [S][G], in percent."""
     width = 0.8 / max(len(heights), 1)
@@ -84,23 +93,40 @@ def cdf_lines(
     axes: Axes, curves: Sequence[Points], name: str, slo_s: float | None, scale: float, unit: str
 ) -> None:
     """Distribution functions of a time in seconds, shown in a `unit` of which a second has `scale`.
+    The axis reaches the 99th percentile of each; it is logarithmic where that would squeeze the
+    rest.
 
     slo_s: drawn, if it is the same for all.
     """
-    right = 0.0
-    for i, (values, percent) in enumerate(curves):
-        if not len(values):
-            continue
-        line(axes, i, (scale * np.asarray(values), percent), step=True)
-        within = int(np.searchsorted(percent, 0.99 * percent[-1]))
-        right = max(right, scale * values[min(within, len(values) - 1)])
+    drawn = [
+        (i, scale * np.asarray(values), p) for i, (values, p) in enumerate(curves) if len(values)
+    ]
+    for i, values, percent in drawn:
+        line(axes, i, (values, percent), step=True)
+    right = max((_quantile(values, percent, 0.99) for _, values, percent in drawn), default=0.0)
+    middle = max((_quantile(values, percent, 0.5) for _, values, percent in drawn), default=0.0)
     if slo_s is not None:
-        # What is far beyond it has failed: how far would squeeze the rest.
-        right = min(max(right, 2 * scale * slo_s), 5 * scale * slo_s)
-        mark_vertical(axes, scale * slo_s, f"SLO {scale * slo_s:g} {unit}")
-    axes.set_xlabel(f"{name} ({unit})")
+        middle = scale * slo_s
+        right = max(right, 1.25 * middle)
+        mark_vertical(axes, middle, f"SLO {middle:g} {unit}")
     percent_axis(axes)
-    axes.set_xlim(0, 1.02 * right or 1.0)
+    least = min((values[values > 0].min(initial=math.inf) for _, values, _ in drawn), default=0.0)
+    if right > _LOG_FROM * middle > 0 and least < middle:
+        axes.set_xscale("log")
+        axes.set_xlim(0.9 * least, 1.1 * right)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        unit += ", logarithmic"
+    else:
+        axes.set_xlim(0, 1.02 * right or 1.0)
+    axes.set_xlabel(f"{name} ({unit})")
+
+
+def _quantile(values: np.ndarray, percent: Sequence[float] | np.ndarray, share: float) -> float:
+    """Of the requests that were answered."""
+    within = int(np.searchsorted(percent, share * percent[-1]))
+    return float(values[min(within, len(values) - 1)])
 
 
 def percent_axis(axes: Axes, top: float = 102) -> None:
@@ -123,9 +149,10 @@ def time_axis(axes: Axes) -> None:
 
 
 def mark_vertical(axes: Axes, at: float, note: str) -> None:
-    """A thin line that bears a note at its foot."""
+    """A thin line with a note above the axes, where no curve runs."""
     axes.axvline(at, color=INK, linewidth=1, linestyle=(0, (2, 2)))
-    axes.annotate(note, (at, 3), (4, 0), textcoords="offset points", color=INK, fontsize=9)
+    where = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+    axes.annotate(note, (at, 1), (0, 3), **where, ha="center", color=INK, fontsize=9)
 
 
 def mark_horizontal(axes: Axes, at: float) -> None:

@@ -12,12 +12,14 @@ _BASE = """\
 <style>
 :root {
   --ink: #0f172a; --muted: #56637a; --grid: #dbe2ea; --page: #f6f8fa; --card: #ffffff;
+  --shade: rgb(15 23 42 / 28%);
   {% for color in light %}--c{{ loop.index0 }}: {{ color }}; {% endfor %}
 
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ink: #e5eaf1; --muted: #98a5b8; --grid: #2f3b4c; --page: #0d131c; --card: #151d29;
+    --shade: rgb(229 234 241 / 35%);
     {% for color in dark %}--c{{ loop.index0 }}: {{ color }}; {% endfor %}
 
   }
@@ -38,7 +40,26 @@ dd { margin: 0; color: var(--ink); overflow-wrap: anywhere; }
 .card {
   background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 14px 16px;
 }
-.scroll { overflow-x: auto; padding: 0; }
+/* What does not fit scrolls: a shade at its right edge says so, on narrow screens a hint too. */
+.scroll {
+  overflow-x: auto; padding: 0;
+  background:
+    linear-gradient(to left, var(--card) 50%, transparent) right / 40px 100% no-repeat local,
+    linear-gradient(to left, var(--shade), transparent) right / 16px 100% no-repeat scroll,
+    var(--card);
+}
+.hint { display: none; color: var(--muted); font-size: 13px; margin: 10px 2px 4px; }
+@media (max-width: 960px) { .hint.wide { display: block; } }
+@media (max-width: 560px) { .hint.middle { display: block; } }
+.answer { font-size: 17px; margin: 10px 2px 12px; }
+.warning {
+  border: 2px solid var(--c1); border-radius: 10px; padding: 8px 12px; max-width: none;
+}
+.held { width: fit-content; max-width: 100%; margin-bottom: 20px; }
+.held th { white-space: normal; }
+.contents { margin: 0 0 20px; width: fit-content; max-width: 100%; }
+.contents ol { margin: 0; padding-left: 22px; columns: 2 300px; column-gap: 32px; }
+a { color: var(--c0); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 10px; text-align: right; white-space: nowrap; }
 thead th { font-weight: 600; font-size: 13px; color: var(--muted); }
@@ -62,7 +83,7 @@ footer { margin-top: 16px; }
   th:first-child { white-space: normal; min-width: 9em; }
 }
 caption { caption-side: top; text-align: left; padding: 12px 12px 4px; font-weight: 600; }
-.figures + .scroll, .scroll + .scroll { margin-top: 16px; }
+.figures + .scroll, .scroll + .scroll, .figures + .hint + .scroll { margin-top: 16px; }
 .scroll + .figures { margin-top: 16px; }
 details { margin-top: 32px; }
 summary { cursor: pointer; font-weight: 600; margin-bottom: 10px; }
@@ -72,11 +93,24 @@ svg text { font-family: inherit !important; }
 </head>
 <body>
 <h1>{{ title }}</h1>
+{% for warning in warnings or () %}
+<p class="warning" role="note">{{ warning }}</p>
+{% endfor %}
+{% block answer %}{% endblock %}
 <dl>
 {% for name, value in facts.items() %}
 <div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
 {% endfor %}
 </dl>
+{% if contents and contents|length > 3 %}
+<nav class="card contents" aria-label="Contents">
+<ol>
+{% for id, name in contents %}
+<li><a href="#{{ id }}">{{ name }}</a></li>
+{% endfor %}
+</ol>
+</nav>
+{% endif %}
 {% block content %}{% endblock %}
 </body>
 </html>
@@ -104,8 +138,15 @@ _PARTS = """\
 {% endfor %}
 </div>
 {% endmacro %}
+{% macro scrolled(columns, label, name="") %}
+{% set size = "wide" if columns > 6 else "middle" if columns > (4 if name else 2) else "" %}
+<p class="hint {{ size }}" aria-hidden="true">The table scrolls sideways →</p>
+<div class="card scroll {{ name }}" tabindex="0" role="region" aria-label="{{ label }}">
+{{ caller() }}
+</div>
+{% endmacro %}
 {% macro summaries(table) %}
-<div class="card scroll">
+{% call scrolled(table.columns|length, "Table of all figures") %}
 <table>
 <thead>
 <tr>
@@ -135,10 +176,10 @@ _PARTS = """\
 {% endfor %}
 </tbody>
 </table>
-</div>
+{% endcall %}
 {% endmacro %}
-{% macro plain(table) %}
-<div class="card scroll">
+{% macro plain(table, name="") %}
+{% call scrolled(table.columns|length, table.title or "Table", name) %}
 <table>
 {% if table.title %}
 <caption>{{ table.title }}</caption>
@@ -164,7 +205,7 @@ _PARTS = """\
 {% endfor %}
 </tbody>
 </table>
-</div>
+{% endcall %}
 {% endmacro %}
 """
 
@@ -186,24 +227,28 @@ Goodput counts requests that met both objectives.
 
 _SWEEP = """\
 {% extends "base" %}
+{% block answer %}
+<p class="answer">{{ answer }}</p>
+{{ parts.plain(held, "held") }}
+{% endblock %}
 {% block content %}
 {% if claims %}
-<h2>Against the baseline, and the paper</h2>
+<h2 id="claims">Against the baseline, and the paper</h2>
 {% for table in claims %}
 {{ parts.plain(table) }}
 <p><small>{{ table.note }}</small></p>
 {% endfor %}
 {% endif %}
 {% for section in sections %}
-<h2>{{ section.title }}</h2>
+<h2 id="{{ section.id }}">{{ section.title }}</h2>
 {{ parts.legend(section.labels) }}
 {{ parts.grid(section.by_rate) }}
-<h2>{{ section.title }}, {{ section.rate }} requests/s</h2>
+<h2 id="{{ section.id }}-rate">{{ section.title }}, {{ section.rate }} requests/s</h2>
 {{ parts.summaries(section.table) }}
 {{ parts.legend(section.labels) }}
 {{ parts.grid(section.at_rate) }}
 {% endfor %}
-<details>
+<details id="cells">
 <summary>All {{ cells.rows|length }} cells</summary>
 {{ parts.plain(cells) }}
 </details>

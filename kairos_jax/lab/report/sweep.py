@@ -7,6 +7,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from kairos_jax.lab.answer import Held, answer, rates_held
 from kairos_jax.lab.cells import Cell, Layout, Result
 from kairos_jax.lab.claims import (
     HELD,
@@ -31,7 +32,7 @@ def essence(results: Sequence[Result]) -> list[tuple[str, list[Line]]]:
     for layout in dict.fromkeys(each.cell.layout for each in results):
         mine = [each for each in results if each.cell.layout == layout]
         rate = shown_rate(mine)
-        found.append((f"{layout.words}, {rate:g} requests/s", lines_at(mine, layout, rate)))
+        found.append((f"{layout}, {rate:g} requests/s", lines_at(mine, layout, rate)))
     return found
 
 
@@ -57,22 +58,73 @@ def write_report(
     """
     layouts = list(dict.fromkeys(each.cell.layout for each in results))
     comparisons = compare(results) if len(pairs_of(results)) > 1 else []
+    claims = [_claims_table(each, len(layouts) > 1) for each in comparisons]
+    sections = [_section(results, layout, at) for at, layout in enumerate(layouts, 1)]
+    cells = _cells_table(results)
     html = render(
         "sweep",
         title=title,
         facts=facts,
-        claims=[_claims_table(each, len(layouts) > 1) for each in comparisons],
-        sections=[_section(results, layout) for layout in layouts],
-        cells=_cells_table(results),
+        # No line is broken between a number and its unit.
+        answer=answer(results).replace(" %", "\N{NO-BREAK SPACE}%"),
+        held=_held_table(rates_held(results)),
+        contents=_contents(claims, sections, len(cells["rows"])),
+        claims=claims,
+        sections=sections,
+        cells=cells,
     )
     path.write_text(html, encoding="utf-8")
 
 
-def _section(results: Sequence[Result], layout: Layout) -> dict[str, Any]:
+def _contents(
+    claims: Sequence[Any], sections: Sequence[Mapping[str, Any]], num_cells: int
+) -> list[tuple[str, str]]:
+    """Where on the page what is."""
+    entries = [("claims", "Against the baseline, and the paper")] if claims else []
+    for each in sections:
+        entries.append((each["id"], f"{each['title']}, by rate"))
+        entries.append((f"{each['id']}-rate", f"{each['title']}, {each['rate']} requests/s"))
+    return [*entries, ("cells", f"All {num_cells} cells")]
+
+
+def _held_table(found: Sequence[Held]) -> dict[str, Any]:
+    """The answer in a table: a row for each pair of policies, a column for each layout."""
+    layouts = list(dict.fromkeys(each.layout for each in found))
+    best = max(each.rank for each in found)
+    sizes = len({layout.instances for layout in layouts})
+    cells = {(each.pair, each.layout): _held_cell(each, best, sizes > 1) for each in found}
+    pairs = dict.fromkeys(each.pair for each in found)
+    return {
+        "title": f"Highest rate held, requests/s: at least {HELD:g} % attain both SLOs",
+        "columns": ["policies", *map(str, layouts)],
+        "firsts": [],
+        "rows": [
+            [" + ".join(pair), *(cells.get((pair, layout), "-") for layout in layouts)]
+            for pair in pairs
+        ],
+    }
+
+
+def _held_cell(each: Held, best: tuple[float, float], several_sizes: bool) -> str:
+    if each.held is None:
+        nearest = each.nearest
+        near = f"{nearest.summary['e2e_attainment']:.1f} % at {nearest.cell.rate:g}"
+        return Markup("none<br><small>{}</small>").format(near)
+    rate = each.held.cell.rate
+    note = f"{each.held.summary['e2e_attainment']:.1f} %"
+    if several_sizes:
+        note += f", {rate / each.layout.instances:.3g} per instance"
+    form = "<b>{}</b>" if each.rank == best else "{}"
+    return Markup(f"{form}<br><small>{{}}</small>").format(f"{rate:g}", note)
+
+
+def _section(results: Sequence[Result], layout: Layout, at: int) -> dict[str, Any]:
+    """at: from 1 on, in the order of the page."""
     mine = [each for each in results if each.cell.layout == layout]
     rate = shown_rate(mine)
     return {
-        "title": layout.words,
+        "id": f"layout-{at}",
+        "title": str(layout),
         "rate": f"{rate:g}",
         "labels": [" + ".join(pair) for pair in pairs_of(mine)],
         "by_rate": _by_rate(mine, str(layout)),
@@ -83,6 +135,7 @@ def _section(results: Sequence[Result], layout: Layout) -> dict[str, Any]:
 
 def _by_rate(results: Sequence[Result], salt: str) -> list[Figure]:
     """Each pair's figures against rate."""
+    rates = sorted({each.cell.rate for each in results})
     curves = []
     for pair in pairs_of(results):
         best = tuned([each for each in results if each.cell.policies == pair])
@@ -91,8 +144,8 @@ def _by_rate(results: Sequence[Result], salt: str) -> list[Figure]:
     def against_rate(key: str, label: str | None = None) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
             for index, curve in enumerate(curves):
-                rates = [each.cell.rate for each in curve]
-                figures.line(axes, index, (rates, [each.summary[key] for each in curve]), mark=True)
+                at = [each.cell.rate for each in curve]
+                figures.line(axes, index, (at, [each.summary[key] for each in curve]), mark=True)
             axes.set_xlabel("requests/s")
             if label is None:
                 figures.percent_axis(axes)
@@ -108,7 +161,7 @@ def _by_rate(results: Sequence[Result], salt: str) -> list[Figure]:
             attained = [each.summary["e2e_attainment"] for each in curve]
             tokens = [each.summary["decode_tokens_per_s"] for each in curve]
             figures.line(axes, index, (attained, tokens), mark=True)
-            _note_ends(axes, curve, attained, tokens)
+            figures.emphasize(axes, index, (attained[-1], tokens[-1]))
         axes.set_xlabel("% of requests that attained both")
         axes.set_xlim(0, 102)
         axes.set_ylabel("decode tokens/s")
@@ -127,27 +180,12 @@ def _by_rate(results: Sequence[Result], salt: str) -> list[Figure]:
         ),
         figure(
             "Decode throughput against attainment",
-            "A point a rate, lowest and highest noted; up and to the right is better.",
+            f"A point a rate; the large one is the highest, {rates[-1]:g} requests/s. Up and to "
+            "the right is better.",
             against_attainment,
             salt,
         ),
     ]
-
-
-def _note_ends(
-    axes: Axes, curve: Sequence[Result], xs: Sequence[float], ys: Sequence[float]
-) -> None:
-    for end in (0, -1):
-        to_left = xs[end] > 80  # else the note would run over the edge
-        axes.annotate(
-            f"{curve[end].cell.rate:g}/s",
-            (xs[end], ys[end]),
-            (-5 if to_left else 5, 5),
-            textcoords="offset points",
-            ha="right" if to_left else "left",
-            fontsize=8,
-            color=figures.INK,
-        )
 
 
 def _at_rate(best: Sequence[Result], salt: str) -> list[Figure]:

@@ -142,3 +142,14 @@ def test_a_profile_from_before_is_read_as_it_was(tmp_path):
     assert cost.decode_s([10, 20]) == pytest.approx(2 * (1e-4 + 4e-6))
     line = profiling.fit_line(old | {"fit": {"decode": {"r2": 0.99, "p90_rel_error": 0.04}}})
     assert line == "decode R2 0.990, p90 error 4% (contexts padded)"
+
+
+def test_a_part_that_is_worse_than_none_is_left_out_when_it_is_read(tmp_path):
+    fits = {"transfer": {"r2": -0.3, "p90_rel_error": 0.8}}
+    samples = {"transfer": [[256, 0.006], [512, 0.002]]}
+    path = tmp_path / "poor.json"
+    path.write_text(json.dumps(fakes.PROFILE | {"fit": fits, "samples": samples}))
+    profile = read(path)
+    assert CostModel.from_profile(profile).transfer_s(9999) == pytest.approx(0.004)
+    line = profiling.fit_line(profile)
+    assert line == "transfer R2 -0.300, p90 error 80% (left out: the mean is used)"

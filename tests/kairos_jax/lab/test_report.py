@@ -4,12 +4,14 @@ import math
 import re
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from kairos_jax.lab.cells import Cell, Layout, result
-from kairos_jax.lab.report import sweep
+from kairos_jax.lab.curves import cdf
+from kairos_jax.lab.report import figures, sweep
 from kairos_jax.lab.report.comparison import Run, _draw_count, print_table, write_report
 from kairos_jax.lab.report.table import row, write_table
 from schedulers.ledger.request import Slo
@@ -129,11 +131,53 @@ def test_long_runs_stay_light(tmp_path):
     assert len(page(tmp_path, [Run("long", outcomes)])) < 400_000
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.05])
+def test_times_are_shown_up_to_their_99th_percentile(scale):
+    # Half of the requests are far beyond the SLO, or all are within.
+    outcomes = [outcome(i, scale * (0.1 if i % 2 else 20.0 + i / 10), 0.01) for i in range(200)]
+    tail = np.quantile([each.ttft_s for each in outcomes], 0.99)
+    axes = Figure().subplots()
+    figures.cdf_lines(axes, [cdf(outcomes, "ttft_s")], "TTFT", SLO.ttft, 1, "s")
+    assert axes.get_xlim()[1] >= tail
+    assert axes.get_xlim()[1] >= SLO.ttft
+    assert axes.get_xscale() == ("log" if tail > 6 * SLO.ttft else "linear")
+    assert (", logarithmic" in axes.get_xlabel()) == (axes.get_xscale() == "log")
+
+
+def test_the_tail_of_each_row_is_shown_and_not_that_of_the_best_alone():
+    axes = Figure().subplots()
+    quick, slow = ([outcome(i, ttft, 0.01) for i in range(50)] for ttft in (0.2, 2.0))
+    curves = [cdf(each, "ttft_s") for each in (quick, slow)]
+    figures.cdf_lines(axes, curves, "TTFT", SLO.ttft, 1, "s")
+    assert axes.get_xlim()[1] >= 2.0
+
+
+def test_notes_stand_above_the_axes_where_no_curve_runs():
+    axes = Figure().subplots()
+    figures.cdf_lines(axes, [cdf(FAST.outcomes, "ttft_s")], "TTFT", SLO.ttft, 1, "s")
+    (note,) = axes.texts
+    assert note.get_text() == "SLO 0.5 s"
+    axes.figure.canvas.draw()
+    assert note.get_window_extent().y0 >= axes.get_window_extent().y1
+
+
+def test_warnings_come_before_all_else(tmp_path):
+    html = page(tmp_path, [FAST, SLOW], facts={"model": "tiny"}, warnings=["<careful>"])
+    assert 0 < html.index("&lt;careful&gt;</p>") < html.index("<dl>") < html.index("<table>")
+    assert 'class="warning"' not in page(tmp_path, [FAST, SLOW])
+
+
+def test_wide_tables_scroll_with_a_hint(tmp_path):
+    html = page(tmp_path, [FAST, SLOW])
+    assert '<p class="hint wide" aria-hidden="true">The table scrolls sideways' in html
+    assert 'tabindex="0" role="region" aria-label="Table of all figures"' in html
+
+
 # Of a sweep.
 
 BASE, OURS = ("fcfs", "continuous"), ("kairos", "kairos")
 TIMELINE = {"at_s": [0.0, 1.0], "queue": [3, 0], "batch": [1, 2], "slack_s": [0.04, 0.01]}
-ONE_ONE = Layout(1, 1)
+ONE_ONE, BIG = Layout(1, 1), Layout(4, 4)
 
 
 def cell_result(policies, rate, run, layout=ONE_ONE, cap=8, pack=0.0):
@@ -149,6 +193,37 @@ SWEPT = [
 ]
 
 
+def test_the_answer_is_the_first_that_a_sweep_shows(tmp_path):
+    html = sweep_page(tmp_path, SWEPT)
+    answer, table = html.index('<p class="answer">kairos + kairos on'), html.index("<table>")
+    assert html.index("<h1>") < answer < table < html.index("<dl>") < html.index("<nav")
+    first = html[table : html.index("</table>")]
+    assert re.findall("<th>(.*?)</th>", first) == [
+        "policies",
+        "1 prefill + 1 decode",
+        "2 colocated",
+    ]
+    # The layouts are of different sizes only where that is so.
+    assert "per instance" not in first
+    assert "per instance" in sweep_page(tmp_path, [*SWEPT, cell_result(OURS, 1.0, FAST, BIG)])
+
+
+def test_a_list_of_contents_names_all_sections(tmp_path):
+    html = sweep_page(tmp_path, SWEPT)
+    listed = re.findall('<li><a href="#(.*?)">(.*?)</a>', html)
+    assert [id for id, _ in listed] == [
+        *("claims", "layout-1", "layout-1-rate", "layout-2", "layout-2-rate", "cells")
+    ]
+    assert all(html.count(f' id="{id}"') == 1 for id, _ in listed)
+    assert "<nav" not in sweep_page(tmp_path, SWEPT[:1])
+
+
+def test_a_layout_has_one_name_in_all_that_is_written(tmp_path):
+    html = sweep_page(tmp_path, SWEPT)
+    assert "1 prefill + 1 decode" in html
+    assert not re.search(r"\b1:1\b|xcolocated", html)
+
+
 def sweep_page(tmp_path, results) -> str:
     sweep.write_report(tmp_path / "sweep.html", results, "A & B", {"SLO": "<tight>"})
     return (tmp_path / "sweep.html").read_text(encoding="utf-8")
@@ -156,7 +231,7 @@ def sweep_page(tmp_path, results) -> str:
 
 def test_a_sweep_has_a_section_for_each_layout(tmp_path):
     html = sweep_page(tmp_path, SWEPT)
-    headings = re.findall("<h2>(.*?)</h2>", html)
+    headings = re.findall("<h2.*?>(.*?)</h2>", html)
     assert headings == [
         "Against the baseline, and the paper",
         "1 prefill + 1 decode",
@@ -198,7 +273,8 @@ def test_a_tidy_table_has_a_row_per_cell(tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 17
     first, last = rows[0], rows[-1]
-    assert (first["layout"], first["prefill_policy"], first["max_batch"]) == ("1:1", "fcfs", "8")
+    assert first["layout"] == "1 prefill + 1 decode"
+    assert (first["prefill_policy"], first["max_batch"]) == ("fcfs", "8")
     assert (last["rate"], last["pack"], last["e2e_attainment"]) == ("3.0", "inf", "100.0")
     assert float(first["ttft_p50_s"]) == pytest.approx(6.35)
     assert {key for key in row(SWEPT[0]) if key.startswith("class_1_")} >= {"class_1_ttft"}

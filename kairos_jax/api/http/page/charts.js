@@ -1,4 +1,4 @@
-// Drawings: columns of a histogram, the last minutes' attainment, and step times.
+// Drawings: columns of a histogram, attainment and rates of the last minutes, and step times.
 
 import { attributes, count, element, part, percent, say, seconds } from "./common.js";
 
@@ -46,6 +46,33 @@ export function attainment(svg, slots) {
   const words = all ? `${percent(both / all)} of ${count(all)} requests kept both SLOs` : "No requests";
   svg.setAttribute("aria-label", words);
 }
+
+/** Lines of how many came a second; `lines`: the place in a slot of what each counts, by its name.
+    The last slot is not over, so it is left out. Returns the newest of each. */
+export function rates(svg, { slot_s, slots }, lines) {
+  const { width, height } = area(svg);
+  const whole = slots.slice(0, -1);
+  const values = Object.values(lines).map((place) => whole.map((slot) => slot[place] / slot_s));
+  const most = Math.max(...values.flat(), 1 / slot_s);
+  const text = rate(most);
+  const [left, top, bottom] = [8 + 7.5 * text.length, 8, height - 1];
+  const x = (index) => left + (index / (whole.length - 1)) * (width - left - 1);
+  const y = (value) => bottom - (value / most) * (bottom - top);
+  attributes(part(svg, "path", "frame"), { d: `M${left} ${bottom + 0.5}H${width}M${left} ${top}H${width}` });
+  Object.keys(lines).forEach((name, line) => {
+    const points = values[line].map((value, index) => `${round(x(index))} ${round(y(value))}`);
+    attributes(part(svg, "path", `rate ${name}`), { d: `M${points.join("L")}` });
+  });
+  label(svg, "most", left - 5, top + 5, text, "end");
+  label(svg, "none", left - 5, height - 2, "0", "end");
+  const newest = values.map((each) => each.at(-1));
+  const words = Object.keys(lines).map((name, line) => `${rate(newest[line])} ${name}`).join(", ");
+  svg.setAttribute("aria-label", `${words}; at most ${text} in any ${slot_s} seconds`);
+  return newest;
+}
+
+/** So many a second. */
+export const rate = (value) => `${value < 9.95 ? +value.toFixed(1) : count(value)}/s`;
 
 /** The sums over all slots of what each counts. */
 export function sums(slots) {

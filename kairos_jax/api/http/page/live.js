@@ -1,17 +1,24 @@
 // Follows the server's snapshots, one a second, and shows them.
 
-import { attainment, histogram, steps, sums } from "./charts.js";
+import { attainment, histogram, rate, rates, steps, sums } from "./charts.js";
 import {
   ask, bound, byId, count, element, events, keepKey, later, percent, reason, say, seconds,
 } from "./common.js";
+import { term } from "./tips.js";
 
 const SPAN_S = 120;
 const STALE_S = 4;
+// Of an instance's steps: workers in other processes tell of theirs every few seconds.
+const FRESH_S = 3.5;
 const LONGEST_WAIT_S = 10;
 
 const ROLES = { prefill: "prefill", decode: "decode", both: "prefill and decode" };
 const cards = new Map();
+/** When the newest snapshot came: on the page's clock in ms, and as a date. */
 let newest = 0;
+let newestAt = null;
+/** Since when the server is gone, in ms on the page's clock. */
+let goneFrom = null;
 let before = null;
 
 // The feed.
@@ -20,6 +27,7 @@ async function follow() {
   let wait = 1;
   for (;;) {
     await seen();
+    newest &&= performance.now(); // no news came while nobody looked
     const stop = new AbortController();
     const hide = () => document.hidden && stop.abort();
     document.addEventListener("visibilitychange", hide);
@@ -38,7 +46,7 @@ async function follow() {
       throw new Error("the connection has ended");
     } catch (error) {
       if (stop.signal.aborted) continue;
-      state("lost", `${error.message}; trying again`);
+      gone(error.message);
     } finally {
       document.removeEventListener("visibilitychange", hide);
       stop.abort();
@@ -76,18 +84,46 @@ function state(kind, text) {
   say(node, text);
 }
 
+/** What is shown is old: the page dims, and says since when. */
+function gone(why) {
+  state("lost", "no connection");
+  if (goneFrom !== null) return;
+  goneFrom = newest || performance.now();
+  document.body.dataset.gone = "";
+  byId("gone").hidden = false;
+  const since = (newestAt ?? new Date()).toLocaleTimeString();
+  say(byId("gone-since"), `No news from the server since ${since}: ${why}.`);
+  tellGone();
+}
+
+/** Every second, and so not to be read aloud. */
+function tellGone() {
+  const old = Math.round((performance.now() - goneFrom) / 1000);
+  say(byId("gone-for"), ` ${old < 100 ? `${old}\u00a0s` : seconds(old)} ago; trying again.`);
+}
+
+function back() {
+  goneFrom = null;
+  delete document.body.dataset.gone;
+  byId("gone").hidden = true;
+}
+
 // What is shown.
 
 function show(told) {
   const begun = performance.now();
   newest = begun;
+  newestAt = new Date();
+  if (goneFrom !== null) back();
   if (told.closed) state("lost", told.closed);
   else state("live", "live");
   if (!told.model) return;
+  if (before && told.at < before.at) forget();
   tiles(told);
   queue(told.queued);
   running(told.running);
   slo(told);
+  flow(told);
   instances(told);
   before = told;
   const drawn = performance.now() - begun;
@@ -97,24 +133,36 @@ function show(told) {
   document.dispatchEvent(new CustomEvent("snapshot", { detail: told }));
 }
 
+/** Another server answers: its counts begin anew. */
+function forget() {
+  before = null;
+  for (const card of cards.values()) card.node.remove();
+  cards.clear();
+}
+
 function tiles(told) {
   const { queued, running: run, slo: line, judged } = told;
   say(byId("model"), told.model);
   if (document.title !== told.model) document.title = told.model;
   say(byId("about"), `${told.policies.join(" + ")}, SLO: TTFT ${bound(line.ttft_s)}, ` +
     `TPOT ${bound(line.tpot_s)}`);
-  const [all, ttft, tpot, both] = sums(judged.slots);
-  say(byId("kept"), all ? percent(both / all) : "–");
-  const minutes = (judged.slot_s * judged.slots.length) / 60;
-  say(byId("kept-note"), all
-    ? `TTFT ${percent(ttft / all)}, TPOT ${percent(tpot / all)} of ${count(all)} in ${minutes} min`
-    : `nothing ended in ${minutes} min`);
+  const [ended, ttft, tpot, both] = sums(judged.slots);
+  const missed = judged.lost;
+  // Of those that ended, and of those in progress whose SLO is lost already.
+  const share = (kept, lost) => (ended + lost ? percent(kept / (ended + lost)) : "–");
+  say(byId("kept"), share(both, missed.both));
+  say(byId("kept-note"), ended + missed.both
+    ? `TTFT ${share(ttft, missed.ttft)}, TPOT ${share(tpot, missed.tpot)}; ` +
+      `${count(ended)} ended in ${span(judged)}, ${count(missed.both)} in progress are lost`
+    : `nothing ended in ${span(judged)}`);
   say(byId("queued"), count(queued.count));
-  note("queued-note", queued.late, `${count(queued.late)} can't be in time`,
+  note("queued-note", queued.lost.count, `${count(queued.lost.count)} can't be in time`,
     queued.begun ? `${count(queued.begun)} in prefill`
       : queued.count ? "all can be in time" : "nothing waits");
   say(byId("running"), count(run.count));
-  note("running-note", run.late, `${count(run.late)} behind the TPOT`,
+  const behind = run.late ? `${count(run.late)} behind the TPOT` : "";
+  const lost = run.lost.count ? `${count(run.lost.count)} lost` : "";
+  note("running-note", run.late || run.lost.count, [behind, lost].filter(Boolean).join(", "),
     run.count ? "all ahead of the TPOT" : "nothing runs");
   pages(told.instances);
 }
@@ -134,26 +182,38 @@ function pages(all) {
 
 function queue(told) {
   histogram(byId("queue-bars"), told, "Queued requests by laxity");
-  rows(byId("queue-rows"), told.rows, (row) => [
+  const cells = (row) => [
     row.name, row.state, count(row.prompt), seconds(row.waited_s), seconds(row.laxity_s), row.at,
-  ], (row) => row.laxity_s < 0);
-  rest("queue-rest", told, "Nothing is queued.");
+  ];
+  const none = told.count ? "None can be in time." : "Nothing is queued.";
+  both("queue", told, cells, (row) => row.laxity_s < 0, none);
 }
 
 function running(told) {
   histogram(byId("run-bars"), told, "Running requests by slack");
-  rows(byId("run-rows"), told.rows, (row) => [
-    row.name, row.state, `${count(row.tokens)}/${count(row.max_tokens)}`, seconds(row.tpot_s),
-    seconds(row.slack_s), row.at,
-  ], (row) => row.slack_s < 0);
-  rest("run-rest", told, "Nothing runs.");
+  const cells = (row) => [
+    row.name, row.missed ? row.missed.join(", ") : row.state,
+    `${count(row.tokens)}/${count(row.max_tokens)}`, seconds(row.tpot_s), seconds(row.slack_s),
+    row.at,
+  ];
+  const none = told.count ? "None can keep its SLO." : "Nothing runs.";
+  both("run", told, cells, (row) => row.slack_s < 0, none);
 }
 
-const WIDE = [2, 5];
+/** The table of those that can keep their SLO, and the table of the lost, if there are any. */
+function both(name, { count: all, rows: first, lost }, cells, late, none) {
+  rows(byId(`${name}-rows`), first, cells, late);
+  rest(`${name}-rest`, all - lost.count, first.length, none);
+  byId(`${name}-lost`).hidden = !lost.count;
+  rows(byId(`${name}-lost-rows`), lost.rows, cells, late);
+  rest(`${name}-lost-rest`, lost.count, lost.rows.length, "");
+}
+
+const WIDE = { queue: [2, 5], run: [3, 5] };
 
 /** A table's rows, in the nodes that are there. The fifth cell tells whether it is late. */
 function rows(body, told, cells, late) {
-  const wide = body.id === "run-rows" ? [3, 5] : WIDE;
+  const wide = WIDE[body.id.split("-")[0]];
   while (body.children.length > told.length) body.lastChild.remove();
   while (body.children.length < told.length) {
     const row = element("tr");
@@ -171,14 +231,27 @@ function rows(body, told, cells, late) {
   });
 }
 
-function rest(id, { count: all, rows: told }, none) {
-  const left = all - told.length;
+function rest(id, all, told, none) {
+  const left = all - told;
   say(byId(id), left > 0 ? `and ${count(left)} more` : all ? "" : none);
 }
 
 function slo({ judged }) {
   attainment(byId("slo-chart"), judged.slots);
-  say(byId("slo-from"), `${(judged.slot_s * judged.slots.length) / 60} min ago`);
+  say(byId("slo-unit"), `requests that ended, in each ${bound(judged.slot_s)}`);
+  say(byId("slo-from"), `${span(judged)} ago`);
+}
+
+/** The time that all slots cover. */
+const span = ({ slot_s, slots }) => `${(slot_s * slots.length) / 60}\u00a0min`;
+
+function flow({ flow: told }) {
+  const mean = `means of ${bound(told.slot_s)}`;
+  const [taken, ended] = rates(byId("requests-chart"), told, { taken: 0, ended: 1 });
+  say(byId("requests-now"), `${rate(taken)} taken, ${rate(ended)} ended; ${mean}`);
+  const [tokens] = rates(byId("tokens-chart"), told, { tokens: 2 });
+  say(byId("tokens-now"), `${rate(tokens)}; ${mean}`);
+  for (const name of ["requests-from", "tokens-from"]) say(byId(name), `${span(told)} ago`);
 }
 
 // The instances.
@@ -198,6 +271,8 @@ function instances(told) {
     const there = grid.children[index] ?? null;
     if (there !== card.node) grid.insertBefore(card.node, there);
     drawInstance(card, each, told);
+    // The focus stops at the terms of one card: those of 64 would be too many to pass.
+    for (const node of card.terms) node.tabIndex = index ? -1 : 0;
   });
   const left = told.num_instances - told.instances.length;
   say(byId("instances-rest"), left > 0 ? `and ${count(left)} more` : "");
@@ -209,29 +284,38 @@ function newCard(id) {
   const names = ["role", "requests", "kv", "parkedKv", "step"];
   const card = { node, points: [], last: null };
   for (const name of names) card[name] = element(name === "role" ? "span" : "p");
+  card.numbers = ["waiting", "running", "parked", "load"].map((name) => [name, element("span")]);
+  card.terms = card.numbers.map(([name]) => term(name));
+  const counts = card.numbers.map(([, number], index) => (
+    element("span", "", number, "\u00a0", card.terms[index])));
+  card.load = counts.pop();
+  card.prompts = element("span");
+  const [waiting, running, parked] = counts;
+  card.requests.append(waiting, ", ", running, ", ", parked, "; ", card.load, card.prompts);
+  card.silent = element("p", "", "it has not told of itself yet");
   card.used = element("div", "meter", element("i"));
   card.parkedBar = element("div", "meter parked", element("i"));
   card.chart = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   card.chart.setAttribute("class", "chart low");
   card.chart.setAttribute("role", "img");
   node.append(
-    element("header", "", element("h3", "", id), card.role), card.requests, card.used, card.kv,
-    card.parkedBar, card.parkedKv, card.chart, card.step,
+    element("header", "", element("h3", "", id), card.role), card.silent, card.requests, card.used,
+    card.kv, card.parkedBar, card.parkedKv, card.chart, card.step,
   );
   return card;
 }
 
 function drawInstance(card, { role, taking, queue_s, load, status }, told) {
   say(card.role, `${ROLES[role]}${taking ? "" : ", draining"}`);
-  card.used.hidden = card.kv.hidden = card.step.hidden = !status;
+  card.requests.hidden = card.used.hidden = card.kv.hidden = card.step.hidden = !status;
+  card.silent.hidden = Boolean(status);
   card.parkedBar.hidden = card.parkedKv.hidden = !(status?.parked_limit);
-  if (!status) {
-    say(card.requests, "it has not told of itself yet");
-    return;
+  if (!status) return;
+  card.load.hidden = role !== "decode";
+  for (const [name, number] of card.numbers) {
+    say(number, name === "load" ? percent(load ?? 0) : count(status[name]));
   }
-  const pace = role === "decode" ? `load ${percent(load ?? 0)}` : `${seconds(queue_s)} of prompts`;
-  say(card.requests, `${count(status.waiting)} waiting, ${count(status.running)} running, ` +
-    `${count(status.parked)} parked; ${pace}`);
+  say(card.prompts, role === "decode" ? "" : `${seconds(queue_s)} of prompts`);
   const free = status.num_pages - status.used_pages;
   meter(card.used, status.used_pages / status.num_pages);
   say(card.kv, `KV pages: ${count(status.used_pages)} used, ${count(free)} free`);
@@ -244,9 +328,8 @@ function drawInstance(card, { role, taking, queue_s, load, status }, told) {
   const tpot = role === "prefill" ? null : told.slo.tpot_s;
   card.chart.toggleAttribute("hidden", !card.points.length);
   if (card.points.length) steps(card.chart, card.points, told.at, SPAN_S, tpot);
-  const point = card.points.at(-1);
-  const fresh = point && told.at - point.at < 3.5;
-  say(card.step, fresh
+  const point = freshStep(card, told.at);
+  say(card.step, point
     ? `step ${seconds(point.measured)}, predicted ${seconds(point.predicted)}` +
       `${tpot ? `, TPOT ${bound(tpot)}` : ""}; ${point.sequences.toFixed(1)} sequences`
     : "no steps at present");
@@ -254,6 +337,12 @@ function drawInstance(card, { role, taking, queue_s, load, status }, told) {
 
 function meter(node, share) {
   node.firstChild.style.setProperty("--share", Math.min(share, 1));
+}
+
+/** The newest mean step of an instance, unless it is too old to be of the present. */
+function freshStep({ points }, now) {
+  const point = points.at(-1);
+  return point && now - point.at < FRESH_S ? point : null;
 }
 
 /** What the steps since the last snapshot took on average. */
@@ -269,26 +358,40 @@ function noteSteps(card, status, at) {
   while (card.points.length && at - card.points[0].at > SPAN_S) card.points.shift();
 }
 
-/** The mean step of the instances that decode, and how many tokens come of them. */
+/** The mean of the steps that the cards of the instances that decode show, and how many tokens come
+    of them. */
 function stepTile(told) {
-  const decoding = told.instances.filter((each) => each.role !== "prefill");
-  const fresh = decoding
-    .map((each) => cards.get(each.id).points.at(-1))
-    .filter((point) => point?.at === told.at);
-  const ran = fresh.reduce((total, point) => total + point.ran, 0);
-  const took = fresh.reduce((total, point) => total + point.ran * point.measured, 0);
+  const shown = told.instances
+    .filter((each) => each.role !== "prefill")
+    .map((each) => freshStep(cards.get(each.id), told.at))
+    .filter(Boolean);
+  const ran = shown.reduce((total, point) => total + point.ran, 0);
+  const took = shown.reduce((total, point) => total + point.ran * point.measured, 0);
   say(byId("step"), ran ? seconds(took / ran) : "–");
   byId("step").classList.toggle("late", ran > 0 && took / ran > told.slo.tpot_s);
   const span = before ? told.at - before.at : 0;
   const made = span > 0 ? (told.tokens - before.tokens) / span : 0;
-  say(byId("step-note"), `decode, ${count(Math.max(made, 0))} tokens/s`);
+  const of = shown.length > 1 ? `mean of ${shown.length} instances, ` : "";
+  say(byId("step-note"), `${of}${count(Math.max(made, 0))} tokens/s`);
 }
 
 setInterval(() => {
   const old = (performance.now() - newest) / 1000;
-  if (newest && old > STALE_S && byId("state").dataset.state === "live") {
-    state("lost", `no news for ${old.toFixed(0)} s`);
-  }
+  if (goneFrom !== null) tellGone();
+  else if (newest && !document.hidden && old > STALE_S) gone("it sends no more snapshots");
 }, 1000);
 
+// On a phone the prompt comes right after the figures, and in that order in the document too, so
+// that the focus goes the same way.
+const narrow = window.matchMedia("(max-width: 560px)");
+
+function place() {
+  const focused = document.activeElement;
+  if (narrow.matches) byId("tiles").after(byId("try"));
+  else document.querySelector("main").append(byId("try"));
+  focused?.focus({ preventScroll: true });
+}
+
+narrow.addEventListener("change", place);
+place();
 follow();

@@ -15,7 +15,9 @@ document.addEventListener("snapshot", ({ detail }) => {
   if (!slo) first(detail);
   slo = detail.slo;
   if (run && !run.ended) {
-    const own = [...detail.queued.rows, ...detail.running.rows].find((row) => row.name === run.id);
+    const { queued, running } = detail;
+    const own = [queued, running].flatMap((each) => [...each.rows, ...each.lost.rows])
+      .find((row) => row.name === run.id);
     if (own) learn(own);
   }
 });

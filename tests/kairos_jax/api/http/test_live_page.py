@@ -28,6 +28,13 @@ WIDE = """
     && getComputedStyle(node).display !== "inline")
   .map(node => node.id || node.textContent)
 """
+# Of the queue: rows of those that can be in time, how many more, how many are lost, how many more.
+QUEUE = """
+["rows", "rest", "lost-rest"].map(name => document.getElementById(`queue-${name}`))
+  .flatMap(node => node.id === "queue-rows" ? node.children.length : node.textContent)
+  .toSpliced(2, 0, parseInt(document.getElementById("queued-note").textContent))
+"""
+PROMPT = "document.getElementById('prompt').getBoundingClientRect()"
 # What it took to draw each of a few snapshots, in milliseconds.
 DRAWN = """
 new Promise(done => {
@@ -86,7 +93,9 @@ async def crowd(api) -> None:
         await anext(aiter(stream))
     api.harness.engines[0].gate.clear()
     for index in range(1000):
-        submit(f"<b>waits</b>-{index}", rng.uniform(0.5, 40.0), 8)
+        # A tenth is late from the beginning.
+        ttft = 1e-4 if index % 10 == 0 else rng.uniform(60.0, 90.0)
+        submit(f"<b>waits</b>-{index}", ttft, 8)
 
 
 async def dismiss(api) -> None:
@@ -106,8 +115,13 @@ def test_a_thousand_queued_requests_are_shown_without_lag(tab, tmp_path, width, 
         tab.until("document.getElementById('queued').textContent === '1,000'")
         tab.until("document.querySelectorAll('.instance').length === 2")
         tab.until("document.querySelector('path.measured[d^=M]')")
-        told = tab.value("document.getElementById('queue-rest').textContent")
-        assert told == "and 988 more"
+        tab.until("document.getElementById('queue-lost-rows').children.length === 6")
+        rows, rest, lost, lost_rest = tab.value(QUEUE)
+        assert (rows, int(re.sub("[^0-9]", "", rest))) == (12, 1000 - lost - 12)
+        assert int(re.sub("[^0-9]", "", lost_rest)) == lost - 6
+        if width < 600:  # on the first screen
+            assert tab.value(f"{PROMPT}.bottom + scrollY") < 800
+            assert tab.value("document.querySelector('#tiles + #try') !== null")
         # What clients call themselves is text.
         assert tab.value("document.querySelectorAll('td b').length") == 0
         assert tab.value("document.querySelector('#queue-rows td').textContent").startswith("<b>")
@@ -176,3 +190,81 @@ def test_a_key_is_asked_for_where_one_is_needed(tab):
         refused = [each for each in tab.wrong if "401" in each]
         assert len(refused) == 2
         tab.wrong = [each for each in tab.wrong if each not in refused]
+
+
+def shown(tab, id: str) -> str:
+    text = tab.value(f"document.getElementById('{id}').textContent")
+    return text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_what_can_no_longer_be_kept_counts_at_once(tab):
+    with served() as (url, run):
+        run(crowd)
+        tab.open(url)
+        tab.until("document.getElementById('kept').textContent.includes('%')")
+        # None has ended, and those that run are in time.
+        assert shown(tab, "kept") == "0 %"
+        assert "0 ended in 5 min, 100 in progress are lost" in shown(tab, "kept-note")
+        assert shown(tab, "queued-note") == "100 can't be in time"
+        assert shown(tab, "queue-lost-rest") == "and 94 more"
+        tab.open("about:blank")
+        run(dismiss)
+
+
+def test_terms_are_explained_on_focus_and_on_hover(tab):
+    with served() as (url, _):
+        tab.open(url)
+        tab.until("document.querySelectorAll('.instance .term').length === 8")
+        tips = "[...document.querySelectorAll('[role=tooltip]:not([hidden])')].map(tip => tip.id)"
+        described = tab.value(
+            "[...document.querySelectorAll('.term')].map(node => "
+            "document.getElementById(node.getAttribute('aria-describedby'))?.role)"
+        )
+        assert set(described) == {"tooltip"}
+        stops = "[...document.querySelectorAll('.instance .term')].map(node => node.tabIndex)"
+        assert tab.value(stops) == [0] * 4 + [-1] * 4
+        assert tab.value(tips) == []
+        tab.value("document.querySelector('#queue-title .term').focus()")
+        assert tab.value(tips) == ["tip-laxity"]
+        tab.call("Input.dispatchKeyEvent", type="keyDown", key="Escape", code="Escape")
+        assert tab.value(tips) == []
+        parked = "[...document.querySelectorAll('.term')].at(-2)"
+        tab.value(f"{parked}.scrollIntoView()")
+        at = [tab.value(f"{parked}.getBoundingClientRect().{side} + 4") for side in ("x", "y")]
+        tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=at[0], y=at[1])
+        tab.until(f"{tips}[0] === 'tip-parked'")
+        tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+        tab.until(f"!{tips}.length")
+
+
+def test_the_step_tile_and_the_card_say_the_same(tab):
+    with served(step_s=0.05) as (url, _):
+        tab.open(url)
+        tab.until("document.getElementById('state').textContent === 'live'")
+        tab.type("#max-tokens", "60")
+        tab.value("document.getElementById('send').click()")
+        tab.until("document.getElementById('step').textContent.includes('ms')")
+        card = "document.querySelectorAll('.instance')[1].lastChild.textContent"
+        told = tab.value(
+            "new Promise(done => document.addEventListener('snapshot', () => "
+            f"done([document.getElementById('step').textContent, {card}]), {{ once: true }}))"
+        )
+        assert told[1].startswith(f"step {told[0]}, predicted"), told
+        tab.until("document.getElementById('outcome').textContent")
+        # Its tokens are in the chart once their five seconds are over.
+        tab.until("!document.getElementById('tokens-now').textContent.startsWith('0/s')")
+        assert tab.value("document.querySelector('#tokens-chart .rate').getAttribute('d')")
+
+
+def test_a_server_that_is_gone_dims_the_page(tab):
+    with served() as (url, _):
+        tab.open(url)
+        tab.until("document.getElementById('state').textContent === 'live'")
+        assert not tab.value("'gone' in document.body.dataset")
+        assert tab.value("document.getElementById('gone').hidden")
+    tab.until("'gone' in document.body.dataset")
+    assert re.match(r"No news from the server since \d+:\d\d:\d\d", shown(tab, "gone-since"))
+    assert tab.value("getComputedStyle(document.querySelector('main')).opacity") == "0.55"
+    tab.until("parseInt(document.getElementById('gone-for').textContent) >= 1")
+    refused = "Failed to load resource: net::ERR_"
+    tab.wrong = [each for each in tab.wrong if not each.startswith(refused)]

@@ -11,7 +11,13 @@ from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Gate
 from kairos_jax.api.http import snapshot as snapshots
 from kairos_jax.api.http.live import Live
-from kairos_jax.api.http.snapshot import MAX_INSTANCES, MAX_NAME, MAX_ROWS, snapshot
+from kairos_jax.api.http.snapshot import (
+    MAX_INSTANCES,
+    MAX_LOST,
+    MAX_NAME,
+    MAX_ROWS,
+    snapshot,
+)
 from kairos_jax.api.validator import Validator
 from kairos_jax.engine.engine import Token
 from kairos_jax.kv.transport import LocalTransport
@@ -66,6 +72,10 @@ def test_of_a_thousand_queued_the_most_urgent_are_told_and_the_rest_counted():
         names = [row["name"] for row in queued["rows"]]
         assert names[:3] == ["request-999", "request-998", "request-997"]
         assert len(names) == MAX_ROWS
+        lost = [row["name"] for row in queued["lost"]["rows"]]
+        assert queued["lost"]["count"] == 100
+        assert lost[:2] == ["request-0", "request-10"]
+        assert len(lost) == MAX_LOST
         first = queued["rows"][0]
         assert first["waited_s"] == pytest.approx(0.01)
         assert first["due_s"] == pytest.approx(0.04)
@@ -77,7 +87,7 @@ def test_of_a_thousand_queued_the_most_urgent_are_told_and_the_rest_counted():
     run(main)
 
 
-def test_whoever_is_computed_comes_first_and_the_hopeless_last():
+def test_whoever_is_computed_comes_first_and_the_lost_are_apart():
     async def main():
         backend, (prefill, _) = at_rest()
         for name, ttft in (("late", 0.0001), ("soon", 1.0), ("begun", 9.0)):
@@ -85,9 +95,69 @@ def test_whoever_is_computed_comes_first_and_the_hopeless_last():
         ledger = prefill.instance
         ledger.add(stream.request)
         ledger.begin(prefill.policy(ledger, NOW), NOW)
-        rows = snapshot(backend, NOW)["queued"]["rows"]
-        states = [(row["name"], row["state"]) for row in rows]
-        assert states == [("begun", "prefill"), ("soon", "queued"), ("late", "queued")]
+        queued = snapshot(backend, NOW)["queued"]
+        states = [(row["name"], row["state"]) for row in queued["rows"]]
+        assert states == [("begun", "prefill"), ("soon", "queued")]
+        assert [row["name"] for row in queued["lost"]["rows"]] == ["late"]
+
+    run(main)
+
+
+def test_a_prompt_in_prefill_is_not_lost_before_it_is_due():
+    async def main():
+        backend, (prefill, _) = at_rest()
+        # Its prefill takes longer than is left; but how much of it is computed is not known.
+        stream = backend.router.submit(asked(0.0111, arrival=NOW - 0.011, length=60))
+        ledger = prefill.instance
+        now = stream.request.deadline - 1e-4
+        assert snapshot(backend, now)["queued"]["lost"]["count"] == 1, "it waits"
+        ledger.add(stream.request)
+        ledger.begin(prefill.policy(ledger, now), now)
+        told = snapshot(backend, now)
+        assert told["queued"]["lost"]["count"] == told["queued"]["late"] == 0
+        assert told["judged"]["lost"] == {"ttft": 0, "tpot": 0, "both": 0}
+        late = snapshot(backend, stream.request.deadline + 0.2)
+        (row,) = late["queued"]["lost"]["rows"]
+        assert (row["state"], row["laxity_s"]) == ("prefill", -0.2)
+
+    run(main)
+
+
+def test_what_cannot_be_kept_any_more_counts_as_lost_while_it_runs():
+    async def main():
+        backend, _ = at_rest()
+        request = {"in time": (2.0, 0.1), "late": (0.1, 0.1), "slow": (2.0, 0.001)}
+        streams = {
+            name: backend.router.submit(asked(*slo, name=name, arrival=NOW - 0.5))
+            for name, slo in request.items()
+        }
+        for stream in streams.values():
+            has_tokens(stream, [NOW - 0.2, NOW - 0.1])
+        backend.router.submit(asked(0.1, name="queued", arrival=NOW - 0.5))
+        told = snapshot(backend, NOW)
+        running = told["running"]
+        assert [row["name"] for row in running["rows"]] == ["in time"]
+        lost = {row["name"]: row["missed"] for row in running["lost"]["rows"]}
+        # 49 further tokens at 1 ms each were due 50 ms after the first.
+        assert lost == {"late": ["TTFT"], "slow": ["TPOT"]}
+        assert told["judged"]["lost"] == {"ttft": 2, "tpot": 1, "both": 3}
+        assert (running["count"], running["lost"]["count"], running["late"]) == (3, 2, 1)
+
+    run(main)
+
+
+def test_behind_is_not_lost_as_long_as_it_can_catch_up():
+    async def main():
+        backend, _ = at_rest()
+        stream = backend.router.submit(asked(ttft=9.0, tpot=0.1))
+        has_tokens(stream, [NOW - 0.5, NOW - 0.3])
+        running = snapshot(backend, NOW)["running"]
+        assert (running["late"], running["lost"]["count"]) == (1, 0)
+        # 48 more tokens are due by first + 49 * 0.1 s, and a step takes its base at least.
+        base_s = backend.router.fleet.cost.decode_base_s
+        ends = NOW - 0.5 + 49 * 0.1 - 48 * base_s
+        for now, count in ((ends - 0.01, 0), (ends + 0.01, 1)):
+            assert snapshot(backend, now)["running"]["lost"]["count"] == count
 
     run(main)
 
@@ -201,5 +271,10 @@ def test_the_last_minutes_are_counted_by_slots():
 async def test_who_kept_their_slo_is_told(harness):
     for tpot in (30.0, 1e-4):
         await harness.generate([1, 2, 3], 4, slo=pb.Slo(ttft_s=30.0, tpot_s=tpot))
-    slots = snapshot(harness.server.gate.backend, harness.router.clock())["judged"]["slots"]
-    assert [sum(column) for column in zip(*slots, strict=True)] == [2, 2, 1, 1]
+    told = snapshot(harness.server.gate.backend, harness.router.clock())
+    sums = {
+        name: [sum(column) for column in zip(*told[name]["slots"], strict=True)]
+        for name in ("judged", "flow")
+    }
+    # Of two requests of four tokens each: judged, TTFT, TPOT, both; taken, ended, tokens.
+    assert sums == {"judged": [2, 2, 1, 1], "flow": [2, 2, 8]}
