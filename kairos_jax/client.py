@@ -32,7 +32,7 @@ from kairos_jax.lab.replay import (
 from kairos_jax.net import credentials
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.process import early
-from kairos_jax.process.command import UsageError, list_flags
+from kairos_jax.process.command import UsageError, read_flags
 from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
 from schedulers.ledger.request import Slo
@@ -297,7 +297,7 @@ def main(argv: list[str]) -> int:
 def parse_flags(argv: list[str]) -> list[str]:
     """Like absl's own, which exits with 1."""
     try:
-        return flags.FLAGS(argv)
+        return read_flags(argv)
     except flags.Error as error:
         sys.exit(_fail(f"INVALID_ARGUMENT: {error}", 2))
 
@@ -309,5 +309,4 @@ def _fail(line: str, code: int) -> int:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    list_flags(flags.FLAGS)
     app.run(main, flags_parser=parse_flags)

@@ -56,4 +56,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "Directory to write; must be empty or new.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the written weights.")
     flags.DEFINE_enum("format", "orbax", list(_FORMATS), "Of what is written.")
-    launch.run(main)
+    launch.run(main, positional="source")

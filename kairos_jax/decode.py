@@ -1,4 +1,4 @@
-"""A decode instance in a process of its own; routers attach to it (kairos_jax.router).
+"""A decode instance in a process of its own, to which routers attach.
 
   python -m kairos_jax.decode --config=configs/smollm2_135m_cpu.py --port=50071
 

@@ -202,9 +202,13 @@ def _facts(config: ServerConfig, profile: dict, load: Workload) -> dict[str, str
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
-    config = launch.read_config()
     output = Path(flags.FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
+    if not launch.has_config():
+        made = output / "config.py"
+        made.unlink(missing_ok=True)
+        launch.make_config(made)
+    config = launch.read_config()
     # What was said of the config goes on to the processes, the overrides after the file.
     said = {name: flags.FLAGS[name] for name in sorted(flags.FLAGS) if name.startswith(_PASSED)}
     passed = [flag.serialize() for flag in said.values() if flag.present]

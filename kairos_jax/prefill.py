@@ -1,4 +1,4 @@
-"""A prefill instance in a process of its own; routers attach to it (kairos_jax.router).
+"""A prefill instance in a process of its own, to which routers attach.
 
   python -m kairos_jax.prefill --config=configs/smollm2_135m_cpu.py --port=50061
 
