@@ -1,6 +1,6 @@
 """Holds the simulator against live engines: one workload at several loads, served and simulated.
 
-  python -m kairos_jax.agreement --config=configs/smollm2_135m_cpu_colocated.py \
+  kairos agreement --config=smollm2_135m_cpu_colocated \
       --output=out/agreement
 
 Step times are measured first. The knee is the highest rate at which a simulated kairos_plus attains

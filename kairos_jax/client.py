@@ -1,10 +1,10 @@
 """Talks to a server: one prompt, or a whole workload.
 
-python -m kairos_jax.client --prompt="What is the capital of France?" --chat
-python -m kairos_jax.client --prompt_token_ids=1,2,3 --max_tokens=8 --temperature=0 --output=json
-python -m kairos_jax.client --trace=synthetic --rate=2 --num_requests=50
-python -m kairos_jax.client --address=HOST:PORT --tls_ca=ca.pem --prompt=Hello
-python -m kairos_jax.client --address=HOST:PORT --api_key_file=key --prompt=Hello
+kairos client --prompt="What is the capital of France?" --chat
+kairos client --prompt_token_ids=1,2,3 --max_tokens=8 --temperature=0 --output=json
+kairos client --trace=synthetic --rate=2 --num_requests=50
+kairos client --address=HOST:PORT --tls_ca=ca.pem --prompt=Hello
+kairos client --address=HOST:PORT --api_key_file=key --prompt=Hello
 
 Exit codes: 0; 1 for what the server could not do (of a workload: none of it); 2 for what it was
 wrong to ask; 130 for Ctrl-C.

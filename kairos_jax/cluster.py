@@ -1,6 +1,6 @@
 """A router, prefill and decode workers as processes of this host.
 
-  python -m kairos_jax.cluster --config=configs/smollm2_135m_cpu.py --num_prefill=2 --num_decode=2
+  kairos cluster --config=smollm2_135m_cpu --num_prefill=2 --num_decode=2
 
 They live as long as this process. It prints one line, "ready: HTTP on HOST:PORT, gRPC on
 HOST:PORT", and ends all of them at Ctrl-C or SIGTERM, or when one ends by itself. When it is

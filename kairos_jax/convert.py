@@ -1,6 +1,6 @@
 """Turns any model that we read into a sharded Orbax checkpoint with its tokenizer beside it.
 
-  python -m kairos_jax.convert --source=smollm2-135m-instruct --output=checkpoints/smollm2
+  kairos convert --source=smollm2-135m-instruct --output=checkpoints/smollm2
 
 Every binary takes the result as --model, on a mesh of any shape. --format=hugging_face writes what
 other programs read, such as benchmarks that count tokens themselves: config.json,

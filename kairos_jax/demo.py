@@ -1,6 +1,6 @@
 """Serves one workload under three pairs of policies, and shows what the scheduler changes.
 
-  python -m kairos_jax.demo --config=configs/smollm2_135m_cpu.py --output=out/demo
+  kairos demo --config=smollm2_135m_cpu --output=out/demo
 
 Each pair gets a fresh server process and the same requests at the same times, over gRPC. The rate
 is chosen from the measured profile so that the baseline is under pressure. The pairs are served one
@@ -239,7 +239,7 @@ def main(argv: list[str]) -> int:
         f"\nReport: {report}\n"
         "Talk to a server yourself:\n"
         "  make serve\n"
-        "  .venv/bin/python -m kairos_jax.client --chat --temperature=0 "
+        "  .venv/bin/kairos client --chat --temperature=0 "
         '--prompt="What is the capital of France?"'
     )
     return 0

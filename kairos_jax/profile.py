@@ -1,6 +1,6 @@
 """Measures the jitted steps and fits the profile that policies, simulator and reports use.
 
-python -m kairos_jax.profile --config=configs/smollm2_135m_cpu.py --output=profile.json
+kairos profile --config=smollm2_135m_cpu --output=profile.json
 """
 
 from pathlib import Path

@@ -1,7 +1,9 @@
 """The server: a router and the workers of all instances in one process, on disjoint meshes.
 
-  python -m kairos_jax.serve --config=configs/smollm2_135m_cpu.py --port=50051
+  kairos serve org/name
+  kairos serve --config=smollm2_135m_cpu --port=50051
 
+Without --config it makes a config for the model and the devices (kairos_jax/engine/configure.py).
 It listens at once and answers UNAVAILABLE (health: NOT_SERVING) until every shape is compiled.
 SIGTERM and Ctrl-C drain it; a second Ctrl-C ends it at once.
 

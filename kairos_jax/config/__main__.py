@@ -1,8 +1,8 @@
 """Explains the keys of a config, or prints the values of one.
 
-python -m kairos_jax.config
-python -m kairos_jax.config --config=smollm2_135m_cpu --config.slo.ttft=1
-python -m kairos_jax.config llama3_8b:gpu4 --dump_config=mine.py
+kairos config
+kairos config --config=smollm2_135m_cpu --config.slo.ttft=1
+kairos config llama3_8b:gpu4 --dump_config=mine.py
 """
 
 import shutil

@@ -28,7 +28,7 @@ _PAGES = 64  # of a pool whose size is computed: layouts may pad small ones
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """platform: of the devices; devices: how many; memory: free bytes of each of them, or of the
+    """platform: of the devices; devices: how many; memory: bytes to use of each of them, or of the
     host where the devices are its CPU.
     """
 
@@ -37,11 +37,12 @@ class Machine:
     memory: int
 
     def __str__(self) -> str:
-        free = f"{self.memory / 2**30:.1f} GiB free"
+        memory = f"{self.memory / 2**30:.1f} GiB to use"
         if self.platform == "cpu":
-            return f"a CPU with {free}"
-        each = " each" if self.devices > 1 else ""
-        return f"{self.devices} {self.platform} device{'s' * (self.devices > 1)} with {free}{each}"
+            return f"a CPU with {memory}"
+        if self.devices == 1:
+            return f"a {self.platform} device with {memory}"
+        return f"{self.devices} {self.platform} devices with {memory} each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class _Sizes:
 
 
 # As in configs/smollm2_135m_cpu.py and configs/llama3_8b.py. A CPU's memory is for others too.
-_CPU = _Sizes("float32", 0.15, 32, 256, 32, (2.0, 0.15))
+_CPU = _Sizes("float32", 0.25, 32, 256, 32, (2.0, 0.15))
 _ACCELERATOR = _Sizes("bfloat16", 0.85, 64, 2048, 512, (1.0, 0.05))
 # Weights may take so much of a device's share; a larger model is split over more devices.
 _MOST_WEIGHTS = 0.7
@@ -228,15 +229,19 @@ def _describe(config: ServerConfig) -> str:
 
 
 def _host_memory() -> int:
-    """Bytes that this process can get: of the host, or of its control group."""
+    """Bytes that this process may use: what is free of the host and of its control group, and half
+    of the host at most, so that the number is mostly the same at the next start.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
-    except (OSError, StopIteration, ValueError):  # not Linux
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        parts = (line.partition(":") for line in lines)
+        sizes = {name: 1024 * int(rest.split()[0]) for name, _, rest in parts}
+        memory = min(sizes["MemAvailable"], sizes["MemTotal"] // 2)
+    except (OSError, KeyError, ValueError):  # not Linux
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        return min(free, int(limit) - int(used))
+        return min(memory, int(limit) - int(used))
     except (OSError, ValueError):  # no group, or "max": no limit
-        return free
+        return memory

@@ -30,7 +30,7 @@ HEADINGS = {
 }
 _OTHERS = "Help"
 _FLAG_WIDTH, _MOST_EXAMPLES = 28, 2
-_COMMAND = re.compile(r"^ *(?:python -m kairos_jax\.|kairos )", re.MULTILINE)
+_COMMAND = re.compile(r"^ *kairos ", re.MULTILINE)
 
 
 class _Shown(flags.BooleanFlag):
@@ -104,7 +104,6 @@ def examples(document: str) -> list[str]:
             if not ended[-1].endswith("\\"):
                 break
             ended.append(line)
-        ended[0] = re.sub(r"^python -m kairos_jax\.", "kairos ", ended[0])
         found.append("\n      ".join(["  " + ended[0], *ended[1:]]))
     return found
 

@@ -6,13 +6,13 @@ from kairos_jax.process.usage import HEADINGS, examples
 
 DOCUMENT = """What it is.
 
-  python -m kairos_jax.serve --config=x \\
+  kairos serve --config=x \\
     --port=1
   kairos serve tests/model
 
 More words, of `kairos serve`.
 
-python -m kairos_jax.serve --third
+kairos serve --third
 """
 
 
