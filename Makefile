@@ -1,6 +1,8 @@
 # make demo: see it work. make test: check it. make help: everything.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13)
+# The first that runs: a pyenv shim of a version that is not active is there, and does not.
+PYTHON ?= $(shell for each in python3.11 python3.12 python3.13; do \
+  $$each -c "" 2>/dev/null && { echo $$each; break; }; done)
 CONFIG ?= configs/smollm2_135m_cpu.py
 PORT ?= 50051
 # Of `make paper`: an Azure LLM CSV or a Mooncake JSONL; a measured profile, if it is to look at one.
@@ -14,10 +16,23 @@ BENCH ?= --config=configs/llama3_8b.py:gpu1 --model_shape=llama3_8b
 # Of `make fuzz`: how many requests, and the seed that makes them.
 FUZZ ?= 100000
 SEED ?= 0
-VENV := .venv
+
+# Empty if PYTHON does not run.
+VERSION := $(if $(strip $(PYTHON)),$(shell \
+  $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null))
+ifeq ($(strip $(PYTHON)),)
+  PROBLEM := no python3.11, python3.12 or python3.13 runs here, or PYTHON= is empty
+else ifeq ($(VERSION),)
+  PROBLEM := PYTHON=$(PYTHON) is not there, or is a pyenv shim whose version is not active
+else ifeq ($(filter 3.11 3.12 3.13,$(VERSION)),)
+  PROBLEM := PYTHON=$(PYTHON) is Python $(VERSION), and 3.11 to 3.13 are supported
+endif
+# The first Python that is used gets .venv, another one .venv-X.Y: an environment that may be in use
+# is not made anew for another Python.
+OTHERS := $(and $(wildcard .venv),$(if $(wildcard .venv/bin/python$(VERSION)),,yes))
+VENV := .venv$(if $(OTHERS),-$(VERSION))
 BIN := $(VENV)/bin
-# Named by version, so that another PYTHON makes another environment.
-INSTALLED = $(VENV)/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+INSTALLED := $(VENV)/.installed-$(VERSION)
 
 .PHONY: help setup model demo agreement bench-accelerator serve cluster sweep paper test slow fuzz \
   clients lint lock proto clean
@@ -38,14 +53,12 @@ help:
 	@echo "make lint   ruff, pyright, import-linter"
 	@echo "make model  fetch the default model into the user's cache"
 	@echo "make lock   resolve the dependencies anew; make proto: regenerate the gRPC code"
-	@echo "With PYTHON=python3.12 (or 3.13) all of these run on the newest JAX."
+	@echo "With PYTHON=python3.12 (or 3.13) all of these run on the newest JAX, in .venv-3.12."
 
 setup: $(INSTALLED)
 
 $(INSTALLED): requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "no python3.11, 3.12 or 3.13 found: name one, make PYTHON=..."; exit 1; }
-	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); \
-	  sys.exit(0 if ok else "Python 3.11 to 3.13 is needed, $(PYTHON) is " + sys.version)'
+	$(if $(PROBLEM),$(error $(PROBLEM): name another, make PYTHON=/path/to/python3.12))
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@# Compiled now: where PYTHONDONTWRITEBYTECODE is set, each process else compiles JAX anew, for 3 s.
@@ -100,7 +113,7 @@ clients: setup model
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 # Not by way of setup, which would first install what the old lock says.
@@ -115,4 +128,4 @@ proto: setup
 	  --grpc_python_out=. $(wildcard kairos_jax/rpc/*.proto)
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf .venv .venv-3.* out

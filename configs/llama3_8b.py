@@ -1,6 +1,6 @@
 """Llama 3.1 8B Instruct in bfloat16 on GPUs or a TPU slice; after the colon, on which.
 
-  python -m kairos_jax.serve --config=configs/llama3_8b.py:gpu1 --port=50051
+  kairos serve --config=llama3_8b:gpu1 --port=50051
 
 gpu1: one GPU of 80 GB, one instance that prefills and decodes. gpu4, gpu8: so many of them, half
 prefill and half decode instances of one GPU each. v5e8, v6e8: a slice of eight chips of 16 or

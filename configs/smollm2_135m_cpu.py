@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct on a CPU: prefill on one CPU device, decode on another, one process.
 
-  python -m kairos_jax.serve --config=configs/smollm2_135m_cpu.py --port=50051
+  kairos serve --config=smollm2_135m_cpu --port=50051
 
 Expect, on two AVX-512 cores: ready within a minute the first time (it fetches 93 MB, compiles and
 measures the step times; later starts reuse all three), 3.5 GB of memory, about 700 prompt tokens a

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct on a CPU: one instance that prefills and decodes, on one CPU device.
 
-  python -m kairos_jax.serve --config=configs/smollm2_135m_cpu_colocated.py --port=50051
+  kairos serve --config=smollm2_135m_cpu_colocated --port=50051
 
 The decode slack sets how large a prefill chunk fits between two decode steps. Everything else is as
 in smollm2_135m_cpu.py, whose two instances share the same cores: compare the two under a load of

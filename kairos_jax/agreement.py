@@ -1,6 +1,6 @@
 """Holds the simulator against live engines: one workload at several loads, served and simulated.
 
-  python -m kairos_jax.agreement --config=configs/smollm2_135m_cpu_colocated.py \
+  kairos agreement --config=smollm2_135m_cpu_colocated \
       --output=out/agreement
 
 Step times are measured first. The knee is the highest rate at which a simulated kairos_plus attains
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kairos_jax.config import ServerConfig
-from kairos_jax.engine import profile_file, profiling
+from kairos_jax.engine import configure, profile_file, profiling
 from kairos_jax.engine.build import build_engines
 from kairos_jax.engine.devices import start_jax
 from kairos_jax.engine.model import open_model
@@ -213,7 +213,7 @@ def _load(text: str) -> float:
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    values, config = flags.FLAGS, launch.read_config()
+    values, config = flags.FLAGS, configure.read_config()
     loads, folder = parse_list("loads", values.loads, _load), Path(values.output)
     workload = make_workload(config, values)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 """Talks to a server: one prompt, or a whole workload.
 
-python -m kairos_jax.client --prompt="What is the capital of France?" --chat
-python -m kairos_jax.client --prompt_token_ids=1,2,3 --max_tokens=8 --temperature=0 --output=json
-python -m kairos_jax.client --trace=synthetic --rate=2 --num_requests=50
-python -m kairos_jax.client --address=HOST:PORT --tls_ca=ca.pem --prompt=Hello
-python -m kairos_jax.client --address=HOST:PORT --api_key_file=key --prompt=Hello
+kairos client --prompt="What is the capital of France?" --chat
+kairos client --prompt_token_ids=1,2,3 --max_tokens=8 --temperature=0 --output=json
+kairos client --trace=synthetic --rate=2 --num_requests=50
+kairos client --address=HOST:PORT --tls_ca=ca.pem --prompt=Hello
+kairos client --address=HOST:PORT --api_key_file=key --prompt=Hello
 
 Exit codes: 0; 1 for what the server could not do (of a workload: none of it); 2 for what it was
 wrong to ask; 130 for Ctrl-C.
@@ -32,7 +32,7 @@ from kairos_jax.lab.replay import (
 from kairos_jax.net import credentials
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.process import early
-from kairos_jax.process.command import UsageError, list_flags
+from kairos_jax.process.command import UsageError, read_flags
 from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
 from schedulers.ledger.request import Slo
@@ -297,7 +297,7 @@ def main(argv: list[str]) -> int:
 def parse_flags(argv: list[str]) -> list[str]:
     """Like absl's own, which exits with 1."""
     try:
-        return flags.FLAGS(argv)
+        return read_flags(argv)
     except flags.Error as error:
         sys.exit(_fail(f"INVALID_ARGUMENT: {error}", 2))
 
@@ -309,5 +309,4 @@ def _fail(line: str, code: int) -> int:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    list_flags(flags.FLAGS)
     app.run(main, flags_parser=parse_flags)

@@ -1,10 +1,11 @@
-"""A router, prefill and decode workers as processes of this host, for as long as this one lives.
+"""A router, prefill and decode workers as processes of this host.
 
-  python -m kairos_jax.cluster --config=configs/smollm2_135m_cpu.py --num_prefill=2 --num_decode=2
+  kairos cluster --config=smollm2_135m_cpu --num_prefill=2 --num_decode=2
 
-Prints one line, "ready: HTTP on HOST:PORT, gRPC on HOST:PORT", and ends all of them at Ctrl-C or
-SIGTERM, or when one ends by itself. When it is killed, they notice that their stdin has ended, and
-end too. What it is told of the config, the wire and the transport goes on to them.
+They live as long as this process. It prints one line, "ready: HTTP on HOST:PORT, gRPC on
+HOST:PORT", and ends all of them at Ctrl-C or SIGTERM, or when one ends by itself. When it is
+killed, they notice that their stdin has ended, and end too. What it is told of the config, the wire
+and the transport goes on to them. Without --config they share one made for this machine.
 
 Exit codes: 0 when it was asked to end; 1 if a process ended before, or it was stopped before it was
 ready, 130 by Ctrl-C; 2 for a wrong flag, which a process may have found.
@@ -15,9 +16,11 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from absl import flags
 
@@ -217,21 +220,30 @@ def _said(name: str) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    launch.read_config()  # so that what is wrong with it is told once
+    values = flags.FLAGS
+    counts = {"prefill": values.num_prefill, "decode": values.num_decode}
+    with tempfile.TemporaryDirectory(prefix="kairos-cluster-") as folder:
+        if not launch.has_config():
+            sizes = [f"--config.{role}.instances={count}" for role, count in counts.items()]
+            launch.make_config(Path(folder) / "config.py", "--config.colocated=false", *sizes)
+        launch.read_config()  # so that what is wrong with it is told once
+        return asyncio.run(run(_plan(counts)))
+
+
+def _plan(counts: dict[str, int]) -> Plan:
+    """What the flags say."""
     values = flags.FLAGS
     common, of_workers, of_router = [], _said("profile"), []
-    for name in sorted(values):  # overrides after the config's file
+    for name in values:
         module = values.find_module_defining_flag(name)
-        if name.startswith("config") or module in _COMMON:
+        if module in _COMMON:
             common += _said(name)
         elif module == kv_options.__name__:
             of_workers += _said(name)
         elif module == server.__name__:
             of_router += _said(name)
-    counts = {"prefill": values.num_prefill, "decode": values.num_decode}
     where = values.host, values.port
-    plan = Plan(counts, *where, values.grace_s, common, of_workers, of_router)
-    return asyncio.run(run(plan))
+    return Plan(counts, *where, values.grace_s, common, of_workers, of_router)
 
 
 if __name__ == "__main__":

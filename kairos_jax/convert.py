@@ -1,6 +1,6 @@
 """Turns any model that we read into a sharded Orbax checkpoint with its tokenizer beside it.
 
-  python -m kairos_jax.convert --source=smollm2-135m-instruct --output=checkpoints/smollm2
+  kairos convert --source=smollm2-135m-instruct --output=checkpoints/smollm2
 
 Every binary takes the result as --model, on a mesh of any shape. --format=hugging_face writes what
 other programs read, such as benchmarks that count tokens themselves: config.json,
@@ -56,4 +56,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "Directory to write; must be empty or new.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the written weights.")
     flags.DEFINE_enum("format", "orbax", list(_FORMATS), "Of what is written.")
-    launch.run(main)
+    launch.run(main, positional="source")

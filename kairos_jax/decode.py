@@ -1,6 +1,6 @@
-"""A decode instance in a process of its own; routers attach to it (kairos_jax.router).
+"""A decode instance in a process of its own, to which routers attach.
 
-  python -m kairos_jax.decode --config=configs/smollm2_135m_cpu.py --port=50071
+  kairos decode --config=smollm2_135m_cpu --port=50071
 
 See kairos_jax/role.py for how it starts and ends, and for its exit codes.
 """

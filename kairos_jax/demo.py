@@ -1,6 +1,6 @@
 """Serves one workload under three pairs of policies, and shows what the scheduler changes.
 
-  python -m kairos_jax.demo --config=configs/smollm2_135m_cpu.py --output=out/demo
+  kairos demo --config=smollm2_135m_cpu --output=out/demo
 
 Each pair gets a fresh server process and the same requests at the same times, over gRPC. The rate
 is chosen from the measured profile so that the baseline is under pressure. The pairs are served one
@@ -202,9 +202,13 @@ def _facts(config: ServerConfig, profile: dict, load: Workload) -> dict[str, str
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
-    config = launch.read_config()
     output = Path(flags.FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
+    if not launch.has_config():
+        made = output / "config.py"
+        made.unlink(missing_ok=True)
+        launch.make_config(made)
+    config = launch.read_config()
     # What was said of the config goes on to the processes, the overrides after the file.
     said = {name: flags.FLAGS[name] for name in sorted(flags.FLAGS) if name.startswith(_PASSED)}
     passed = [flag.serialize() for flag in said.values() if flag.present]
@@ -235,7 +239,7 @@ def main(argv: list[str]) -> int:
         f"\nReport: {report}\n"
         "Talk to a server yourself:\n"
         "  make serve\n"
-        "  .venv/bin/python -m kairos_jax.client --chat --temperature=0 "
+        "  .venv/bin/kairos client --chat --temperature=0 "
         '--prompt="What is the capital of France?"'
     )
     return 0

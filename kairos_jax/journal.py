@@ -1,8 +1,8 @@
 """Reads the journal of a server or a simulation: why a request waited, what the run was like.
 
-  python -m kairos_jax.journal --journal=FILE --explain=REQUEST --profile=profile.json
-  python -m kairos_jax.journal --journal=FILE --perfetto=run.json
-  python -m kairos_jax.journal --journal=FILE --profile=profile.json --check
+  kairos journal --journal=FILE --explain=REQUEST --profile=profile.json
+  kairos journal --journal=FILE --perfetto=run.json
+  kairos journal --journal=FILE --profile=profile.json --check
 
 `serve --journal=FILE` and `simulate --journal=FILE` write it. With the profile and the policies of
 that run, --explain also says what the policies thought, and --check asks them for every decision

@@ -1,6 +1,6 @@
 """Holds the paper's four claims against simulations of a recorded trace.
 
-python -m kairos_jax.paper --trace=AzureLLMInferenceTrace_conv.csv --output=out/paper
+kairos paper --trace=AzureLLMInferenceTrace_conv.csv --output=out/paper
 
 Kairos (arXiv 2605.02329) reports gains "up to" so much over FCFS prefill and continuous batching.
 Here that baseline is swept over its batch cap, with and without packing of prompts, and for each

@@ -1,6 +1,6 @@
-"""A prefill instance in a process of its own; routers attach to it (kairos_jax.router).
+"""A prefill instance in a process of its own, to which routers attach.
 
-  python -m kairos_jax.prefill --config=configs/smollm2_135m_cpu.py --port=50061
+  kairos prefill --config=smollm2_135m_cpu --port=50061
 
 See kairos_jax/role.py for how it starts and ends, and for its exit codes.
 """

@@ -1,12 +1,13 @@
 """Measures the jitted steps and fits the profile that policies, simulator and reports use.
 
-python -m kairos_jax.profile --config=configs/smollm2_135m_cpu.py --output=profile.json
+kairos profile --config=smollm2_135m_cpu --output=profile.json
 """
 
 from pathlib import Path
 
 from absl import flags
 
+from kairos_jax.engine import configure
 from kairos_jax.engine.build import build_engines
 from kairos_jax.engine.devices import start_jax
 from kairos_jax.engine.model import open_model
@@ -17,7 +18,7 @@ from kairos_jax.process.progress import bars
 
 def main(argv: list[str]) -> int:
     """Measures and writes. Returns the exit code."""
-    config = launch.read_config()
+    config = configure.read_config()
     devices = start_jax(config.num_devices, flags.FLAGS.cpu_devices)
     model = open_model(config)
     with bars() as progress:

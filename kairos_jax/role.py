@@ -91,10 +91,9 @@ def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> Prep
     """
     processes = start_distributed()
     devices = start_jax(config.devices(role), flags.FLAGS.cpu_devices, processes)
-    name = Path(config.model).name
     if processes.several:  # before anything that may take one of them longer than another
         common = {"jax": jax.__version__, "role": role.value}
-        agree(processes, common | {"config": asdict(config) | {"model": name}})
+        agree(processes, common | {"config": asdict(config) | {"model": config.name}})
     with bars() as progress:
         model = open_model(config)
         programs = open_programs(config, model, [role], devices)
@@ -105,7 +104,7 @@ def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> Prep
             lifecycle.end(0)
         leader = followers.lead(engine, processes) if processes.several else None
         description = model.checkpoint.config
-        known = facts(name, description, weights, config.dtype, config.page_size)
+        known = facts(config.name, description, weights, config.dtype, config.page_size)
         del weights  # the engine may have them in another form
         warm_up(engine, role.value, progress)
         measured = profiling.load_or_measure(profile_path, config, model, [engine], progress)

@@ -1,7 +1,8 @@
-r"""The router in a process of its own: the public gRPC service and HTTP API, over prefill and
-decode workers in others.
+r"""The router in a process of its own, over prefill and decode workers in other processes.
 
-  python -m kairos_jax.router --config=configs/smollm2_135m_cpu.py --port=50051 \\
+It has the public gRPC service and the HTTP API.
+
+  kairos router --config=smollm2_135m_cpu --port=50051 \\
     --prefill=127.0.0.1:50061 --decode=127.0.0.1:50071,dns:decode.example:50071
 
 It listens at once and answers UNAVAILABLE (health: NOT_SERVING) until there is a worker of each
@@ -20,7 +21,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from absl import flags
 
@@ -147,7 +147,7 @@ async def serve(
     changed = asyncio.Event()
     # What steps cost, it learns from its workers.
     cost = CostModel.from_profile(_NOTHING, ())
-    metrics = Metrics(Path(config.model).name, config.default_slo)
+    metrics = Metrics(config.name, config.default_slo)
     router = Router(
         asyncio.get_running_loop(),
         config.max_requests,

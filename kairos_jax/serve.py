@@ -1,7 +1,9 @@
 """The server: a router and the workers of all instances in one process, on disjoint meshes.
 
-  python -m kairos_jax.serve --config=configs/smollm2_135m_cpu.py --port=50051
+  kairos serve org/name
+  kairos serve --config=smollm2_135m_cpu --port=50051
 
+Without --config it makes a config for the model and the devices (kairos_jax/engine/configure.py).
 It listens at once and answers UNAVAILABLE (health: NOT_SERVING) until every shape is compiled.
 SIGTERM and Ctrl-C drain it; a second Ctrl-C ends it at once.
 
@@ -27,7 +29,7 @@ from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.api.keys import keys_from_flags
 from kairos_jax.api.server import Server
 from kairos_jax.config import ServerConfig
-from kairos_jax.engine import profile_file, profiling
+from kairos_jax.engine import configure, profile_file, profiling
 from kairos_jax.engine.build import build_engines
 from kairos_jax.engine.devices import start_jax
 from kairos_jax.engine.engine import JaxEngine
@@ -110,7 +112,7 @@ async def serve(
     if prepared is None:
         return stopping.result()
     cost, loop = prepared.cost, asyncio.get_running_loop()
-    metrics = Metrics(Path(config.model).name, config.default_slo)
+    metrics = Metrics(config.name, config.default_slo)
     observers = [metrics, tracing] if tracing else [metrics]
     router = Router(loop, config.max_requests, cost, time.monotonic, admission, observers)
     metrics.watch(router)
@@ -170,7 +172,7 @@ def main(argv: list[str]) -> None:
     """Serves, and ends the process."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     descriptors.ensure()
-    config, public = launch.read_config(), Credentials.public_from_flags()
+    config, public = configure.read_config(), Credentials.public_from_flags()
     values, http, traced = flags.FLAGS, HttpOptions.from_flags(), Tracing.from_flags()
     path = Path(values.profile) if values.profile else None
     debugging = Debug.from_flags()

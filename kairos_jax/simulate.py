@@ -1,8 +1,8 @@
 """Simulates a workload under scheduling policies, with step times from a profile.
 
-python -m kairos_jax.simulate --profile=llama3_8b_h100_roofline --trace=synthetic --rate=30 \
+kairos simulate --profile=llama3_8b_h100_roofline --trace=synthetic --rate=30 \
     --num_prefill=2 --num_decode=1 --ttft=1 --tpot=0.025
-python -m kairos_jax.simulate --advise --devices=8 --profile=llama3_8b_h100_roofline \
+kairos simulate --advise --devices=8 --profile=llama3_8b_h100_roofline \
     --trace=synthetic --ttft=1 --tpot=0.025
 
 The policies and the ledger are those of the live server. Times are seconds, lengths tokens.

@@ -1,8 +1,8 @@
 """Runs one workload at many loads under many policies, and shows what each achieves.
 
-python -m kairos_jax.sweep --simulated --profile=llama3_8b_h100_roofline --trace=synthetic \
+kairos sweep --simulated --profile=llama3_8b_h100_roofline --trace=synthetic \
     --rates=20,32,40 --layouts=2:1,3xcolocated --ttft=1 --tpot=0.025 --output=out/sweep
-python -m kairos_jax.sweep --config=configs/smollm2_135m_cpu.py --trace=synthetic \
+kairos sweep --config=smollm2_135m_cpu --trace=synthetic \
     --rates=2,3 --num_requests=100 --output=out/sweep
 
 With --simulated step times come from a profile; without, the cells are served one after another by

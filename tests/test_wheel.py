@@ -13,7 +13,7 @@ import fakes
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("kairos_jax", "models", "schedulers")
+PACKAGES = ("configs", "kairos_jax", "models", "schedulers")
 UV = Path(sys.executable).parent / "uv"
 
 
@@ -55,19 +55,25 @@ def test_the_wheel_alone_serves_and_simulates(wheel, tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
     alone = {"cwd": tmp_path, "env": environment, "text": True}
 
-    simulate = [python, "-m", "kairos_jax.simulate", "--profile=llama3_8b_h100_roofline"]
+    kairos = tmp_path / "env" / "bin" / "kairos"
+    listed = subprocess.run([kairos], capture_output=True, timeout=60, **alone)
+    assert (listed.returncode, "  serve " in listed.stdout) == (0, True)
+    shown = [kairos, "config", "smollm2_135m_cpu", "--config.slo.ttft=7"]
+    done = subprocess.run(shown, capture_output=True, timeout=120, **alone)
+    assert (done.returncode, '"ttft": 7.0' in done.stdout) == (0, True), done.stderr
+
+    simulate = [kairos, "simulate", "--profile=llama3_8b_h100_roofline"]
     simulate += ["--trace=synthetic", "--rate=20", "--num_requests=50"]
     simulate += ["--num_prefill=2", "--num_decode=1", "--ttft=1", "--tpot=0.025", "--output=json"]
     done = subprocess.run(simulate, capture_output=True, timeout=120, **alone)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
 
-    config = ROOT / "tests" / "support" / "tiny_config.py"
     profile = tmp_path / "profile.json"
     profile.write_text(json.dumps(fakes.PROFILE))
     model = ROOT / "tests" / "golden" / "llama"
-    serve = [python, "-m", "kairos_jax.serve", f"--config={config}", f"--model={model}", "--port=0"]
-    serve += [f"--profile={profile}", "--end_with_stdin"]
+    serve = [kairos, "serve", model, "--port=0", f"--profile={profile}", "--end_with_stdin"]
+    serve += ["--config.max_context=256", "--config.kernels=cpu"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(serve, **pipes, **alone) as server:
         try:

@@ -1,7 +1,6 @@
 """What answers the requests of a server: the checks of a request, the router, the model's card."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from kairos_jax.api.validator import Validator
 from kairos_jax.config import ServerConfig
@@ -34,7 +33,7 @@ class Backend:
     ) -> "Backend":
         """mesh_sizes: devices of an instance that prefills, and of one that decodes."""
         description, tokenizer = model.checkpoint.config, model.tokenizer
-        name = Path(config.model).name
+        name = config.name
         return cls(
             validator=Validator(name, description.vocab_size, model.eos_ids, config, tokenizer),
             router=router,

@@ -152,6 +152,19 @@ def _named(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return named
 
 
+def find_devices(cpu_devices: int) -> list[Any]:
+    """The devices of this host; where the CPU is all that JAX finds, so many are made of it."""
+    _make_cpu_devices(cpu_devices)
+    return jax.local_devices()
+
+
+def _make_cpu_devices(count: int) -> None:
+    # That a platform is not there is no news.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    if jax.config.values["jax_num_cpu_devices"] != count:  # JAX refuses changes once it has looked
+        jax.config.update("jax_num_cpu_devices", count)
+
+
 def start_jax(num_devices: int, cpu_devices: int = 0, processes: Processes = ALONE) -> list[Any]:
     """Turns the compilation cache on and returns the first `num_devices` devices, as many of each
     process.
@@ -166,9 +179,7 @@ def start_jax(num_devices: int, cpu_devices: int = 0, processes: Processes = ALO
             f"{num_devices} devices cannot be spread evenly over --num_processes={processes.count}"
         )
     each = num_devices // processes.count
-    # That a platform is not there is no news.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
-    jax.config.update("jax_num_cpu_devices", cpu_devices or each)
+    _make_cpu_devices(cpu_devices or each)
     try:
         jax.config.update("jax_compilation_cache_dir", str(private_cache_dir("xla")))
     except NotPrivate as error:

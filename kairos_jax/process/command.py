@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from kairos_jax.process import early
+from kairos_jax.process import early, hints, usage
 
 
 class UsageError(Exception):
@@ -38,24 +38,30 @@ def run(
         except UsageError as error:
             return fail(error)
 
-    list_flags(flags.FLAGS)
     app.run(guarded, flags_parser=parse or parse_flags)
 
 
-def list_flags(values: flags.FlagValues) -> None:
-    """Has --help list the flags of all modules of this package, not those of the main one alone."""
-    for module, defined in values.flags_by_module_dict().items():
-        if module.startswith("kairos_jax."):
-            for flag in defined:
-                values.register_key_flag_for_module(sys.argv[0], flag)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Like absl's own, which exits with 1."""
+def parse_flags(argv: list[str], positional: str | None = None) -> list[str]:
+    """Like absl's own, which exits with 1. positional: as of `usage.define_flags`."""
     try:
-        return flags.FLAGS(argv)
+        return read_flags(argv, positional)
     except flags.Error as error:
         sys.exit(fail(error))
+
+
+def read_flags(argv: list[str], positional: str | None = None) -> list[str]:
+    """Parses all flags; returns what else there is. Raises flags.Error, which says what to use
+    instead of an unknown flag.
+    """
+    values = flags.FLAGS
+    usage.define_flags(values, positional)
+    try:
+        return values(argv)
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        what = "no such config key" if name.startswith("config.") else "unknown flag"
+        instead = hints.instead(name, values)
+        raise flags.Error(f"{what} --{name}{': ' if instead else ''}{instead}") from error
 
 
 def fail(error: Exception) -> int:

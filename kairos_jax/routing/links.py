@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -164,7 +163,7 @@ class Links:
         codec.check_version(welcome.version, welcome.version)
         for what, theirs, ours in (
             ("role", welcome.role.value, role.value),
-            ("model", welcome.model, Path(config.model).name),
+            ("model", welcome.model, config.name),
             ("dtype", welcome.dtype, config.dtype),
             ("page_size", limits.page_size, config.page_size),
         ):

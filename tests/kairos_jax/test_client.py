@@ -116,8 +116,9 @@ def test_text_streams_to_stdout():
 
 
 def test_help_lists_the_flags_of_other_modules_too():
-    _, out, _, _ = run_client("--help")
-    assert "--tls_ca: PEM file" in out
+    code, out, _, _ = run_client("--help")
+    assert code == 0
+    assert "--tls_ca=VALUE              PEM file" in out
 
 
 def test_a_key_goes_with_each_call(tmp_path):

@@ -80,6 +80,22 @@ def test_a_cluster_answers_drains_and_leaves_no_process(environment, profile):
 
 
 @pytest.mark.slow
+def test_a_cluster_makes_a_config_that_its_processes_share(environment, profile):
+    given = (MODEL, "--port=0", "--http_port=0", "--num_prefill=1", "--num_decode=1", profile)
+    small = ("--config.max_context=256", "--config.kernels=cpu")
+    command = [sys.executable, "-m", "kairos_jax", "cluster", *given, *small]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as started:
+        try:
+            ready = next(line for line in started.stdout if line.startswith("ready"))
+            ask(environment, ready.split()[-1])
+        finally:
+            started.send_signal(signal.SIGINT)
+        assert started.wait(60) == 0
+
+
+@pytest.mark.slow
 def test_a_cluster_of_five_ends_with_any_of_them(environment, profile):
     with process(environment, "cluster", profile) as (started, address):
         for index in range(4):

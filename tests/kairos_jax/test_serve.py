@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 
 import fakes
@@ -17,6 +18,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kairos_jax.config import ServerConfig
+from kairos_jax.config.files import read_file
 from kairos_jax.engine.model import Model
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.rpc import kairos_pb2_grpc
@@ -40,7 +43,7 @@ def run(environment, binary, *arguments):
 
 @contextlib.contextmanager
 def server(environment, *arguments):
-    """A server process that is ready, and its address."""
+    """A server process that is ready, and its address. before: what it said until then."""
     command = [sys.executable, "-m", "kairos_jax.serve", "--port=0", *arguments]
     process = subprocess.Popen(
         command,
@@ -52,7 +55,9 @@ def server(environment, *arguments):
     )
     try:
         assert process.stdout is not None
+        process.before = ""
         for line in process.stdout:
+            process.before += line
             if line.startswith("ready"):
                 yield process, line.split()[-1]
                 break
@@ -95,6 +100,55 @@ def test_a_server_answers_refuses_and_drains(environment, profile):
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         assert process.stdout.read().split() == ["draining", "drained"]
+
+
+def test_a_model_alone_is_served_under_the_name_that_is_asked_for(environment, profile, tmp_path):
+    """Without a config; and the config that it makes is the same from a file."""
+    flags, expected = golden_case()
+    dump = tmp_path / "made.py"
+    small = ("--config.max_context=256", "--config.kernels=cpu", "--config.prefill.max_chunk=64")
+    given = (MODEL.removeprefix("--model="), *small, "--config.served_model_name=mine")
+    done = run(environment, "serve", *given, f"--dump_config={dump}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"wrote {dump}: edit it, and serve it with --config={dump}\n"
+    made = ServerConfig.from_dict(read_file(str(dump)))
+    assert (made.name, made.colocated, made.max_context) == ("mine", True, 256)
+    with server(environment, *given, profile) as (process, address):
+        assert "no --config: for a CPU with" in process.before
+        assert "1 x 1 colocated, float32, max_context 256" in process.before
+        done = ask(environment, address, *flags, "--model=mine")
+        assert json.loads(done.stdout)["token_ids"] == expected
+        done = ask(environment, address, *flags, "--model=llama")
+        assert (done.returncode, "'llama'" in done.stderr) == (2, True)
+        url = f"http://{process.before.partition('HTTP on ')[2].partition(',')[0]}"
+        with urllib.request.urlopen(f"{url}/v1/models") as answer:
+            assert [each["id"] for each in json.load(answer)["data"]] == ["mine"]
+        body = {"model": "mine", "prompt": [5, 6], "max_tokens": 2}
+        head = {"content-type": "application/json"}
+        asked = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), head)
+        with urllib.request.urlopen(asked) as answer:
+            assert json.load(answer)["model"] == "mine"
+        with urllib.request.urlopen(f"{url}/metrics") as answer:
+            assert 'model_name="mine"' in answer.read().decode()
+
+
+def test_a_config_is_printed_as_it_was_dumped(environment, tmp_path):
+    dump = tmp_path / "made.py"
+    given = ("config", "smollm2_135m_cpu", "--config.slo.ttft=7", "--config.rules.mlp=")
+    assert run(environment, *given, f"--dump_config={dump}").returncode == 0
+    again = run(environment, *given, f"--dump_config={dump}")
+    assert (again.returncode, again.stderr) == (2, f"error: --dump_config={dump}: File exists\n")
+    assert run(environment, "config", str(dump)).stdout == dump.read_text()
+    made = ServerConfig.from_dict(read_file(str(dump)))
+    assert (made.slo.ttft, made.rules.mlp, made.rules.heads) == (7.0, None, "tensor")
+
+
+@pytest.mark.parametrize("binary", ["router", "prefill"])
+def test_a_process_of_several_says_how_to_get_a_config(environment, binary):
+    done = run(environment, binary)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --config is missing: the processes of a server share one")
+    assert "--dump_config=FILE" in done.stderr
 
 
 def test_keys_hold_for_grpc_without_http_too(environment, profile, tmp_path):
@@ -259,15 +313,17 @@ def test_a_health_port_in_use_is_one_line_and_code_2(environment, binary):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "--config is missing"),
-        ([CONFIG, "--prot=1"], "Unknown command line flag 'prot'"),
+        ([CONFIG, "--prot=1"], "unknown flag --prot: did you mean --port?"),
+        (["--max-model-len=4"], "unknown flag --max-model-len: use --config.max_context"),
+        (["--config.page_size=0"], "config.page_size must be at least 1, got 0"),
         ([CONFIG, "--port=99999"], "port"),
         (["--config=nowhere.py"], "nowhere.py"),
-        ([CONFIG, "--config.decode.colour=red"], "decode.colour"),
+        ([CONFIG, "--config.decode.colour=red"], "no such config key --config.decode.colour"),
         ([CONFIG, "--config.page_size=0"], "config.page_size must be at least 1, got 0"),
         ([CONFIG, "--journal=no/such/folder"], "--journal: [Errno 2] No such file or directory"),
         ([CONFIG, "--public_tls_key=x"], "--public_tls_cert is missing"),
-        ([CONFIG, "extra"], "unexpected argument 'extra'"),
+        ([CONFIG, "one", "two"], "unexpected argument 'two'"),
+        ([CONFIG, MODEL, "extra"], "unexpected argument 'extra' beside --model"),
     ],
 )
 def test_wrong_use_is_one_line_and_code_2(environment, arguments, words):

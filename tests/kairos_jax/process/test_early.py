@@ -25,6 +25,13 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 """
 
+# What an installer writes as bin/kairos, called as `kairos serve`.
+CONSOLE_SCRIPT = (
+    "-c",
+    "import sys; sys.argv[0] = 'kairos'; from kairos_jax.__main__ import main; sys.exit(main())",
+    "serve",
+)
+
 
 @pytest.fixture
 def importing(tmp_path):
@@ -32,10 +39,10 @@ def importing(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(_HOOK)
     started = []
 
-    def start(ignored=False):
+    def start(command=("-m", "kairos_jax.serve"), ignored=False):
         ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"] if ignored else []
         process = subprocess.Popen(
-            [*ignoring, sys.executable, "-m", "kairos_jax.serve", "--port=0"],
+            [*ignoring, sys.executable, *command, "--config=nosuch.py"],
             env=os.environ | {"PYTHONPATH": str(tmp_path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -53,8 +60,9 @@ def importing(tmp_path):
 
 
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
-def test_a_signal_amid_imports_ends_it_with_one_line(importing, sign, code):
-    process = importing()
+@pytest.mark.parametrize("command", [("-m", "kairos_jax.serve"), CONSOLE_SCRIPT])
+def test_a_signal_amid_imports_ends_it_with_one_line(importing, command, sign, code):
+    process = importing(command)
     process.send_signal(sign)
     # Its stdin stays open: it ends by the signal alone.
     assert process.wait(60) == code
@@ -66,4 +74,4 @@ def test_an_ignored_signal_stays_ignored(importing):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert said.startswith("error: --config is missing")
+    assert said.startswith("error: --config=nosuch.py: there is no such file")

@@ -16,7 +16,7 @@ from models.params import abstract_params, pack_config
 from models.sharding import MESH_AXES
 from schedulers.ledger.instance import Role
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.py"))
 GOOD = dataclasses.asdict(fakes.CONFIG)
 
 
@@ -34,7 +34,7 @@ def test_every_config_is_good_and_says_how_to_run_it(path):
     module = module_of(path)
     for arguments in [(), *((name,) for name in getattr(module, "LAYOUTS", ()))]:
         ServerConfig.from_dict(module.get_config(*arguments).to_dict())
-    assert f"--config=configs/{path.name}" in module.__doc__
+    assert f"--config={path.stem}" in module.__doc__
 
 
 def test_llama3_8b_fits_each_of_its_layouts():
@@ -73,7 +73,7 @@ def bytes_of_a_shard(array, sharding):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("colour", "red", "config.colour is not a key; known: model, dtype"),
+        ("colour", "red", "config.colour is not a key; known: model, served_model"),
         ("decode.colour", "red", "config.decode.colour is not a key; known: instances, devices"),
         ("page_size", 0, "config.page_size must be at least 1, got 0"),
         ("page_size", "8", "config.page_size must be of type int, got '8'"),
@@ -125,6 +125,31 @@ def test_a_missing_key_is_named():
     del values["decode"]["max_batch"]
     with pytest.raises(ConfigError, match=r"config\.decode\.max_batch is missing"):
         ServerConfig.from_dict(values)
+
+
+def test_what_has_a_default_may_be_left_out():
+    values = copy.deepcopy(GOOD)
+    for key in ("kernels", "rules", "max_requests", "page_size", "served_model_name"):
+        del values[key]
+    for role in ("prefill", "decode"):
+        for key in ("instances", "devices", "policy", "prefix_cache"):
+            del values[role][key]
+    config = ServerConfig.from_dict(values)
+    assert (config.page_size, config.rules) == (64, fakes.CONFIG.rules)
+    assert (config.prefill.policy, config.decode.instances) == ("kairos_plus", 1)
+
+
+def test_a_table_must_be_one():
+    with pytest.raises(ConfigError, match=r"config\.slo must be a table of keys, got 3"):
+        ServerConfig.from_dict(GOOD | {"slo": 3})
+
+
+@pytest.mark.parametrize(
+    ("model", "served", "name"),
+    [("/a/b", "", "b"), ("org/name", "", "name"), ("/a/b.gguf", "mine", "mine")],
+)
+def test_the_name_that_apis_use(model, served, name):
+    assert fakes.altered(model=model, served_model_name=served).name == name
 
 
 def test_a_whole_number_will_do_for_seconds():
