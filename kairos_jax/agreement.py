@@ -52,6 +52,7 @@ from kairos_jax.lab.simulated import (
 from kairos_jax.lab.step_ratios import Steps, measure_steps
 from kairos_jax.process import launch
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.outputs import folder_to_write
 from kairos_jax.process.progress import Progress, bars
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.worker.build import build_policy
@@ -214,9 +215,9 @@ def _load(text: str) -> float:
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     values, config = flags.FLAGS, configure.read_config()
-    loads, folder = parse_list("loads", values.loads, _load), Path(values.output)
+    loads = parse_list("loads", values.loads, _load)
     workload = make_workload(config, values)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_to_write("output", values.output)
     devices = start_jax(config.num_devices, values.cpu_devices)
     with bars() as progress:
         model = open_model(config)

@@ -31,7 +31,7 @@ from kairos_jax.lab.replay import (
 )
 from kairos_jax.net import credentials
 from kairos_jax.net.credentials import Credentials
-from kairos_jax.process import early
+from kairos_jax.process import early, logs
 from kairos_jax.process.command import UsageError, read_flags
 from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
@@ -283,13 +283,14 @@ def run(arguments: Sequence[str], values: flags.FlagValues) -> int:
     except UsageError as error:
         return _fail(f"INVALID_ARGUMENT: {error}", 2)
     except grpc.aio.AioRpcError as error:
-        return _fail(error_line(error), 2 if error.code() in _WRONG_TO_ASK else 1)
+        return _fail(error_line(error, values.address), 2 if error.code() in _WRONG_TO_ASK else 1)
     except EOFError as error:
-        return _fail(error_line(error), 1)
+        return _fail(error_line(error, values.address), 1)
     return 0
 
 
 def main(argv: list[str]) -> int:
+    logs.set_up()
     early.restore()
     return run(argv[1:], flags.FLAGS)
 

@@ -28,14 +28,14 @@ from kairos_jax.api.http import server
 from kairos_jax.engine import profile_file
 from kairos_jax.kv import options as kv_options
 from kairos_jax.net import credentials
-from kairos_jax.observe import otlp
-from kairos_jax.process import early, launch, lifecycle
+from kairos_jax.observe import otlp, request_log
+from kairos_jax.process import early, launch, lifecycle, logs
 
 # Beyond their own --grace_s: to end in when asked to, before they are killed.
 _END_S = 10.0
 _ROUTER = "router"
 # Whose flags go on to all processes.
-_COMMON = (launch.__name__, credentials.__name__, otlp.__name__)
+_COMMON = (launch.__name__, credentials.__name__, otlp.__name__, logs.__name__)
 
 
 class Ended(Exception):
@@ -208,6 +208,8 @@ def define_flags() -> None:
     server.define_flags()
     profile_file.define_flags()
     otlp.define_flags()
+    logs.define_flags()
+    request_log.define_flags()
     flags.DEFINE_integer("num_prefill", 2, "Prefill workers.", 1)
     flags.DEFINE_integer("num_decode", 2, "Decode workers.", 1)
 
@@ -240,7 +242,7 @@ def _plan(counts: dict[str, int]) -> Plan:
             common += _said(name)
         elif module == kv_options.__name__:
             of_workers += _said(name)
-        elif module == server.__name__:
+        elif module in (server.__name__, request_log.__name__):
             of_router += _said(name)
     where = values.host, values.port
     return Plan(counts, *where, values.grace_s, common, of_workers, of_router)

@@ -16,6 +16,8 @@ from kairos_jax.config import DTYPES
 from kairos_jax.engine.devices import start_jax
 from kairos_jax.process import command, launch
 from kairos_jax.process.hub import resolve_model
+from kairos_jax.process.outputs import folder_to_write
+from kairos_jax.process.progress import Progress, bars
 from kairos_jax.text.tokenizer import load_tokenizer
 from models.checkpoint import open_checkpoint, save_hugging_face, save_orbax
 from models.sharding import Rules, make_mesh
@@ -23,17 +25,22 @@ from models.sharding import Rules, make_mesh
 _FORMATS = {"orbax": save_orbax, "hugging_face": save_hugging_face}
 
 
-def convert(source: str, output: Path, dtype: str, form: str) -> str:
+def convert(source: str, output: Path, dtype: str, form: str, progress: Progress) -> str:
     """Converts and says what was written. Raises UsageError or ModelNotAvailable."""
-    if output.exists() and any(output.iterdir()):
+    folder_to_write("output", output)
+    if any(output.iterdir()):
         raise command.UsageError(f"--output={output} is not empty")
     path = resolve_model(source)
+    progress("load weights", 0, 1)
     try:
         checkpoint = open_checkpoint(path)
         params = checkpoint.load(make_mesh(jax.devices()), Rules(), dtype)
     except ValueError as error:
         raise command.UsageError(str(error)) from error
+    progress("load weights", 1, 1)
+    progress("write weights", 0, 1)
     _FORMATS[form](output, checkpoint.config, params)
+    progress("write weights", 1, 1)
     try:
         load_tokenizer(checkpoint.path).save(output)
     except FileNotFoundError:
@@ -47,7 +54,9 @@ def main(argv: list[str]) -> int:
         raise command.UsageError("--source and --output are both needed")
     start_jax(1)
     values = flags.FLAGS
-    print(convert(values.source, Path(values.output), values.dtype, values.format))
+    with bars() as progress:
+        told = convert(values.source, Path(values.output), values.dtype, values.format, progress)
+    print(told)
     return 0
 
 

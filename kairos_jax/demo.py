@@ -32,6 +32,7 @@ from kairos_jax.lab.replay import fit_to_model, replay
 from kairos_jax.lab.report.comparison import Run, print_table, write_report
 from kairos_jax.lab.simulated import devices_text, layout_of
 from kairos_jax.process import launch
+from kairos_jax.process.outputs import folder_to_write
 from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2 as pb
 from schedulers import fitting
@@ -40,6 +41,8 @@ from schedulers.simulation.workload import Arrival, synthetic
 
 PAIRS = (("fcfs", "continuous"), ("kairos", "kairos"), ("kairos_plus", "kairos_plus"))
 _STOP_TIMEOUT_S = 40.0
+# Its server's log would stand amid its own tables.
+_QUIET = ("--log_level=warning",)
 
 
 Pair = tuple[str, str]
@@ -119,7 +122,7 @@ def server(arguments: Sequence[str], console: Console) -> Iterator[Addresses]:
     Raises:
         ProcessFailed: it ended before it was ready.
     """
-    command = [sys.executable, "-m", "kairos_jax.serve", "--port=0", *arguments]
+    command = [sys.executable, "-m", "kairos_jax.serve", "--port=0", *_QUIET, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         yield _addresses(process, console)
@@ -202,8 +205,7 @@ def _facts(config: ServerConfig, profile: dict, load: Workload) -> dict[str, str
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
-    output = Path(flags.FLAGS.output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = folder_to_write("output", flags.FLAGS.output)
     if not launch.has_config():
         made = output / "config.py"
         made.unlink(missing_ok=True)

@@ -21,6 +21,8 @@ from kairos_jax.observe.explain import explain
 from kairos_jax.observe.perfetto import trace_events
 from kairos_jax.process import command
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.outputs import file_to_write
+from kairos_jax.process.progress import waiting
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Policy, Role
 from schedulers.ledger.journal import Record, check, from_lines
@@ -85,7 +87,10 @@ def main(argv: list[str]) -> int:
         raise UsageError("give --explain, --perfetto or --check")
     if values.check and not values.profile:
         raise UsageError("--check needs the --profile that the run was scheduled by")
-    records = read(values.journal)
+    if values.perfetto:
+        file_to_write("perfetto", values.perfetto)
+    with waiting("read the journal"):
+        records = read(values.journal)
     asked: Mapping[str, Policy] = {}
     if values.profile:
         asked = policies(records, CostModel.from_profile(profile_file.read(values.profile)))

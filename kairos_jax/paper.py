@@ -37,10 +37,11 @@ from kairos_jax.lab.cells import (
     simulation_basis,
 )
 from kairos_jax.lab.claims import HELD, compare, markdown
-from kairos_jax.lab.flags import make_folder, slo_text, workload, workload_text
+from kairos_jax.lab.flags import slo_text, workload, workload_text
 from kairos_jax.lab.report.table import write_table
 from kairos_jax.process import command
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.outputs import folder_to_write
 from kairos_jax.process.progress import Progress, bars
 from schedulers.cost import CostModel
 from schedulers.ledger.request import Slo
@@ -218,7 +219,8 @@ def main(argv: list[str]) -> int:
     """Returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process is left behind
     values = flags.FLAGS
-    folder = make_folder(values.output)
+    folder = folder_to_write("output", values.output)
+    folder_to_write("output", folder / "cells")
     arrivals = _arrivals(values)
     try:
         layout = Layout.parse(values.layout)

@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,13 +38,15 @@ from kairos_jax.kv.remote import RemoteTransport
 from kairos_jax.net import address, credentials, health
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.observe import metrics_port, otlp, recording
+from kairos_jax.observe.request_log import WorkerLog, every_period
 from kairos_jax.observe.worker_spans import WorkerSpans
-from kairos_jax.process import command, descriptors, launch, lifecycle
+from kairos_jax.process import command, descriptors, launch, lifecycle, logs
 from kairos_jax.process.hub import ModelNotAvailable
 from kairos_jax.process.progress import bars
 from kairos_jax.worker.build import build_worker
 from kairos_jax.worker.messages import Cancel
 from kairos_jax.worker.server import PreparedRole, RoleOptions, RoleServer
+from kairos_jax.worker.status import status_of
 from kairos_jax.worker.worker import Worker
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
@@ -72,6 +73,7 @@ def define_flags(port: int) -> None:
     recording.define_flags()
     debug.define_flags()
     otlp.define_flags()
+    logs.define_flags()
     flags.DEFINE_string("name", None, "Name of the instance; else its role and address.")
     flags.DEFINE_string("advertise", None, "Host by which peers reach it; else --host.")
     flags.DEFINE_integer("metrics_port", 0, "Port of http://HOST/metrics; 0: none.", 0, 65535)
@@ -94,7 +96,7 @@ def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> Prep
     if processes.several:  # before anything that may take one of them longer than another
         common = {"jax": jax.__version__, "role": role.value}
         agree(processes, common | {"config": asdict(config) | {"model": config.name}})
-    with bars() as progress:
+    with bars(log.info) as progress:
         model = open_model(config)
         programs = open_programs(config, model, [role], devices)
         weights = load_weights(config, model, role.value, devices, progress)
@@ -161,10 +163,13 @@ async def serve(
         signal.SIGUSR1, _print_state, server, worker, transport
     )
     print(_ready_line(config, server, prepared), flush=True)
+    lines = WorkerLog(functools.partial(status_of, worker.instance, worker.ran))
+    telling = asyncio.ensure_future(every_period(lines.tell_interval))
     died = server.service.died
     await asyncio.wait({died, stopping}, return_when=asyncio.FIRST_COMPLETED)
     print("the instance died: ending" if died.done() else "draining", flush=True)
     drained = not died.done() and await server.drain(worker)
+    telling.cancel()
     await server.close()
     if traces:
         await asyncio.to_thread(otlp.flush, traces)
@@ -219,7 +224,7 @@ def main(role: Role) -> None:
     """Serves one instance of a role, and ends the process: at once, since at a normal exit JAX
     waits for the other processes of a mesh.
     """
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logs.set_up(role.value)
     try:
         code = _run(role)
     except (ConfigError, ModelNotAvailable, command.UsageError) as error:

@@ -16,8 +16,6 @@ flag, config or model.
 import asyncio
 import contextlib
 import itertools
-import logging
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,10 +31,11 @@ from kairos_jax.config import ServerConfig
 from kairos_jax.engine.model import Model, open_model
 from kairos_jax.net import credentials, health
 from kairos_jax.net.credentials import Credentials
-from kairos_jax.observe import otlp
+from kairos_jax.observe import otlp, request_log
 from kairos_jax.observe.metrics import Metrics
+from kairos_jax.observe.request_log import RequestLog
 from kairos_jax.observe.tracing import Tracing
-from kairos_jax.process import command, descriptors, launch, lifecycle
+from kairos_jax.process import command, descriptors, launch, lifecycle, logs
 from kairos_jax.routing import discovery, router
 from kairos_jax.routing.links import Links
 from kairos_jax.routing.router import Router
@@ -57,6 +56,8 @@ def define_flags() -> None:
     otlp.define_flags()
     health.define_flags()
     router.define_flags()
+    logs.define_flags()
+    request_log.define_flags()
     for role in _ROLES:
         flags.DEFINE_list(
             role.value, [], f"Where {role.value} workers are: host:port, or dns:name:port for all."
@@ -71,7 +72,9 @@ def define_flags() -> None:
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
-    """targets: where the workers of each role are, as `discovery.watch` takes it."""
+    """targets: where the workers of each role are, as `discovery.watch` takes it. requests: logs
+    them.
+    """
 
     host: str
     port: int
@@ -86,6 +89,7 @@ class RouterOptions:
     http: HttpOptions | None = None
     tracing: Tracing | None = None
     keys: Sequence[bytes] | None = None
+    requests: RequestLog | None = None
 
     @classmethod
     def from_flags(cls) -> "RouterOptions":
@@ -122,6 +126,7 @@ class RouterOptions:
             http,
             Tracing.from_flags(),
             None if http else keys_from_flags(),
+            RequestLog.from_flags(),
         )
 
 
@@ -153,10 +158,12 @@ async def serve(
         config.max_requests,
         cost,
         admission=options.admission,
-        observers=[metrics, options.tracing] if options.tracing else [metrics],
+        observers=[each for each in (metrics, options.tracing, options.requests) if each],
         rejoin_s=options.rejoin_s,
     )
     metrics.watch(router)
+    if options.requests:
+        options.requests.watch(router)
     links = Links(router, config, net, changed.set, options.heartbeat_s, options.hang_s)
     tasks = [
         asyncio.ensure_future(_watch(links, role, targets, options.resolve_s))
@@ -233,7 +240,7 @@ def _ready_line(config: ServerConfig, links: Links, addresses: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Serves, and ends the process."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logs.set_up("router")
     descriptors.ensure()
     config, options = launch.read_config(), RouterOptions.from_flags()
     net, public = Credentials.from_flags(), Credentials.public_from_flags()

@@ -13,7 +13,6 @@ Ctrl-C; 2 for a wrong flag, config or model.
 
 import asyncio
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,10 +36,11 @@ from kairos_jax.engine.model import Model, open_model
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.net import credentials
 from kairos_jax.net.credentials import Credentials
-from kairos_jax.observe import otlp, recording
+from kairos_jax.observe import otlp, recording, request_log
 from kairos_jax.observe.metrics import Metrics
+from kairos_jax.observe.request_log import RequestLog
 from kairos_jax.observe.tracing import Tracing
-from kairos_jax.process import command, descriptors, launch, lifecycle
+from kairos_jax.process import command, descriptors, launch, lifecycle, logs
 from kairos_jax.process.progress import bars
 from kairos_jax.routing import router
 from kairos_jax.routing.router import Router
@@ -48,6 +48,8 @@ from kairos_jax.worker.build import build_workers
 from kairos_jax.worker.worker import Worker
 from schedulers.cost import CostModel
 from schedulers.ledger.journal import Journal
+
+log = logging.getLogger("kairos_jax.serve")  # which is __main__ as a process
 
 # What a step under way is given to end in, once no request is left.
 _STOP_TIMEOUT_S = 5.0
@@ -64,6 +66,8 @@ def define_flags() -> None:
     recording.define_flags()
     debug.define_flags()
     router.define_flags()
+    logs.define_flags()
+    request_log.define_flags()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class Prepared:
 def prepare(config: ServerConfig, profile_path: Path | None) -> Prepared:
     """Fetches, loads, compiles and measures. Raises UsageError or ModelNotAvailable."""
     devices = start_jax(config.num_devices, flags.FLAGS.cpu_devices)
-    with bars() as progress:
+    with bars(log.info) as progress:
         model = open_model(config)
         engines = build_engines(config, model, devices, progress)
         measured = profiling.load_or_measure(profile_path, config, model, engines, progress)
@@ -99,9 +103,10 @@ async def serve(
     tracing: Tracing | None = None,
     debugging: Debug | None = None,
     keys: Sequence[bytes] | None = None,
+    requests: RequestLog | None = None,
 ) -> int:
     """Serves until a signal, or until an instance dies. public: how clients come; keys: which they
-    need. debugging: it is told of the workers. Returns the exit code.
+    need. debugging: it is told of the workers. requests: logs them. Returns the exit code.
     """
     stopping = lifecycle.asked_to_stop()
     routes = debug.routes(debugging, "profiles and traces are off: --debug_dir turns them on")
@@ -113,9 +118,11 @@ async def serve(
         return stopping.result()
     cost, loop = prepared.cost, asyncio.get_running_loop()
     metrics = Metrics(config.name, config.default_slo)
-    observers = [metrics, tracing] if tracing else [metrics]
+    observers = [each for each in (metrics, tracing, requests) if each]
     router = Router(loop, config.max_requests, cost, time.monotonic, admission, observers)
     metrics.watch(router)
+    if requests:
+        requests.watch(router)
     workers = build_workers(config, prepared.engines, cost, LocalTransport(), router.emit, journal)
     if debugging:
         debugging.workers = workers
@@ -170,7 +177,7 @@ def _ready_line(config: ServerConfig, prepared: Prepared, addresses: str) -> str
 
 def main(argv: list[str]) -> None:
     """Serves, and ends the process."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logs.set_up("serve")
     descriptors.ensure()
     config, public = configure.read_config(), Credentials.public_from_flags()
     values, http, traced = flags.FLAGS, HttpOptions.from_flags(), Tracing.from_flags()
@@ -193,6 +200,7 @@ def main(argv: list[str]) -> None:
                 traced,
                 debugging,
                 None if http else keys_from_flags(),
+                RequestLog.from_flags(),
             )
         )
     lifecycle.end(code)

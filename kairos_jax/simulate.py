@@ -25,6 +25,8 @@ from kairos_jax.observe.explain import explain
 from kairos_jax.observe.perfetto import trace_events
 from kairos_jax.process import command
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.outputs import file_to_write
+from kairos_jax.process.progress import bars, waiting
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Policy
 from schedulers.ledger.journal import Journal, to_lines
@@ -161,7 +163,8 @@ def simulated(values: Any) -> dict[str, Any]:
     journal = _journal(simulation) if wanted else None
     with _file_to_write(values, "journal") as lines, _file_to_write(values, "perfetto") as trace:
         begin = time.perf_counter()
-        answer = report(scenario, arrivals, simulation.run())
+        with waiting("simulate"):
+            answer = report(scenario, arrivals, simulation.run())
         answer["wall_s"] = time.perf_counter() - begin
         records = list(journal.take()) if journal else []
         if lines:
@@ -197,6 +200,7 @@ def _file_to_write(values: Any, flag: str) -> Iterator[TextIO | None]:
     if path is None:
         yield None
         return
+    file_to_write(flag, path)
     try:
         with open(path, "w", encoding="utf-8") as file:
             yield file
@@ -206,26 +210,26 @@ def _file_to_write(values: Any, flag: str) -> Iterator[TextIO | None]:
 
 def advised(values: Any) -> dict[str, Any]:
     """Compares layouts; returns what --output=json prints. Raises UsageError."""
-    # Processes and progress bars: not worth the wait for a single run.
-    from kairos_jax.lab.advise import RESOLUTION, TARGET, advise, enough
-    from kairos_jax.process.progress import bars
+    # Processes: not worth the wait for a single run.
+    from kairos_jax.lab.advise import LOAD_S, RESOLUTION, TARGET, advise
 
     _refuse(values, _RUN_ONLY, "--{} does not go with --advise")
     scenario = scenario_of(values)
-    whole = workload_of(values, _NUM_SYNTHETIC_ADVISE)
-    arrivals = whole[: values.num_requests or enough(scenario, whole, values.devices)]
+    arrivals = workload_of(values, _NUM_SYNTHETIC_ADVISE)
+    load_s = math.inf if values.num_requests else LOAD_S
     try:
         build(scenario, rescale(arrivals, 1.0))  # what cannot be simulated is told of at once
     except ValueError as error:
         raise UsageError(str(error)) from error
     begin = time.perf_counter()
     with bars() as progress:
-        answer = advise(scenario, arrivals, values.devices, partial(progress, "simulate"))
+        show = partial(progress, "simulate")
+        answer = advise(scenario, arrivals, values.devices, show, load_s=load_s)
     return {
         **answer,
         "target_attainment": TARGET,
         "resolution": RESOLUTION,
-        "num_requests": len(arrivals),
+        "num_requests": max(each["num_requests"] for each in answer["ranking"]),
         "wall_s": time.perf_counter() - begin,
         "settings": _settings(values),
     }

@@ -36,7 +36,6 @@ from kairos_jax.lab.cells import (
 )
 from kairos_jax.lab.flags import (
     NUM_SYNTHETIC,
-    make_folder,
     parse_list,
     slo_text,
     to_number,
@@ -46,6 +45,7 @@ from kairos_jax.lab.flags import (
 from kairos_jax.lab.report.table import write_table
 from kairos_jax.process import command
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.outputs import folder_to_write
 from kairos_jax.process.progress import bars
 from schedulers.cost import CostModel
 from schedulers.simulation.scenario import Scenario
@@ -249,7 +249,8 @@ def main(argv: list[str]) -> int:
     """Returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process is left behind
     values = flags.FLAGS
-    folder = make_folder(values.output)
+    folder = folder_to_write("output", values.output)
+    folder_to_write("output", folder / "cells")
     try:
         results, facts = (simulated if values.simulated else live)(values)
     except KeyboardInterrupt:

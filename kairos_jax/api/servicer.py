@@ -12,6 +12,7 @@ from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.refusal import BadField, UnknownModel, message_of
 from kairos_jax.engine.calls import PromptLogprobs, Token
 from kairos_jax.observe.tracing import trace_of
+from kairos_jax.process.logs import of_request
 from kairos_jax.routing.fleet import Full, WorkerLost
 from kairos_jax.routing.router import IdInUse
 from kairos_jax.routing.stream import RequestFailed, Stream
@@ -103,7 +104,7 @@ async def _answer(backend: Backend, stream: Stream, context) -> None:
         await context.abort(grpc.StatusCode.INTERNAL, message_of(error))
     except TimeoutError:
         why = f"the client has read nothing of its answer for {WRITE_S:g} s"
-        log.warning("%s: it is cut off", why)
+        log.warning("%s: it is cut off", why, extra=of_request(stream.name))
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, why)
     finally:
         # Where the client went away, or its deadline passed, this task was cancelled.

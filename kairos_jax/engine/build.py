@@ -13,8 +13,9 @@ from kairos_jax.config import ServerConfig
 from kairos_jax.engine.engine import JaxEngine, Shapes
 from kairos_jax.engine.model import Model
 from kairos_jax.engine.programs import Programs
-from kairos_jax.process.cache import NotPrivate, private_cache_dir
+from kairos_jax.process.cache import NotPrivate, cache_or_temporary, private_cache_dir, say_unusable
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.logs import ONCE
 from kairos_jax.process.progress import Progress
 from models.ops import native
 from models.sharding import make_mesh
@@ -139,7 +140,7 @@ def open_programs(
     try:
         return Programs(private_cache_dir("programs"), repr(about), devices)
     except NotPrivate as error:
-        log.warning("compiled programs are not kept: %s", error)
+        say_unusable(error)
         return None
 
 
@@ -165,11 +166,14 @@ def choose_kernels(config: ServerConfig, devices: Sequence[Any]) -> str:
             )
         return "cpu"
     try:
-        native.load(private_cache_dir("native"))
-    except (native.NotAvailable, NotPrivate) as error:
+        with cache_or_temporary("native") as folder:  # needed no longer once it is loaded
+            native.load(folder)
+    except native.NotAvailable as error:
         if asked == "native":
             raise UsageError(f"config.kernels=native: {error}") from error
-        log.warning("the kernels in C++ are not used, which is slower: %s", error)
+        # Once, though each instance asks.
+        text = "the kernels in C++ are not used, which is slower: %s"
+        log.warning(text, error, extra=ONCE)
         return "cpu"
     return "native"
 

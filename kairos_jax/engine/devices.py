@@ -13,10 +13,8 @@ from jax.experimental import multihost_utils
 
 from kairos_jax.net import address
 from kairos_jax.net.address import split_address
-from kairos_jax.process.cache import NotPrivate, private_cache_dir
+from kairos_jax.process.cache import NotPrivate, private_cache_dir, say_unusable
 from kairos_jax.process.command import UsageError
-
-log = logging.getLogger(__name__)
 
 # JAX's own watch over the processes of a mesh is for what happens before ours begins, and for when
 # ours fails (kairos_jax.engine.followers): it kills a process to which one of the others was lost.
@@ -183,7 +181,7 @@ def start_jax(num_devices: int, cpu_devices: int = 0, processes: Processes = ALO
     try:
         jax.config.update("jax_compilation_cache_dir", str(private_cache_dir("xla")))
     except NotPrivate as error:
-        log.warning("compiled programs are not kept: %s", error)
+        say_unusable(error)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     local = [jax.local_devices(id) for id in range(processes.count)]

@@ -21,7 +21,7 @@ from kairos_jax.config import ServerConfig
 from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine
 from kairos_jax.engine.model import Model
 from kairos_jax.engine.profile_file import read
-from kairos_jax.process.cache import cache_dir
+from kairos_jax.process.cache import NotPrivate, cache_dir, private_cache_dir, say_unusable
 from kairos_jax.process.progress import Progress
 from models.ops import KERNELS
 from schedulers.cost import KINDS
@@ -151,7 +151,13 @@ def load_or_measure(
     if path is not None:
         return read(path, kinds)
     cached = _cached_path(config, model, engines)
-    cached.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        private_cache_dir(cached.parent.name)
+    except NotPrivate as error:
+        say_unusable(error)
+        if cached.exists():
+            return read(cached, kinds)
+        return measure(engines, config, config.model, progress)
     # One process of this user's at a time: else each would measure the others' noise. Those of one
     # role then find what the first has measured.
     with (cached.parent / "measuring.lock").open("w") as lock:
@@ -159,7 +165,10 @@ def load_or_measure(
         if cached.exists():
             return read(cached, kinds)
         profile = measure(engines, config, config.model, progress)
-        write(profile, cached)
+        try:
+            write(profile, cached)
+        except OSError as error:
+            log.warning("the step times are not kept: %s", error)
     return profile
 
 

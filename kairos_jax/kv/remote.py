@@ -28,6 +28,7 @@ from kairos_jax.kv.manifest import Facts
 from kairos_jax.kv.options import TransferOptions
 from kairos_jax.kv.servicer import KVServicer
 from kairos_jax.kv.transport import Done, Ticket
+from kairos_jax.process.logs import of_request
 from kairos_jax.rpc import kv_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ class RemoteTransport:
             for lease in self._leases.expire(self.clock()):
                 id = lease.ticket.request_id
                 whose = "that nobody claimed" if lease.claimant is None else "not fetched in time"
-                log.warning("the KV of request %r, %s, is freed", id, whose)
+                log.warning("the KV of the request, %s, is freed", whose, extra=of_request(id))
                 if self._on_expired:
                     self._on_expired(id)
 

@@ -1,12 +1,15 @@
 """Which layout of a number of devices holds the highest rate: all colocated, or so many for prefill
 and so many for decode. Each is simulated at rates that close in on where attainment falls under the
 target.
+
+The layouts are searched side by side, one simulation of each at a time, as many as there are
+processes. Which rates a layout is simulated at does not depend on the others.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,16 +22,20 @@ TARGET = 90.0
 """Percent of all requests that must attain both objectives."""
 # A layout's rate is known to this share of it. Closer would be finer than a short trace can tell.
 RESOLUTION = 0.02
-# Between rates while the target was held at all of them, or at none. The guess is not far off.
-_STRIDE = 1.25
-# Simulations for each layout, at most: two or three strides and five halvings of one are common.
+# Between rates while the target was held at all of them, or at none: at first, and at most where
+# attainments tell how far it is. The guess is not far off.
+_STRIDE, _LEAP = 1.25, 1.5
+# Attainments that are so near to the target, in points, lie on a line with it.
+_NEAR = 20.0
+# A rate beside one that is told from it: together they are within the resolution.
+_BESIDE = 0.9 * RESOLUTION
+# Simulations for each layout, at most: four or five are common.
 _ROUNDS = 12
 
-# Seconds of load that tell a rate: at a rate too high, queues take a while to grow. On the Azure
-# conversation trace 12 s find a rate that is a third too high, 45 s one that is 6 % too high.
-_LOAD_S = 60.0
-
-Map = Callable[..., Iterator[float]]
+LOAD_S = 60.0
+"""Seconds of load that tell a rate: at a rate too high, queues take a while to grow. On the Azure
+conversation trace 12 s find a rate that is a third too high, 45 s one that is 6 % too high.
+"""
 
 
 def layouts(scenario: Scenario, devices: int) -> list[Scenario]:
@@ -46,6 +53,7 @@ def advise(
     devices: int,
     progress: Callable[[int, int], object] = lambda done, total: None,
     workers: int | None = None,
+    load_s: float = math.inf,
 ) -> dict[str, Any]:
     """Searches each layout for its highest rate at TARGET.
 
@@ -53,38 +61,45 @@ def advise(
         scenario: all but the layout.
         arrivals: in which order and bursts requests come; their rate is changed.
         devices: one an instance.
-        progress: called with the simulations done, and to do.
+        progress: called with the simulations done, and to do at most.
         workers: processes; None: one for each core.
+        load_s: a layout is simulated with the first of the arrivals, as many as come in so many
+            seconds at about the rate that it holds.
 
     Returns:
         "answer" in a sentence; "ranking", the best first: of each layout its "rate" (requests a
-        second, 0 if it holds none) and "curve", pairs of rate and e2e attainment.
+        second, 0 if it holds none), "num_requests" that it was simulated with, and "curve", pairs
+        of rate and e2e attainment.
     """
-    searches = [_Search(each, guess(each, arrivals)) for each in layouts(scenario, devices)]
-    total = _ROUNDS * len(searches)
-    progress(0, total)
-    with _mapping(workers) as map_each:
-        for done in range(0, total, len(searches)):
-            open_ = [search for search in searches if not search.settled]
-            rates = [search.next_rate for search in open_]
-            attained = map_each(
-                functools.partial(_attainment, arrivals), [s.scenario for s in open_], rates
-            )
-            for count, (search, percent) in enumerate(zip(open_, attained, strict=True), 1):
-                search.tell(percent)
-                progress(done + count, total)
-    progress(total, total)
-    ranking = sorted(searches, key=lambda search: -search.low)
+    searches = []
+    for each in layouts(scenario, devices):
+        rate = guess(each, arrivals)
+        searches.append(_Search(each, math.ceil(min(load_s * rate, len(arrivals))), rate))
+    arrivals = arrivals[: max(search.num_requests for search in searches)]
+    progress(0, _ROUNDS * len(searches))
+    with _executor(arrivals, workers) as executor:
+        running: dict[Future[float], _Search] = {}
+
+        def go_on(search: _Search) -> None:
+            if not search.settled:
+                asked = search.scenario, search.num_requests, search.next_rate
+                running[executor.submit(_attainment, *asked)] = search
+
+        for search in searches:
+            go_on(search)
+        while running:
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                search = running.pop(future)
+                search.tell(future.result())
+                go_on(search)
+            done = sum(len(search.curve) for search in searches)
+            progress(done, done + sum(each.most_left for each in searches))
+    ranking = sorted(searches, key=lambda search: -search.rate)
     return {
         "answer": _answer(ranking, devices),
         "ranking": [search.result() for search in ranking],
     }
-
-
-def enough(scenario: Scenario, arrivals: Sequence[Arrival], devices: int) -> int:
-    """How many of the requests to simulate, where the whole trace would take long."""
-    rates = [guess(each, arrivals) for each in layouts(scenario, devices)]
-    return math.ceil(_LOAD_S * max(rates))
 
 
 def guess(scenario: Scenario, arrivals: Sequence[Arrival]) -> float:
@@ -112,31 +127,75 @@ def _batch_within(cost: CostModel, tpot: float, context: float, max_batch: int) 
 
 @dataclass(slots=True)
 class _Search:
-    """Bisection: `low` is the highest rate that held the target, below `high`, the lowest that did
-    not.
+    """`low` is the highest rate that held the target, below `high`, the lowest that did not. Each
+    with its attainment less the target.
     """
 
     scenario: Scenario
+    num_requests: int
     next_rate: float
-    low: float = 0.0
-    high: float | None = None
+    low: tuple[float, float] | None = None
+    high: tuple[float, float] | None = None
     curve: list[tuple[float, float]] = field(default_factory=list)
 
     @property
+    def rate(self) -> float:
+        """The highest that held the target, 0 where none did."""
+        return self.low[0] if self.low else 0.0
+
+    @property
     def settled(self) -> bool:
-        return self.high is not None and self.high - self.low <= RESOLUTION * self.high
+        close = self.high is not None and self.high[0] - self.rate <= RESOLUTION * self.high[0]
+        return close or len(self.curve) >= _ROUNDS
+
+    @property
+    def most_left(self) -> int:
+        """Simulations to do, at most."""
+        return 0 if self.settled else _ROUNDS - len(self.curve)
 
     def tell(self, attainment: float) -> None:
-        rate = self.next_rate
+        """Takes what came of `next_rate`, and chooses the next."""
+        rate, spare = self.next_rate, attainment - TARGET
         self.curve.append((rate, attainment))
-        if attainment >= TARGET:
-            self.low = rate
+        if spare >= 0:
+            self.low = rate, spare
         else:
-            self.high = rate
-        if self.high is None:
-            self.next_rate = _STRIDE * self.low
+            self.high = rate, spare
+        if self.low and self.high:
+            self.next_rate = self._between(self.low, self.high)
         else:
-            self.next_rate = (self.low + self.high) / 2 if self.low else self.high / _STRIDE
+            self.next_rate = self._beyond()
+
+    def _between(self, low: tuple[float, float], high: tuple[float, float]) -> float:
+        """Where a line through both meets the target, or the middle where that tells little. One of
+        the two is left within the resolution of it, as soon as it was met.
+        """
+        (first, above), (last, below) = low, high
+        middle = (first + last) / 2
+        # Halves in the end, however the line may mislead.
+        if above - below > _NEAR or len(self.curve) >= _ROUNDS // 2:
+            return middle
+        meets = first + (last - first) * above / (above - below)
+        beside = _BESIDE * last
+        if last - first <= 2 * beside:
+            return middle
+        return min(max(meets, first + beside), last - beside)
+
+    def _beyond(self) -> float:
+        """All rates held the target, or none did: the next, where the line through the last two
+        meets it, or a stride away.
+        """
+        up, factor = self.high is None, _STRIDE
+        rate, attainment = self.curve[-1]
+        if len(self.curve) > 1:
+            before, attained = self.curve[-2]
+            slope = (attainment - attained) / (rate - before)
+            factor = _LEAP
+            if slope < 0 and (meets := rate + (TARGET - attainment) / slope) > 0:
+                # A little beyond, so that both sides of it are known.
+                beyond = (meets / rate if up else rate / meets) * (1 + RESOLUTION / 2)
+                factor = min(max(beyond, 1 + _BESIDE), _LEAP)
+        return rate * factor if up else rate / factor
 
     def result(self) -> dict[str, Any]:
         return {
@@ -144,7 +203,8 @@ class _Search:
             "colocated": self.scenario.colocated,
             "num_prefill": self.scenario.num_prefill,
             "num_decode": self.scenario.num_decode,
-            "rate": self.low,
+            "rate": self.rate,
+            "num_requests": self.num_requests,
             "curve": sorted(self.curve),
         }
 
@@ -152,28 +212,48 @@ class _Search:
 def _answer(ranking: Sequence[_Search], devices: int) -> str:
     best = ranking[0]
     colocated = bool(best.scenario.colocated)
-    if not best.low:
+    if not best.rate:
         return f"No layout of {devices} devices holds {TARGET:g} % attainment at any rate tried."
     text = (
         f"{best.scenario.layout} holds the highest rate at {TARGET:g} % attainment: "
-        f"{best.low:.3g} requests/s"
+        f"{best.rate:.3g} requests/s"
     )
     rival = next(s for s in ranking if bool(s.scenario.colocated) != colocated)
-    text += f", against {rival.low:.3g} of {rival.scenario.layout}"
-    if best.low - rival.low <= RESOLUTION * best.low:
+    text += f", against {rival.rate:.3g} of {rival.scenario.layout}"
+    if best.rate - rival.rate <= RESOLUTION * best.rate:
         text += ", which is no difference at this resolution"
     return text + "."
 
 
-def _attainment(arrivals: Sequence[Arrival], scenario: Scenario, rate: float) -> float:
-    return simulate(scenario, rescale(arrivals, rate))["e2e_attainment"]
+# Of this process: what `_attainment` simulates. Sent to it once, not with each simulation.
+_workload: Sequence[Arrival] = ()
+
+
+def _take_workload(arrivals: Sequence[Arrival]) -> None:
+    global _workload
+    _workload = arrivals
+
+
+def _attainment(scenario: Scenario, num_requests: int, rate: float) -> float:
+    return simulate(scenario, rescale(_workload[:num_requests], rate))["e2e_attainment"]
+
+
+class _Here(Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See `Executor`."""
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
 
 
 @contextlib.contextmanager
-def _mapping(workers: int | None) -> Iterator[Map]:
-    """What maps like `map`, in processes if there is to be more than one."""
+def _executor(arrivals: Sequence[Arrival], workers: int | None) -> Iterator[Executor]:
+    """Processes if there is to be more than one, which know the workload."""
     if workers == 1:
-        yield map
+        _take_workload(arrivals)
+        yield _Here()
         return
-    with pool(workers) as executor:
-        yield executor.map
+    with pool(workers, _take_workload, arrivals) as executor:
+        yield executor

@@ -44,15 +44,6 @@ def to_number(text: str) -> float:
         raise ValueError(f"must be a number, got {text!r}") from None
 
 
-def make_folder(path: str) -> Path:
-    """The folder for what a run writes. Raises UsageError."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output={path}: {error.strerror}") from error
-    return Path(path)
-
-
 def workload_text(arrivals: Sequence[Arrival], source: str) -> str:
     """In words, for a report. source: as --trace says."""
     prompts = sorted(arrival.num_prompt for arrival in arrivals)

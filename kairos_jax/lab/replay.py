@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ async def replay(
             try:
                 await received.read(stub, request, timeout_s, metadata=metadata)
             except (grpc.aio.AioRpcError, EOFError) as failure:
-                error = error_line(failure)
+                error = error_line(failure, address)
             on_ended(next(ended))
             outcome = received.outcome(slo, arrival.at, start, arrival.num_output)
             return Record(len(prompt), outcome, error)
@@ -168,8 +169,25 @@ def fit_to_model(
     return fit_lengths(arrivals, min(max_prompt or room, room), longest_output)
 
 
-def error_line(error: grpc.aio.AioRpcError | EOFError) -> str:
-    """Of an error, "STATUS: message" in one line."""
+# How gRPC words what is wrong with an address, and what a user is told of it.
+_OF_ADDRESSES = (
+    # Not where a server's certificate was refused.
+    (
+        r"Failed to connect to remote host: (?!.*(?i:ssl|tls))([^;]*)",
+        r"no server at {} (\1); is it running?",
+    ),
+    (r"errors resolving|DNS resolution failed", r"no host is known for {}: it must be host:port"),
+    (r"Failed parsing HTTP/2|Received http2 header", r"what answers at {} does not speak gRPC"),
+)
+
+
+def error_line(error: grpc.aio.AioRpcError | EOFError, address: str) -> str:
+    """Of an error, "STATUS: message" in one line. address: that was called."""
     if isinstance(error, EOFError):
         return f"INTERNAL: {error}"
-    return f"{error.code().name}: {' '.join((error.details() or '').split())}"
+    code, details = error.code(), " ".join((error.details() or "").split())
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED):
+        for words, told in _OF_ADDRESSES:
+            if found := re.search(words, details):
+                return f"{code.name}: {found.expand(told).format(address)}"
+    return f"{code.name}: {details}"

@@ -104,7 +104,7 @@ class RouterGauges(Collector):
         """See `Collector`."""
         streams, peers = self._router.streams, self._router.peers
         waiting = sum(stream.first_token_at is None for stream in streams)
-        running = len(streams) - waiting
+        running, kv_used = len(streams) - waiting, kv_usage(peers, self._router.clock())
         requests = GaugeMetricFamily(
             "kairos_requests_in_progress",
             "Requests before their first token (waiting), and after it (running).",
@@ -117,7 +117,7 @@ class RouterGauges(Collector):
         for name, value, what in (
             ("num_requests_waiting", waiting, "requests before their first token"),
             ("num_requests_running", running, "requests after their first token"),
-            ("kv_cache_usage_perc", self._kv_usage(peers), "used part of the decode pools, 0 to 1"),
+            ("kv_cache_usage_perc", kv_used, "used part of the decode pools, 0 to 1"),
         ):
             alias = GaugeMetricFamily(f"vllm:{name}", f"As vLLM names it: {what}.", labels=_MODEL)
             alias.add_metric([self._model], value)
@@ -139,11 +139,13 @@ class RouterGauges(Collector):
                 family.add_metric([id, peer.role.value], float(value(peer, summary)))
             yield family
 
-    def _kv_usage(self, peers: Sequence[Peer]) -> float:
-        pools = [peer for peer in peers if peer.role is not Role.PREFILL and peer.kv_tokens]
-        now, total = self._router.clock(), sum(peer.kv_tokens for peer in pools)
-        room = sum(max(peer.summary(now).room, 0.0) for peer in pools)
-        return min(max(1 - room / total, 0.0), 1.0) if total else 0.0
+
+def kv_usage(peers: Sequence[Peer], now: float) -> float:
+    """The used part of the pools that decode, 0 to 1, as the router knows it."""
+    pools = [peer for peer in peers if peer.role is not Role.PREFILL and peer.kv_tokens]
+    total = sum(peer.kv_tokens for peer in pools)
+    room = sum(max(peer.summary(now).room, 0.0) for peer in pools)
+    return min(max(1 - room / total, 0.0), 1.0) if total else 0.0
 
 
 _MODEL = ("model_name",)

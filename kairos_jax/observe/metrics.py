@@ -26,7 +26,7 @@ MAX_CLASSES = 16
 OTHER_CLASS, UNKNOWN_CLASS = "other", "unknown"
 
 # Turned away for want of room or time, and so missed; the others are the client's own mistakes.
-_MISSED = frozenset({"max_requests", "parked_kv", "predicted_ttft", "no_worker", "closed"})
+MISSED = frozenset({"max_requests", "parked_kv", "predicted_ttft", "no_worker", "closed"})
 
 # The columns of `Metrics.flow`.
 _TAKEN, _ENDED, _TOKENS = range(3)
@@ -106,7 +106,7 @@ class Metrics(Observer):
         """
         name = self._class(slo)
         self._rejections.labels(reason, name).inc()
-        if reason in _MISSED:
+        if reason in MISSED:
             self._judge(name, False, False)
 
     def begun(self, stream: Stream) -> None:
@@ -146,11 +146,11 @@ class Metrics(Observer):
         names = (id.partition("@")[0] for id in (source, target))
         self._failed_transfers.labels(*names).inc()
 
-    def recovered(self, cause: str) -> None:
+    def recovered(self, stream: Stream, cause: str) -> None:
         """A request is prefilled again."""
         self._recoveries.labels(cause).inc()
 
-    def failed(self, cause: str) -> None:
+    def failed(self, stream: Stream, cause: str) -> None:
         """A request that was taken cannot be brought to its end."""
         self._failures.labels(cause).inc()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.outputs import file_to_write
 from schedulers.ledger.journal import Journal, Record, to_lines
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def from_flags(watch: Watch | None = None) -> contextlib.AbstractContextManager[
     if not path and watch is None:
         return contextlib.nullcontext()
     # Where nobody asked for a file, there is a writer for the watch's sake.
-    return recording(Path(path or os.devnull), watch)
+    return recording(file_to_write("journal", path) if path else Path(os.devnull), watch)
 
 
 @contextlib.contextmanager

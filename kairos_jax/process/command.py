@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from kairos_jax.process import early, hints, usage
+from kairos_jax.process import early, hints, logs, usage
 
 
 class UsageError(Exception):
@@ -27,6 +27,7 @@ def run(
     """
 
     def guarded(argv: list[str]) -> int | None:
+        logs.set_up()
         if not serves:
             early.restore()
         try:

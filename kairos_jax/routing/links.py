@@ -144,6 +144,7 @@ class Links:
         self._links.add(link)
         self.router.join(peer)
         self.workers[linked.id] = linked
+        log.info("%s worker at %s joined", peer.role.value, linked.address)
         if (prefill := self.of(Role.PREFILL)) and (decode := self.of(Role.DECODE)):
             self.router.fleet.cost = replace(prefill[0].cost, decode=decode[0].cost.decode)
         self._on_change()

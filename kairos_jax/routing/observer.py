@@ -9,7 +9,7 @@ from schedulers.ledger.request import Slo
 
 class Observer(Protocol):
     """Told on the router's event loop, so each method must be quick. A method that is left out does
-    nothing. Metrics and traces are observers (`kairos_jax.observe`).
+    nothing. Metrics, traces and the log are observers (`kairos_jax.observe`).
     """
 
     def rejected(self, reason: str, slo: Slo | None = None) -> None:
@@ -32,11 +32,11 @@ class Observer(Protocol):
     def transfer_failed(self, source: str, target: str) -> None:
         """KV did not move from one worker to another. source, target: their ids."""
 
-    def recovered(self, cause: str) -> None:
+    def recovered(self, stream: Stream, cause: str) -> None:
         """A request is prefilled again. cause: in a word."""
 
-    def failed(self, cause: str) -> None:
-        """A request that was taken cannot be brought to its end. cause: in a word."""
+    def failed(self, stream: Stream, cause: str) -> None:
+        """A request that was taken cannot be brought to its end, and ends now. cause: in a word."""
 
     def lost(self, role: Role) -> None:
         """A worker that did not drain is gone."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from kairos_jax.engine.calls import Token, wants_prompt_logprobs
 from kairos_jax.engine.engine import BLOCK_PAGES, KV, Engine
 from kairos_jax.kv.transport import KVTransport, Ticket
+from kairos_jax.process.logs import of_request
 from kairos_jax.worker.messages import (
     Cancel,
     Died,
@@ -270,7 +271,7 @@ class Worker:
         """
         invalid = [id for id, token in tokens.items() if token.id == INVALID]
         for id in invalid:
-            log.error("request %r on instance %s: %s", id, self.instance.id, _NOT_FINITE)
+            log.error("%s", _NOT_FINITE, extra=of_request(id, instance=self.instance.id))
             self._forget(id)
             self.emit(Failed(id, "not_finite", _NOT_FINITE))
             del tokens[id]

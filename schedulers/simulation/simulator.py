@@ -135,10 +135,14 @@ class Simulation:
             if len(batch.work) == len(rows.seqs):
                 return self.cost.decode_all(rows)
             return self.cost.decode_of(rows.length[rows.where(batch.work)])
-        steps = [(rows[id], count) for id, count in batch.work.items()]
-        chunks = [(n, seq.computed) for seq, n in steps if n > 1 or not seq.num_tokens]
-        contexts = [seq.length for seq, n in steps if n == 1 and seq.num_tokens]
-        return self.cost.prefill_step_s(chunks) + self.cost.decode_s(contexts)
+        where = rows.where(batch.work)
+        counts = np.fromiter(batch.work.values(), dtype=float, count=len(batch.work))
+        decodes = (counts == 1) & (rows.count[where] > 0)
+        prompts = zip(counts[~decodes], rows.computed[where[~decodes]], strict=True)
+        chunks = [(int(count), int(computed)) for count, computed in prompts]
+        contexts = rows.length[where[decodes]]
+        decode_s = self.cost.decode_of(contexts) if contexts.size else 0.0
+        return self.cost.prefill_step_s(chunks) + decode_s
 
     def _step_done(self, now: float, node: "_Node", batch: Batch) -> list["_Node"]:
         node.busy = False

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from kairos_jax.client import define_flags, run
-from kairos_jax.lab.replay import Received, fit_to_model, replay
+from kairos_jax.lab.replay import Received, error_line, fit_to_model, replay
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
 from schedulers.ledger.request import Slo
 from schedulers.simulation.workload import Arrival
@@ -203,8 +203,9 @@ def test_errors_are_one_line(prompt, code, line):
 def test_no_server_is_unavailable():
     code, _, err, _ = run_client("--prompt=x", "--address=127.0.0.1:1")
     assert code == 1
-    assert err.startswith("error: UNAVAILABLE: ")
-    assert err.count("\n") == 1
+    assert err == (
+        "error: UNAVAILABLE: no server at 127.0.0.1:1 (Connection refused); is it running?\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,6 +308,34 @@ def test_replay_of_a_same_seed_sends_the_same_prompts():
             return [list(request.token_ids.ids) for request in fake.requests]
 
     assert asyncio.run(prompts(5)) == asyncio.run(prompts(5)) != asyncio.run(prompts(6))
+
+
+@pytest.mark.parametrize(
+    ("status", "details", "told"),
+    [
+        (
+            "UNAVAILABLE",
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:9: Failed to "
+            "connect to remote host: Connection refused",
+            "UNAVAILABLE: no server at here:9 (Connection refused); is it running?",
+        ),
+        (
+            "UNAVAILABLE",
+            "errors resolving here:9: [field:hostname lookup error:address lookup failed]",
+            "UNAVAILABLE: no host is known for here:9: it must be host:port",
+        ),
+        (
+            "UNIMPLEMENTED",
+            "Received http2 header with status: 404",
+            "UNIMPLEMENTED: what answers at here:9 does not speak gRPC",
+        ),
+        ("UNAVAILABLE", "the server is\n draining", "UNAVAILABLE: the server is draining"),
+    ],
+)
+def test_an_error_speaks_of_the_address(status, details, told):
+    none = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(grpc.StatusCode[status], none, none, details)
+    assert error_line(error, "here:9") == told
 
 
 def test_fit_to_model_keeps_within_its_limits():

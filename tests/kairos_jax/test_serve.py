@@ -320,7 +320,7 @@ def test_a_health_port_in_use_is_one_line_and_code_2(environment, binary):
         (["--config=nowhere.py"], "nowhere.py"),
         ([CONFIG, "--config.decode.colour=red"], "no such config key --config.decode.colour"),
         ([CONFIG, "--config.page_size=0"], "config.page_size must be at least 1, got 0"),
-        ([CONFIG, "--journal=no/such/folder"], "--journal: [Errno 2] No such file or directory"),
+        ([CONFIG, "--journal=/dev/null/x"], "--journal=/dev/null/x: /dev/null is not a folder"),
         ([CONFIG, "--public_tls_key=x"], "--public_tls_cert is missing"),
         ([CONFIG, "one", "two"], "unexpected argument 'two'"),
         ([CONFIG, MODEL, "extra"], "unexpected argument 'extra' beside --model"),

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -20,10 +21,15 @@ from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.http.answers.run import Answering
 from kairos_jax.api.http.answers.warned import HEADER, Warnings
 from kairos_jax.api.http.body.fields import Fields, read_object, shown
-from kairos_jax.api.http.body.known import refuse_not_served, refuse_of_others
+from kairos_jax.api.http.body.known import (
+    MOST_LOOKED_AT,
+    near_misses,
+    refuse_not_served,
+    refuse_of_others,
+)
 from kairos_jax.api.http.body.prompts import chat_of
 from kairos_jax.api.http.body.request import Ask, check_model, check_size, read, renamed
-from kairos_jax.api.http.body.slo import slo_of_headers
+from kairos_jax.api.http.body.slo import near_headers, slo_of_headers
 from kairos_jax.api.http.errors import ApiError, on_error
 from kairos_jax.api.http.guard import Guard, OpenRoute, read_body
 from kairos_jax.api.http.origin import Origins
@@ -162,7 +168,9 @@ class Api:
         def ask() -> Ask:
             slo = slo_of_headers(headers)
             body, name = read_object(raw), headers.get("x-request-id", "")
-            return read(body, backend.validator, arrival, slo, name, chat)
+            asked = read(body, backend.validator, arrival, slo, name, chat)
+            near = [*asked.near_misses, *near_headers(headers)[:MOST_LOOKED_AT]]
+            return replace(asked, near_misses=near)
 
         try:
             asked = await self._gate.slots.tokenize(ask)
@@ -176,14 +184,20 @@ class Api:
         check_size(asked)
         return asked
 
-    async def tokenize(self, request: Request) -> Response:
+    async def tokenize(self, request: Request) -> ASGIApp:
         """The token ids of a text, or of a conversation."""
         backend = self._gate.enter()
         with self._gate.slots.take():
             raw = await read_body(request, self._max_body_bytes)
-            ids = await self._gate.slots.tokenize(lambda: tokenized(backend.validator, raw))
+
+            def job() -> tuple[list[int], list[tuple[str, str]]]:
+                fields = Fields(read_object(raw))
+                return tokenized(backend.validator, fields), near_misses(fields)
+
+            ids, near = await self._gate.slots.tokenize(job)
         limit = backend.validator.config.max_context
-        return Json({"count": len(ids), "max_model_len": limit, "tokens": ids})
+        said = Json({"count": len(ids), "max_model_len": limit, "tokens": ids})
+        return self._warnings.on(said, near)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
@@ -194,9 +208,8 @@ class Api:
         return Json({"prompt": text})
 
 
-def tokenized(validator: Validator, raw: bytes) -> list[int]:
+def tokenized(validator: Validator, fields: Fields) -> list[int]:
     """The ids of the text or the conversation in a body. Raises BadField or UnknownModel."""
-    fields = Fields(read_object(raw))
     check_model(fields, validator)
     chat, special = fields.values.get("messages") is not None, fields.flag("add_special_tokens")
     refuse_not_served(fields)

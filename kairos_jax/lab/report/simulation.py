@@ -59,8 +59,8 @@ def advice_text(answer: Mapping[str, Any]) -> str:
     lines += [
         "",
         answer["answer"],
-        f"By the first {answer['num_requests']} requests of {answer['settings']['trace']}, each "
-        f"rate within {answer['resolution']:.0%}; too few requests make rates too high. "
+        f"By the first {answer['num_requests']} requests of {answer['settings']['trace']} at most, "
+        f"each rate within {answer['resolution']:.0%}; too few requests make rates too high. "
         f"Took {answer['wall_s']:.0f} s.",
     ]
     return "\n".join(lines)

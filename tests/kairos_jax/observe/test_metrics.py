@@ -24,12 +24,13 @@ from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.observe import collectors, metrics_port
 from kairos_jax.observe.metrics import MAX_CLASSES, Metrics
 from kairos_jax.process.command import UsageError
+from kairos_jax.routing.stream import Stream
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.worker.build import build_workers
 from kairos_jax.worker.tally import Steps, Tally
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
-from schedulers.ledger.request import Slo
+from schedulers.ledger.request import Request, Slo
 
 ROOT = Path(__file__).parents[3]
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -388,6 +389,6 @@ async def all_told() -> Told:
         await harness.generate([1, 2, 3], 4)
         metrics = harness.metrics
         metrics.rejected("closed")
-        metrics.recovered("worker_lost")
+        metrics.recovered(Stream("one", Request("", 0.0, [1], 1, Slo(1, 1))), "worker_lost")
         metrics.lost(Role.DECODE)
         return told(metrics)

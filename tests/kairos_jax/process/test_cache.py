@@ -4,7 +4,13 @@ import os
 
 import pytest
 
-from kairos_jax.process.cache import NotPrivate, private_cache_dir
+from kairos_jax.process import cache
+from kairos_jax.process.cache import (
+    NotPrivate,
+    cache_dir,
+    cache_or_temporary,
+    private_cache_dir,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +55,30 @@ def test_a_cache_that_cannot_be_made_is_named(home):
     home.write_text("a file")
     with pytest.raises(NotPrivate, match=r"kairos_jax.*XDG_CACHE_HOME names another place"):
         private_cache_dir("native")
+
+
+def test_a_cache_that_is_only_read_is_named(home, monkeypatch):
+    home.mkdir()
+    monkeypatch.setattr(cache.os, "access", lambda path, how: False)  # as root, all can be written
+    with pytest.raises(NotPrivate, match=r"cannot be written to; XDG_CACHE_HOME names another"):
+        private_cache_dir("native")
+
+
+def test_without_a_cache_a_folder_is_there_for_a_while(home, caplog):
+    home.write_text("a file")
+    with cache_or_temporary("native") as folder:
+        assert folder.is_dir()
+        assert home not in folder.parents
+    assert not folder.exists()
+    assert "nothing is kept for later starts: " in caplog.text
+    assert "XDG_CACHE_HOME names another place" in caplog.text
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cache.Path, "home", none)
+    assert str(cache_dir("xla")) == "/.cache/kairos_jax/xla"

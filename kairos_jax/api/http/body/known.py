@@ -106,6 +106,7 @@ HARMLESS: Mapping[str, str] = {
     "mm_processor_kwargs": "of media alone",
     "return_mm_kwargs": "of media alone",
     "return_token_offsets": "of other endpoints",
+    "return_token_strs": "of other endpoints",
     "routed_experts_prompt_start": "of models with experts",
 }
 
@@ -124,7 +125,7 @@ STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats", "include_
 
 _KNOWN = frozenset({*SERVED, *OF_COMPLETIONS, *OF_CHAT, *NEUTRAL, *HARMLESS})
 # A client may send any number of fields, of any length.
-_MOST_LOOKED_AT, _LONGEST = 16, 64
+MOST_LOOKED_AT, _LONGEST = 16, 64
 # Of 1, by difflib's measure: "max_new_tokens" is as near as 0.83 to "max_tokens".
 _NEAR = 0.8
 
@@ -160,7 +161,7 @@ def near_misses(fields: Fields) -> list[tuple[str, str]]:
 def _near(names: Iterable[str], known: Iterable[str]) -> list[tuple[str, str]]:
     unknown = [name for name in names if name not in known and len(name) <= _LONGEST]
     found = []
-    for name in unknown[:_MOST_LOOKED_AT]:
+    for name in unknown[:MOST_LOOKED_AT]:
         if match := difflib.get_close_matches(name.lower(), known, 1, _NEAR):
             found.append((name, match[0]))
     return found

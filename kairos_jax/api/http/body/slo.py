@@ -1,5 +1,6 @@
 """SLOs as HTTP clients and gateways give them: in milliseconds, in the body or in headers."""
 
+import difflib
 import math
 from collections.abc import Mapping
 
@@ -27,6 +28,17 @@ def slo_of_headers(headers: Mapping[str, str]) -> pb.Slo:
                     raise BadField(header, f"must be a number, got {shown(given)}") from None
                 setattr(slo, field, _seconds(header, value))
     return slo
+
+
+def near_headers(headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Headers with the beginning of those of an SLO that are none, each with the one it is near."""
+    near = []
+    for prefix in _HEADERS:
+        known = [f"{prefix}{name.replace('_', '-')}" for name in _FIELDS]
+        for name in headers:
+            if name.startswith(prefix) and name not in known:
+                near += [(name, each) for each in difflib.get_close_matches(name, known, 1)]
+    return near
 
 
 def slo_of_body(fields: Fields, of_headers: pb.Slo) -> pb.Slo:

@@ -360,6 +360,25 @@ def test_a_name_near_a_known_one_is_told_of_and_ignored(caplog):
     asyncio.run(main())
 
 
+def test_headers_of_slos_and_tokenize_are_told_of_too():
+    async def main():
+        async with http_fakes.serving() as api:
+            body, headers = http_fakes.ASK | {"prompt": "x"}, {"x-slo-ttft": "9", "x-other": "1"}
+            answer = await api.post(TEXT, body, headers=headers)
+            assert answer.status_code == 200
+            assert answer.headers["x-kairos-warning"] == (
+                'field "x-slo-ttft" is not known and was ignored: "x-slo-ttft-ms" is known'
+            )
+            answer = await api.post(TEXT, body, headers={"x-slo-ttft-ms": "9000"})
+            assert "x-kairos-warning" not in answer.headers
+            said = {"prompt": "x", "add_special_token": False, "return_token_strs": False}
+            answer = await api.post("/tokenize", said)
+            assert '"add_special_tokens" is known' in answer.headers["x-kairos-warning"]
+            assert "return" not in answer.headers["x-kairos-warning"]
+
+    asyncio.run(main())
+
+
 def test_any_number_of_unknown_fields_costs_little(caplog):
     many = {f"max_tokens{number}": 1 for number in range(100_000)}
     found = known.near_misses(Fields(many | {"x" * 1000: 1}))
