@@ -207,7 +207,7 @@ class _Link:
     def __init__(self, links: Links, role: Role, address: str):
         self.linked: Linked | None = None
         self.status: Status | None = None
-        self._aboard: tuple[str, ...] = ()
+        self._aboard: tuple[str, ...] | None = None  # see Died
         self._links, self._role, self._address = links, role, address
         self._outbox: asyncio.Queue[Message | Ping] = asyncio.Queue()
         self._refused: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -220,6 +220,7 @@ class _Link:
     def refuse(self, reason: str) -> None:
         """Ends the call: its worker does not fit any more."""
         if not self._refused.done():
+            self._aboard = ()  # none of its requests has to do with it
             self._refused.set_exception(ValueError(reason))
 
     async def attach(self) -> Exception:
@@ -312,8 +313,7 @@ class _Link:
         if self.linked is not None:
             self._links.left(self)
             self._links.part(self.linked.id)
-            gone = ConnectionError(_words(error))
-            self._links.router.emit(Died(self.linked.id, gone, self._aboard))
+            self._links.router.emit(Died(self.linked.id, error, self._aboard))
 
 
 async def _read(call: Any) -> pb.FromWorker:
@@ -327,16 +327,6 @@ def _on_end(task: asyncio.Task[None]) -> None:
     """No link ends unheard."""
     if not task.cancelled() and (error := task.exception()):
         log.error("a link to a worker has ended by an error", exc_info=error)
-
-
-def _words(error: Exception) -> str:
-    """What clients are told of a lost worker. The log has the error itself, with its address."""
-    match error:
-        case codec.RemoteError():
-            return f"its step failed with {error}"
-        case TimeoutError():
-            return "it stopped answering"
-    return "its connection ended"
 
 
 def _reason(error: Exception) -> str:
