@@ -31,7 +31,7 @@ from kairos_jax.lab.replay import (
 )
 from kairos_jax.net import credentials
 from kairos_jax.net.credentials import Credentials
-from kairos_jax.process import early, logs
+from kairos_jax.process import descriptors, early, logs
 from kairos_jax.process.command import UsageError, read_flags
 from kairos_jax.process.files import check_regular
 from kairos_jax.process.progress import bars
@@ -294,6 +294,10 @@ def run(arguments: Sequence[str], values: flags.FlagValues) -> int:
 def main(argv: list[str]) -> int:
     logs.set_up()
     early.restore()
+    try:
+        descriptors.ensure()
+    except descriptors.TooFew as error:
+        return _fail(str(error), 2)
     return run(argv[1:], flags.FLAGS)
 
 
