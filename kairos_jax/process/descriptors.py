@@ -2,8 +2,8 @@
 
 import resource
 
-# A server opens some fifty for itself; links to peers, probes and files take more. What is no server
-# needs less, which is not worth another number.
+# A server opens some fifty for itself; links to peers, probes and files take more. What is no
+# server needs less, which is not worth another number.
 LEAST = 128
 _MOST = 1 << 16
 
