@@ -120,7 +120,7 @@ class Links:
             reason = _reason(error)
             if link.linked is not None:
                 delay, said = _LEAST_BACKOFF_S, ""
-            elif isinstance(error, grpc.aio.AioRpcError):
+            if not isinstance(error, ValueError):  # else it is there, and does not fit
                 self._weights.pop((role, address), None)
             if reason.endswith(STARTING):  # which it will not be for long
                 delay = _LEAST_BACKOFF_S
@@ -136,6 +136,7 @@ class Links:
             said = reason
             await asyncio.sleep(delay)
             delay = min(2 * delay, _MOST_BACKOFF_S)
+        self._weights.pop((role, address), None)
 
     # What a link tells.
 
@@ -190,9 +191,11 @@ class Links:
         served = others[0].weights
         votes = Counter(self._weights.values())
         if votes[mine] <= votes[served]:
+            # A router reads no weights, so it cannot tell which are those of its model.
+            tie = "; as many have either, so those that linked first are served: end the others"
             raise ValueError(
                 f"its weights ({mine}) are those of {votes[mine]} workers, and {served}, of "
-                f"{votes[served]} workers, are served"
+                f"{votes[served]} workers, are served{tie if votes[mine] == votes[served] else ''}"
             )
         for link in others:
             link.refuse(

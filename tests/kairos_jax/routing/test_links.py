@@ -276,6 +276,38 @@ def test_the_weights_of_most_workers_are_served_whichever_linked_first(logged):
     run(main)
 
 
+def test_a_tie_of_weights_is_told_and_ends_when_the_others_leave(logged):
+    async def main():
+        transport, odd = LocalTransport(), replace(cluster.FACTS, fingerprint="beef")
+        roles = (Role.PREFILL, Role.DECODE)
+        first = [await cluster.Node.start(role, transport, facts=odd) for role in roles]
+        front = cluster.Front.start(first)
+        await front.linked(2)
+
+        def served():
+            return [each.welcome.fingerprint for each in front.links.workers.values()]
+
+        second = [await cluster.Node.start(role, transport) for role in roles]
+        for old, new in zip(first, second, strict=True):
+            both = frozenset({old.server.address, new.server.address})
+            front.links.found(new.server.role, both)
+        await logged(2, "of 2 workers, are served; as many have either")
+        assert served() == ["beef"] * 2
+        for _, new in zip(first, second, strict=True):
+            # No more listed: nothing tries to link to it again.
+            front.links.found(new.server.role, frozenset({new.server.address}))
+        await first[0].die()
+        await logged(1, "(beef) are those of 1 workers, and f00d, of 2 workers, are served from")
+        await front.until(lambda: served() == ["f00d"] * 2)
+        await front.ask([1, 2, 3], 9)
+        await front.links.close()
+        for node in (first[1], *second):
+            await node.die()
+        transport.close()
+
+    run(main)
+
+
 def test_a_worker_of_the_other_role_is_named(logged):
     async def main():
         async with cluster.running(1, 1) as (nodes, front, _):
