@@ -273,6 +273,31 @@ def test_a_port_in_use_is_an_error():
     asyncio.run(go())
 
 
+def test_a_peer_that_cannot_be_reached_is_tried_again_soon():
+    """Seven tries take 3 s; with gRPC's own pauses they take half a minute."""
+
+    async def go():
+        tries, enough = [], asyncio.Event()
+
+        def refuse(reader, writer):
+            tries.append(time.monotonic())
+            writer.close()
+            if len(tries) == 7:
+                enough.set()
+
+        server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with PLAIN.channel(address) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            waiting = check(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+            await asyncio.wait_for(enough.wait(), 60)
+            waiting.cancel()
+        server.close()
+        assert tries[-1] - tries[0] < 15
+
+    asyncio.run(go())
+
+
 def test_the_token_does_not_leave_the_host_in_the_clear():
     wire = Credentials(token="open-sesame")
 

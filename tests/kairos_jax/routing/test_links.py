@@ -9,11 +9,13 @@ import cluster
 import fakes
 import grpc
 import pytest
+from relay import Relay
 
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.net.credentials import Credentials
+from kairos_jax.routing import links
 from kairos_jax.worker.messages import Died
-from kairos_jax.worker.server import RoleOptions
+from kairos_jax.worker.server import RoleOptions, RoleServer
 from models.sampling import SamplingParams
 from schedulers.ledger.instance import Role
 
@@ -406,3 +408,84 @@ def test_what_outlasts_the_grace_of_a_drain_goes_on_elsewhere():
             assert await cluster.read(stream) == fakes.expected_tokens([1, 2, 3], 60)
 
     run(main)
+
+
+def test_a_worker_that_starts_is_asked_again_soon(monkeypatch):
+    """Twenty tries that doubled their pause would take hours."""
+    monkeypatch.setattr(links, "_LEAST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(links, "_MOST_BACKOFF_S", 3600.0)
+
+    async def main():
+        server = RoleServer(Role.PREFILL, RoleOptions(cluster.HOST, 0, cluster.HOST), cluster.PLAIN)
+        tries, enough, admit = [], asyncio.Event(), server.service._admit
+
+        def counted(first):
+            tries.append(first)
+            if len(tries) == 20:
+                enough.set()
+            return admit(first)
+
+        server.service._admit = counted
+        await server.start()
+        front = cluster.Front.start([])
+        front.links.found(Role.PREFILL, frozenset({server.address}))
+        await asyncio.wait_for(enough.wait(), 50)
+        await front.links.close()
+        await server.grpc.stop(None)
+
+    run(main)
+
+
+@pytest.mark.parametrize("who_notices", ["router", "workers", "both"])
+def test_streams_go_on_after_nothing_went_over_their_links_for_a_while(who_notices):
+    """As when links are cut for some seconds, or a router is stopped for longer than workers wait
+    for it.
+    """
+    router_s, workers_s = (0.3 if who_notices in (who, "both") else 30.0 for who in _SIDES)
+
+    async def main():
+        options = RoleOptions(cluster.HOST, 0, cluster.HOST, router_hang_s=workers_s)
+        transport = LocalTransport()
+        nodes = [
+            await cluster.Node.start(role, transport, options=options)
+            for role in (Role.PREFILL, Role.DECODE, Role.DECODE)
+        ]
+        relays = [await Relay.start(node.server.address) for node in nodes]
+        front = cluster.Front.start([], hang_s=router_s, rejoin_s=30.0)
+        front.links.found(Role.PREFILL, frozenset({relays[0].address}))
+        front.links.found(Role.DECODE, frozenset(each.address for each in relays[1:]))
+        await front.linked(3)
+        for node in nodes[1:]:
+            node.engine.gate.clear()
+        streams = [front.submit([number, 2, 3], 60) for number in range(8)]
+        while not all(stream.tokens for stream in streams):
+            await asyncio.sleep(0.01)
+        for relay in relays:
+            relay.carries.clear()
+        for node in nodes[1:]:
+            node.engine.gate.set()
+        if router_s < 1:
+            await front.until(lambda: not front.links.workers)
+            late = front.submit([9, 2, 3], 60)  # waits as the others do
+        else:
+            while any(node.server.service.num_routers for node in nodes):
+                await asyncio.sleep(0.01)
+            late = front.submit([9, 2, 3], 60)
+        for relay in relays:
+            relay.carries.set()
+        for number, stream in (*enumerate(streams), (9, late)):
+            assert await cluster.read(stream) == fakes.expected_tokens([number, 2, 3], 60)
+        await front.linked(3)
+        assert not any(stream.aboard for stream in streams), "no worker had failed"
+        await front.links.close()
+        for relay in relays:
+            relay.close()
+        for node in nodes:
+            await cluster.idle(node)
+            await node.die()
+        transport.close()
+
+    run(main)
+
+
+_SIDES = ("router", "workers")

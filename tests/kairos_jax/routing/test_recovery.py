@@ -73,6 +73,12 @@ class Played:
                         return message
                 await asyncio.sleep(0)
 
+    def taken(self, peer, kind):
+        """All messages of a kind that a peer was sent; the others are dropped."""
+        messages = self.posts[peer][:]
+        self.posts[peer].clear()
+        return [each for each in messages if isinstance(each, kind)]
+
     def read(self, peer):
         """The one message that a peer was sent."""
         (message,) = self.posts[peer]
@@ -529,6 +535,29 @@ async def test_a_pair_between_which_kv_does_not_move_is_avoided_for_a_while():
     again = (await played.sent("p0", Submit)).request
     await played.output(again.id, 12, ticket=True)
     assert isinstance(played.posts[first][-1], Handover), "after a while it is tried again"
+
+
+@in_loop
+async def test_a_short_refusal_of_kv_connections_fails_nothing():
+    played = Played("p0", "d0", max_requests=100, rejoin_s=10.0)
+    loop, begin = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+    streams = [played.router.submit(asked(max_tokens=20)) for _ in range(70)]
+    refused = 0
+    while played.router.streams:
+        await asyncio.sleep(0.001)
+        played.now = loop.time() - begin
+        for submit in played.taken("p0", Submit):
+            await played.output(submit.request.id, 11, ticket=True)
+        for handed in played.taken("d0", Handover):
+            if played.now < 0.3:
+                refused += 1
+                await played.say(Lost(handed.request.id, ConnectionError("refused")))
+            else:
+                await played.say(Moved(handed.request.id, played.now))
+                await played.output(handed.request.id, 12, finish_reason="length")
+    assert refused >= 70
+    for stream in streams:
+        assert [output.token.id async for output in stream][-1] == 12
 
 
 @in_loop
