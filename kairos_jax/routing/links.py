@@ -107,6 +107,8 @@ class Links:
 
     async def close(self) -> None:
         """Leaves all workers; they cancel what they still have of this router."""
+        # A call that fails in the same moment may swallow the cancel: its link ends by this.
+        self._listed = dict.fromkeys(self._listed, frozenset())
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)

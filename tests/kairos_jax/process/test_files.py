@@ -41,5 +41,5 @@ def test_a_file_that_is_none_is_named(path, read):
 
 def test_a_config_that_is_no_file_is_named(path):
     for name in (path, f"{path}:variant"):
-        with pytest.raises(ConfigError, match="/odd.*: not a regular file"):
+        with pytest.raises(ConfigError, match=r"/odd.*: not a regular file"):
             files.read_file(name)
