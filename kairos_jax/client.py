@@ -31,8 +31,9 @@ from kairos_jax.lab.replay import (
 )
 from kairos_jax.net import credentials
 from kairos_jax.net.credentials import Credentials
-from kairos_jax.process import early, logs
+from kairos_jax.process import descriptors, early, logs
 from kairos_jax.process.command import UsageError, read_flags
+from kairos_jax.process.files import check_regular
 from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
 from schedulers.ledger.request import Slo
@@ -228,6 +229,7 @@ def _read_arrivals(values: Any) -> list[Arrival]:
     try:
         if trace == "synthetic":
             return synthetic(count, 1.0 if rate is None else rate, values.seed or 0)
+        check_regular(trace)
         arrivals = read_trace(trace)[:count]
         return arrivals if rate is None else rescale(arrivals, rate)
     except OSError as error:
@@ -292,6 +294,10 @@ def run(arguments: Sequence[str], values: flags.FlagValues) -> int:
 def main(argv: list[str]) -> int:
     logs.set_up()
     early.restore()
+    try:
+        descriptors.ensure()
+    except descriptors.TooFew as error:
+        return _fail(str(error), 2)
     return run(argv[1:], flags.FLAGS)
 
 

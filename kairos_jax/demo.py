@@ -14,7 +14,6 @@ import contextlib
 import functools
 import json
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from kairos_jax.lab.pace import level, pace_text, pace_warnings, paces_text, rea
 from kairos_jax.lab.replay import fit_to_model, replay
 from kairos_jax.lab.report.comparison import Run, print_table, write_report
 from kairos_jax.lab.simulated import devices_text, layout_of
-from kairos_jax.process import launch
+from kairos_jax.process import early, launch
 from kairos_jax.process.outputs import folder_to_write
 from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2 as pb
@@ -204,7 +203,7 @@ def _facts(config: ServerConfig, profile: dict, load: Workload) -> dict[str, str
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
+    early.interrupt_on_signals()
     output = folder_to_write("output", flags.FLAGS.output)
     if not launch.has_config():
         made = output / "config.py"

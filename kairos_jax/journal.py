@@ -21,6 +21,7 @@ from kairos_jax.observe.explain import explain
 from kairos_jax.observe.perfetto import trace_events
 from kairos_jax.process import command
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.files import check_regular
 from kairos_jax.process.outputs import file_to_write
 from kairos_jax.process.progress import waiting
 from schedulers.cost import CostModel
@@ -47,6 +48,7 @@ def read(path: str | None) -> list[Record]:
     if path is None:
         raise UsageError("--journal is missing: give a file that serve or simulate wrote")
     try:
+        check_regular(path)
         with open(path, encoding="utf-8") as file:
             return list(from_lines(file))
     except OSError as error:

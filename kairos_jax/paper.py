@@ -11,7 +11,6 @@ are derived.
 
 import json
 import math
-import signal
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +38,7 @@ from kairos_jax.lab.cells import (
 from kairos_jax.lab.claims import HELD, compare, markdown
 from kairos_jax.lab.flags import slo_text, workload, workload_text
 from kairos_jax.lab.report.table import write_table
-from kairos_jax.process import command
+from kairos_jax.process import command, early
 from kairos_jax.process.command import UsageError
 from kairos_jax.process.outputs import folder_to_write
 from kairos_jax.process.progress import Progress, bars
@@ -217,7 +216,7 @@ def _studies(
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process is left behind
+    early.interrupt_on_signals()
     values = flags.FLAGS
     folder = folder_to_write("output", values.output)
     folder_to_write("output", folder / "cells")

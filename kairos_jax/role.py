@@ -40,7 +40,7 @@ from kairos_jax.net.credentials import Credentials
 from kairos_jax.observe import metrics_port, otlp, recording
 from kairos_jax.observe.request_log import WorkerLog, every_period
 from kairos_jax.observe.worker_spans import WorkerSpans
-from kairos_jax.process import command, descriptors, launch, lifecycle, logs
+from kairos_jax.process import command, launch, lifecycle, logs
 from kairos_jax.process.hub import ModelNotAvailable
 from kairos_jax.process.progress import bars
 from kairos_jax.worker.build import build_worker
@@ -237,7 +237,6 @@ def main(role: Role) -> None:
 
 def _run(role: Role) -> int:
     """Returns the exit code. Raises ConfigError, ModelNotAvailable or UsageError."""
-    descriptors.ensure()
     config, options, net = launch.read_config(), RoleOptions.from_flags(), Credentials.from_flags()
     if config.colocated:
         raise command.UsageError(f"config.colocated must be False for a process of {role.value}")

@@ -35,7 +35,7 @@ from kairos_jax.observe import otlp, request_log
 from kairos_jax.observe.metrics import Metrics
 from kairos_jax.observe.request_log import RequestLog
 from kairos_jax.observe.tracing import Tracing
-from kairos_jax.process import command, descriptors, launch, lifecycle, logs
+from kairos_jax.process import command, launch, lifecycle, logs
 from kairos_jax.routing import discovery, router
 from kairos_jax.routing.links import Links
 from kairos_jax.routing.router import Router
@@ -241,7 +241,6 @@ def _ready_line(config: ServerConfig, links: Links, addresses: str) -> str:
 def main(argv: list[str]) -> None:
     """Serves, and ends the process."""
     logs.set_up("router")
-    descriptors.ensure()
     config, options = launch.read_config(), RouterOptions.from_flags()
     net, public = Credentials.from_flags(), Credentials.public_from_flags()
     for target in itertools.chain(*options.targets.values()):

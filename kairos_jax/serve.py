@@ -40,7 +40,7 @@ from kairos_jax.observe import otlp, recording, request_log
 from kairos_jax.observe.metrics import Metrics
 from kairos_jax.observe.request_log import RequestLog
 from kairos_jax.observe.tracing import Tracing
-from kairos_jax.process import command, descriptors, launch, lifecycle, logs
+from kairos_jax.process import command, launch, lifecycle, logs
 from kairos_jax.process.progress import bars
 from kairos_jax.routing import router
 from kairos_jax.routing.router import Router
@@ -178,7 +178,6 @@ def _ready_line(config: ServerConfig, prepared: Prepared, addresses: str) -> str
 def main(argv: list[str]) -> None:
     """Serves, and ends the process."""
     logs.set_up("serve")
-    descriptors.ensure()
     config, public = configure.read_config(), Credentials.public_from_flags()
     values, http, traced = flags.FLAGS, HttpOptions.from_flags(), Tracing.from_flags()
     path = Path(values.profile) if values.profile else None

@@ -11,7 +11,6 @@ has ended is kept in the output folder, and not run again.
 """
 
 import math
-import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -43,7 +42,7 @@ from kairos_jax.lab.flags import (
     workload_text,
 )
 from kairos_jax.lab.report.table import write_table
-from kairos_jax.process import command
+from kairos_jax.process import command, early
 from kairos_jax.process.command import UsageError
 from kairos_jax.process.outputs import folder_to_write
 from kairos_jax.process.progress import bars
@@ -247,7 +246,7 @@ def live(values: Any) -> tuple[list[Result], dict[str, str]]:
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process is left behind
+    early.interrupt_on_signals()
     values = flags.FLAGS
     folder = folder_to_write("output", values.output)
     folder_to_write("output", folder / "cells")

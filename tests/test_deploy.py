@@ -68,7 +68,7 @@ def patch(target: dict, operations: list[dict]) -> None:
 
 
 VARIANTS = {
-    **{name: built(name) for name in ("base", "keys", "tpu")},
+    **{name: built(name) for name in ("base", "keys", "spare", "tpu")},
     **{path.stem: read(path) for path in MULTIHOST},
 }
 OBJECTS = [
@@ -137,7 +137,7 @@ def test_every_file_is_part_of_something():
     files = {path.name for path in (DEPLOY / "base").glob("*.yaml")}
     assert files == {*base["resources"], "kustomization.yaml"}
     assert {path.parent.name for path in DEPLOY.glob("*/*.yaml")} == {
-        *("base", "keys", "tpu", "multihost")
+        *("base", "keys", "spare", "tpu", "multihost")
     }
 
 
@@ -148,10 +148,37 @@ def test_names_are_unique_and_without_a_namespace():
         assert not any("namespace" in one["metadata"] for one in objects)
 
 
+@pytest.mark.parametrize(
+    ("variant", "component", "surge", "unavailable"),
+    [
+        ("base", "router", 1, 0),
+        ("base", "prefill", 0, 1),
+        ("base", "decode", 0, 1),
+        ("spare", "prefill", 1, 0),
+        ("spare", "decode", 1, 0),
+    ],
+)
+def test_a_rolling_restart_takes_one_after_another(variant, component, surge, unavailable):
+    (one,) = (each for each in VARIANTS[variant] if is_workload(each, component))
+    how = {"maxSurge": surge, "maxUnavailable": unavailable}
+    assert one["spec"]["strategy"]["rollingUpdate"] == how
+    assert one["spec"]["minReadySeconds"] >= 5, "the next waits until this one has served a while"
+
+
+@pytest.mark.parametrize("component", ["prefill", "decode"])
+def test_routers_find_workers_that_are_not_ready(component):
+    """They are ready only when a router has linked."""
+    name = f"kairos-{component}"
+    (service,) = (
+        each
+        for each in VARIANTS["base"]
+        if each["kind"] == "Service" and each["metadata"]["name"] == name
+    )
+    assert service["spec"]["publishNotReadyAddresses"]
+
+
 def test_a_mesh_has_a_service_of_its_own():
-    """The controller takes a Service of its name for its own, and pods look up their leader there,
-    before it is ready: the base's lists the ready alone.
-    """
+    """The controller takes a Service of its name for its own, where pods look up their leader."""
     services = {each["metadata"]["name"] for each in VARIANTS["base"] if each["kind"] == "Service"}
     for path in MULTIHOST:
         (one,) = VARIANTS[path.stem]

@@ -52,6 +52,8 @@ def read_file(name: str) -> dict[str, Any]:
     """
     where, colon, variant = name.partition(":")
     path = PACKAGED / f"{where}.py" if where in packaged() else Path(where)
+    if path.exists() and not path.is_file():  # to open a FIFO would wait for a writer
+        raise ConfigError(f"--config={name}: not a regular file")
     try:
         source = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path

@@ -175,7 +175,7 @@ def follow(engine: JaxEngine, processes: Processes, deadline_s: float = DEADLINE
     """
     agree(processes, _model(engine))
     if threading.current_thread() is threading.main_thread():
-        for sign in (signal.SIGINT, signal.SIGTERM):
+        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(sign, signal.SIG_IGN)
     port, secret = _meet(0, bytes(_SECRET_BYTES))
     sock = socket.create_connection((_host(processes), port), _MEET_S)

@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.files import check_regular
 from schedulers.cost import KINDS, CostModel
 from schedulers.fitting import usable
 
@@ -30,12 +31,16 @@ def read(path: str | Path, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
             raise ValueError(
                 f"no such file, nor a profile of the package ({', '.join(packaged())})"
             )
+        if named is None:
+            check_regular(path)
         profile = json.loads((named or Path(path)).read_text(encoding="utf-8"))
         if not isinstance(profile, dict):
             raise ValueError(f"must be a JSON object, got {type(profile).__name__}")
         CostModel.from_profile(profile, kinds)
         profile = usable(profile)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UsageError(f"profile {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"profile {path}: {error}") from error
     return profile
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.files import check_regular
 from schedulers.simulation.traces import read_trace
 from schedulers.simulation.workload import Arrival, SloClass, synthetic
 
@@ -18,6 +19,7 @@ def workload(trace: str, num_requests: int, seed: int) -> list[Arrival]:
     try:
         if trace == "synthetic":
             return synthetic(num_requests or NUM_SYNTHETIC, 1.0, seed)
+        check_regular(trace)
         arrivals = read_trace(trace)
     except OSError as error:
         raise UsageError(f"--trace={trace}: {error.strerror or error}") from error

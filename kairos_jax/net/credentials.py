@@ -23,6 +23,7 @@ from grpc_health.v1 import health
 
 from kairos_jax.net.address import is_loopback, join_address, listen, split_address
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.files import check_regular
 
 # Probes come without a token, and learn nothing from health but that a server is there.
 _OPEN = f"/{health.SERVICE_NAME}/"
@@ -235,6 +236,7 @@ def read_token(values: flags.FlagValues, flag: str) -> str:
 
 def _read(flag: str, path: str, secret: bool = False) -> bytes:
     try:
+        check_regular(path)
         content = Path(path).read_bytes()
         if secret and Path(path).stat().st_mode & stat.S_IRWXO:
             _log.warning("--%s %s can be read by every user of this host", flag, path)

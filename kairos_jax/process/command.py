@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from kairos_jax.process import early, hints, logs, usage
+from kairos_jax.process import descriptors, early, hints, logs, usage
 
 
 class UsageError(Exception):
@@ -31,12 +31,13 @@ def run(
         if not serves:
             early.restore()
         try:
+            descriptors.ensure()
             if len(argv) > 1:
                 raise UsageError(f"unexpected argument {argv[1]!r}")
             return main(argv)
         except KeyboardInterrupt:
             return 130
-        except UsageError as error:
+        except (UsageError, descriptors.TooFew) as error:
             return fail(error)
 
     app.run(guarded, flags_parser=parse or parse_flags)

@@ -2,26 +2,26 @@
 
 import resource
 
-from kairos_jax.process.command import UsageError
-
-# A server opens some fifty for itself; links to peers, probes and files take more.
+# A server opens some fifty for itself; links to peers, probes and files take more. What is no
+# server needs less, which is not worth another number.
 LEAST = 128
 _MOST = 1 << 16
 
 
+class TooFew(Exception):
+    """This process may open too few files; the message says how many."""
+
+
 def ensure() -> int:
-    """Raises this process's own limit as far as it may, and returns it. Raises UsageError where it
-    is too low to serve.
-    """
+    """Raises this process's own limit as far as it may, and returns it. Raises TooFew."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit, wanted = _finite(soft), min(_finite(hard), _MOST)
     if limit < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         limit = wanted
     if limit < LEAST:
-        raise UsageError(
-            f"this process may open {limit} files, and a server needs at least {LEAST}: "
-            f"ulimit -n {LEAST}"
+        raise TooFew(
+            f"this process may open {limit} files, and needs at least {LEAST}: ulimit -n {LEAST}"
         )
     return limit
 

@@ -11,8 +11,12 @@ from types import FrameType
 
 STOPPED = "stopped while starting"
 # Of a process that is stopped before it is ready, by signal.
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 1}
-_USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 1, signal.SIGHUP: 1}
+_USUAL = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
 
 
 def end_on_signals() -> None:
@@ -27,6 +31,15 @@ def restore() -> None:
     for sign, usual in _USUAL.items():
         if signal.getsignal(sign) is _end:
             signal.signal(sign, usual)
+
+
+def interrupt_on_signals() -> None:
+    """SIGTERM and the loss of the terminal are as Ctrl-C, an exception, so that no process which
+    this one has started is left behind.
+    """
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(sign) is not signal.SIG_IGN:
+            signal.signal(sign, signal.default_int_handler)
 
 
 def _end(sign: int, frame: FrameType | None) -> None:

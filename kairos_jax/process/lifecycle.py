@@ -25,12 +25,15 @@ def define_flags(port: int) -> None:
 
 
 def asked_to_stop() -> asyncio.Future[int]:
-    """What is done once SIGTERM or Ctrl-C asks the process to drain; a second Ctrl-C ends it at
-    once. Its result is the exit code of a process that is not ready yet.
+    """What is done once SIGTERM, SIGHUP or Ctrl-C asks the process to drain; a second Ctrl-C ends
+    it at once. Its result is the exit code of a process that is not ready yet.
     """
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[int] = loop.create_future()
-    for sign in (signal.SIGINT, signal.SIGTERM):
+    asking = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        asking.append(signal.SIGHUP)
+    for sign in asking:
         loop.add_signal_handler(sign, _on_signal, sign, stop)
     if "end_with_stdin" in flags.FLAGS and flags.FLAGS.end_with_stdin:
         loop.add_reader(sys.stdin.fileno(), _on_stdin, loop, stop)

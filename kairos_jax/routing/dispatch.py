@@ -4,9 +4,12 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+import grpc
 
 from kairos_jax.engine.calls import wants_prompt_logprobs
 from kairos_jax.kv.transport import Ticket
@@ -14,6 +17,7 @@ from kairos_jax.routing.fleet import Fleet, WorkerLost
 from kairos_jax.routing.observer import Observer
 from kairos_jax.routing.peer import Peer
 from kairos_jax.routing.stream import RequestFailed, Stream
+from kairos_jax.routing.trials import Trials
 from kairos_jax.routing.waiting_room import WaitingRoom
 from kairos_jax.worker import codec
 from kairos_jax.worker.codec import For
@@ -34,9 +38,11 @@ from kairos_jax.worker.messages import (
 )
 from kairos_jax.worker.page_keys import page_keys
 
+log = logging.getLogger(__name__)
+
 # After so many losses a stream fails: what is lost wherever it goes may be the cause of it.
 MAX_RECOVERIES = 3
-# A request that was in so many steps that failed is refused: it may be the cause.
+# A request that so many workers had when they failed may be the cause of it.
 MAX_ABOARD = 2
 # Before a request whose KV did not come over is prefilled again; it doubles with each try.
 _BACKOFF_S, _MOST_BACKOFF_S = 0.1, 2.0
@@ -63,7 +69,7 @@ class Dispatch:
         rejoin_s: float = 0.0,
     ):
         self.fleet, self._observers, self._over = fleet, observers, over
-        self.rejoin_s, self._waiting = rejoin_s, WaitingRoom(loop)
+        self.rejoin_s, self._waiting, self._trials = rejoin_s, WaitingRoom(loop), Trials(loop)
         self.streams: dict[str, Stream] = {}
         self.serials = itertools.count(1)
         # Workers may have several routers, so ids must differ from those of every other.
@@ -101,10 +107,15 @@ class Dispatch:
             return False
         del self.streams[stream.request.id]
         self._waiting.leave(stream)
+        self._trials.leave(stream)
         return True
 
-    def joined(self) -> None:
-        """A worker has joined the fleet: streams that wait for one go on."""
+    def joined(self, peer: Peer) -> None:
+        """A worker has joined the fleet: streams that wait for one go on. One that is back had not
+        failed: only the way to it had.
+        """
+        for stream in self.streams.values():
+            stream.aboard.discard(peer.id)
         self._waiting.joined()
 
     def drop(self, stream: Stream) -> None:
@@ -164,16 +175,37 @@ class Dispatch:
             case Draining():
                 self.fleet.drains(peer)
             case Died(_, error, aboard):
+                reason = f"{peer.noun} failed: {_words(error)}"
                 if not peer.draining:
                     for each in self._observers:
                         each.lost(peer.role)
-                for stream in filter(None, map(self.streams.get, aboard)):
-                    stream.num_aboard += 1
-                self.lose(peer, f"{peer.noun} failed: {error}", alive=False)
+                    self._blame(peer, reason, aboard)
+                self.lose(peer, reason, alive=False)
+
+    def _blame(self, peer: Peer, reason: str, said: tuple[str, ...] | None) -> None:
+        """Counts a worker's failure against the requests that may be its cause, and refuses the one
+        that is, if there is one alone. said: as of `Died`; where nothing was said, all that the
+        worker had, since one that crashes its process leaves no time to tell of its step.
+        """
+        if said is None:
+            aboard = [each for each in self.streams.values() if peer in each.peers[-1:]]
+        else:
+            aboard = [self.streams[id] for id in said if id in self.streams]
+        # Those that were suspects before are the likelier cause.
+        tried = [each for each in aboard if len(each.aboard) >= MAX_ABOARD]
+        for stream in tried or aboard:
+            stream.aboard.add(peer.id)
+        suspects = [each for each in tried or aboard if len(each.aboard) >= MAX_ABOARD]
+        # Processes are also killed from outside: then two losses prove nothing yet.
+        if len(suspects) == 1 and (tried or said is not None):
+            (stream,) = suspects
+            told = f"{reason}; {len(stream.aboard)} instances that had it failed, and it is refused"
+            self._fail(stream, WorkerLost(told), "poison")
 
     def _on_output(self, stream: Stream, output: Output) -> None:
         last_at, stream.stalled_at = stream.last_token_at, None
         stream.put(output)
+        self._trials.progressed(stream)
         for each in self._observers:
             if last_at is None:
                 each.first_token(stream)
@@ -201,6 +233,7 @@ class Dispatch:
         """
         if len(stream.peers) > 1:
             source, target = stream.peers[-2:]
+            log.warning("KV did not move from %s to %s: %s", source.id, target.id, error)
             self.fleet.transfer_failed(source, target)
             for each in self._observers:
                 each.transfer_failed(source.id, target.id)
@@ -208,7 +241,7 @@ class Dispatch:
         stream.num_lost += 1
         if stream.refused_at is None:
             stream.refused_at = now
-        reason = f"the KV transfer failed: {error}"
+        reason = "the KV transfer failed"
         if stream.num_lost > MAX_RECOVERIES and now >= stream.refused_at + self.rejoin_s:
             error = WorkerLost(f"{reason} (lost {stream.num_lost} times)")
             return self._fail(stream, error, "lost_too_often")
@@ -269,13 +302,14 @@ class Dispatch:
 
     def _recover(self, stream: Stream, reason: str, cause: str) -> None:
         """Goes on with a stream that its workers will not bring to its end. cause: in a word."""
-        if stream.num_aboard >= MAX_ABOARD:
-            told = f"{reason}; it was in {stream.num_aboard} steps that failed, and is refused"
-            return self._fail(stream, WorkerLost(told), "poison")
         if stream.num_lost > MAX_RECOVERIES:
             error = WorkerLost(f"{reason} (lost {stream.num_lost} times)")
             return self._fail(stream, error, "lost_too_often")
-        self._go_on_elsewhere(stream, reason, cause)
+        go_on = functools.partial(self._go_on_elsewhere, stream, reason, cause)
+        if len(stream.aboard) >= MAX_ABOARD:
+            self.drop(stream)
+            return self._trials.enter(stream, go_on)
+        go_on()
 
     def _go_on_elsewhere(self, stream: Stream, reason: str, cause: str) -> None:
         """Prefills a stream again, as soon as there are workers for it."""
@@ -288,7 +322,8 @@ class Dispatch:
             again = functools.partial(self._go_on_elsewhere, stream, reason, cause)
             return self._await_worker(stream, told, again)
         self.drop(stream)
-        self.forget(stream)
+        del self.streams[stream.request.id]
+        self._waiting.leave(stream)
         self.start(stream, next(self.serials))
         for each in self._observers:
             each.recovered(stream, cause)
@@ -312,3 +347,13 @@ class Dispatch:
                 each.failed(stream, cause)
             self._over(stream, "failed")
         stream.fail(error)
+
+
+def _words(error: BaseException) -> str:
+    """What clients are told of a lost worker. The error itself is in the log, with addresses."""
+    match error:
+        case TimeoutError():
+            return "it stopped answering"
+        case ConnectionError() | grpc.aio.AioRpcError():
+            return "its connection ended"
+    return "its step failed"

@@ -107,6 +107,8 @@ class Links:
 
     async def close(self) -> None:
         """Leaves all workers; they cancel what they still have of this router."""
+        # A call that fails in the same moment may swallow the cancel: its link ends by this.
+        self._listed = dict.fromkeys(self._listed, frozenset())
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -120,7 +122,7 @@ class Links:
             reason = _reason(error)
             if link.linked is not None:
                 delay, said = _LEAST_BACKOFF_S, ""
-            elif isinstance(error, grpc.aio.AioRpcError):
+            if not isinstance(error, ValueError):  # else it is there, and does not fit
                 self._weights.pop((role, address), None)
             if reason.endswith(STARTING):  # which it will not be for long
                 delay = _LEAST_BACKOFF_S
@@ -136,6 +138,7 @@ class Links:
             said = reason
             await asyncio.sleep(delay)
             delay = min(2 * delay, _MOST_BACKOFF_S)
+        self._weights.pop((role, address), None)
 
     # What a link tells.
 
@@ -190,9 +193,11 @@ class Links:
         served = others[0].weights
         votes = Counter(self._weights.values())
         if votes[mine] <= votes[served]:
+            # A router reads no weights, so it cannot tell which are those of its model.
+            tie = "; as many have either, so those that linked first are served: end the others"
             raise ValueError(
                 f"its weights ({mine}) are those of {votes[mine]} workers, and {served}, of "
-                f"{votes[served]} workers, are served"
+                f"{votes[served]} workers, are served{tie if votes[mine] == votes[served] else ''}"
             )
         for link in others:
             link.refuse(
@@ -207,7 +212,7 @@ class _Link:
     def __init__(self, links: Links, role: Role, address: str):
         self.linked: Linked | None = None
         self.status: Status | None = None
-        self._aboard: tuple[str, ...] = ()
+        self._aboard: tuple[str, ...] | None = None  # see Died
         self._links, self._role, self._address = links, role, address
         self._outbox: asyncio.Queue[Message | Ping] = asyncio.Queue()
         self._refused: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -220,6 +225,7 @@ class _Link:
     def refuse(self, reason: str) -> None:
         """Ends the call: its worker does not fit any more."""
         if not self._refused.done():
+            self._aboard = ()  # none of its requests has to do with it
             self._refused.set_exception(ValueError(reason))
 
     async def attach(self) -> Exception:
@@ -312,8 +318,7 @@ class _Link:
         if self.linked is not None:
             self._links.left(self)
             self._links.part(self.linked.id)
-            gone = ConnectionError(_words(error))
-            self._links.router.emit(Died(self.linked.id, gone, self._aboard))
+            self._links.router.emit(Died(self.linked.id, error, self._aboard))
 
 
 async def _read(call: Any) -> pb.FromWorker:
@@ -327,16 +332,6 @@ def _on_end(task: asyncio.Task[None]) -> None:
     """No link ends unheard."""
     if not task.cancelled() and (error := task.exception()):
         log.error("a link to a worker has ended by an error", exc_info=error)
-
-
-def _words(error: Exception) -> str:
-    """What clients are told of a lost worker. The log has the error itself, with its address."""
-    match error:
-        case codec.RemoteError():
-            return f"its step failed with {error}"
-        case TimeoutError():
-            return "it stopped answering"
-    return "its connection ended"
 
 
 def _reason(error: Exception) -> str:

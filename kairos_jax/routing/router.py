@@ -79,7 +79,7 @@ class Router:
     def join(self, peer: Peer) -> None:
         """Takes in a worker, at any time. Raises ValueError if its id is in use."""
         self.fleet.join(peer)
-        self._dispatch.joined()
+        self._dispatch.joined(peer)
 
     def leave(self, id: str, reason: str = "it has left") -> None:
         """Does without a worker; its requests go on elsewhere. An unknown id is ignored."""

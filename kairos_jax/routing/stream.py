@@ -52,17 +52,17 @@ class Stream:
 
     request: as the client asked, under the id by which the workers know it at present. peers: those
     that may hold something of it, the last of them the one that has it in hand. num_lost: how often
-    it had to be recovered from a failure; num_aboard: how often it was in a step that failed.
-    stalled_at: since when no worker could go on with it. trace: W3C headers of the trace that it is
-    a part of, at first the client's. span: of `Tracing`, its own in that. worst_slack_s: see
-    `Timing`. cached_tokens: of the prompt as the client sent it, found in the prefix cache.
+    it had to be recovered from a failure; aboard: ids of the workers that failed and may have done
+    so by it. stalled_at: since when no worker could go on with it. trace: W3C headers of the trace
+    that it is a part of, at first the client's. span: of `Tracing`, its own in that. worst_slack_s:
+    see `Timing`. cached_tokens: of the prompt as the client sent it, found in the prefix cache.
     """
 
     name: str
     request: Request
     peers: list[Peer] = field(default_factory=list)
     num_lost: int = 0
-    num_aboard: int = 0
+    aboard: set[str] = field(default_factory=set)
     stalled_at: float | None = None
     refused_at: float | None = None
     trace: Mapping[str, str] = field(default_factory=dict)

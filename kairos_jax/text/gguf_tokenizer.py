@@ -9,7 +9,7 @@ from gguf import TokenType
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from kairos_jax.text.parts import Parts
-from models.checkpoint.gguf_tokens import end_tokens
+from models.checkpoint.gguf_tokens import end_tokens, named_token
 
 # How text is cut before byte pairs are merged, by the name that GGUF files give it. The patterns
 # are those of each model's published tokenizer.json.
@@ -65,10 +65,11 @@ def read(path: Path, fields: Mapping[str, Any]) -> Parts:
     texts, merges = _list(path, fields, "tokens", str), _list(path, fields, "merges", str)
     types = _list(path, fields, "token_type", int, needed=False)
     backend = _byte_level_bpe(path, texts, types, merges, pre)
-    ids = {name: _id(path, fields, name, len(texts)) for name in _TOKENS.values()}
-    tokens = {
-        called: texts[id] for called, name in _TOKENS.items() if (id := ids[name]) is not None
-    }
+    try:
+        ids = {called: named_token(fields, name) for called, name in _TOKENS.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    tokens = {called: texts[id] for called, id in ids.items() if id is not None}
     bos = tokens.get("bos_token")
     if bos and fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
         backend.post_processor = processors.TemplateProcessing(
@@ -86,13 +87,6 @@ def _list(
         raise ValueError(
             f"tokenizer.ggml.{name} of {path} must be a list of {kind.__name__}, {found}"
         )
-    return value
-
-
-def _id(path: Path, fields: Mapping[str, Any], name: str, size: int) -> int | None:
-    value = fields.get(field := f"tokenizer.ggml.{name}_token_id")
-    if value is not None and not (isinstance(value, int) and 0 <= value < size):
-        raise ValueError(f"{field} of {path} must be a token id below {size}, got {value!r}")
     return value
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 
 from kairos_jax.text.parts import NAMED_TOKENS, Parts
+from models.checkpoint.files import check_regular, is_there, unreadable
 
 _CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
@@ -30,8 +31,9 @@ def read(directory: Path) -> Parts:
       ValueError: a file cannot be read, or a field has a value of a wrong type.
     """
     file = directory / "tokenizer.json"
-    if not file.exists():
+    if not is_there(file):
         raise FileNotFoundError(f"no tokenizer: {directory} has no tokenizer.json")
+    check_regular(file)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # The Rust library raises bare Exception.
@@ -112,7 +114,7 @@ def _ids(file: Path, field: str) -> list[int]:
 def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """The chat templates by name. Files of their own replace those of the config."""
     found = {}
-    if (directory / _TEMPLATE).exists():
+    if is_there(directory / _TEMPLATE):
         found["default"] = _read_text(directory / _TEMPLATE)
     for file in sorted((directory / _MORE_TEMPLATES).glob("*.jinja")):
         found[file.stem] = _read_text(file)
@@ -145,15 +147,18 @@ def _wrong(file: Path, field: str, expected: str, value: Any) -> ValueError:
 
 
 def _read_text(file: Path) -> str:
+    check_regular(file)
     try:
         return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise unreadable(file, error) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one if there is no file."""
-    if not file.exists():
+    if not is_there(file):
         return {}
     text = _read_text(file)
     try:

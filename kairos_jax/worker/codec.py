@@ -231,7 +231,7 @@ FROM_WORKER = (
         Died,
         "died",
         For.INSTANCE,
-        lambda event, now: pb.Died(error=_error(event.error), aboard=event.aboard),
+        lambda event, now: pb.Died(error=_error(event.error), aboard=event.aboard or ()),
         lambda said, sender: Died(sender.instance, RemoteError(said.error), tuple(said.aboard)),
     ),
 )

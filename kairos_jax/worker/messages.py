@@ -152,12 +152,13 @@ class Draining:
 @dataclass(frozen=True, slots=True)
 class Died:
     """The step loop has ended by an error; nothing on this instance will go on. aboard: the
-    requests of the step that raised it, if a step did.
+    requests of the step that raised it, none if no step did; None where the instance was lost
+    before it could say.
     """
 
     instance: str
     error: BaseException
-    aboard: tuple[str, ...] = ()
+    aboard: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -363,7 +363,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
             return
         for router in self._routers:
             if isinstance(event, Died):
-                own = tuple(id for id in event.aboard if id in router.requests)
+                own = tuple(id for id in event.aboard or () if id in router.requests)
                 router.tell(replace(event, aboard=own))
             else:
                 router.tell(event)

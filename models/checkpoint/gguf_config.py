@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from models.checkpoint.fields import Fields
-from models.checkpoint.gguf_tokens import end_tokens
+from models.checkpoint.gguf_tokens import end_tokens, named_token
 from models.config import ModelConfig
 from models.families import FAMILIES, Family
 from models.rope import RopeScaling, rope_frequencies
@@ -59,7 +59,7 @@ def from_gguf(
         max_context=max_context,
         sliding_window=window if window and window < max_context else None,
         eos_token_ids=end_tokens(metadata),
-        bos_token_id=general.optional_integer("tokenizer.ggml.bos_token_id", least=0),
+        bos_token_id=named_token(metadata, "bos"),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from models.checkpoint.fields import Fields
 
+_TOKENS = "tokenizer.ggml.tokens"
 _IDS = ("eos", "eot", "eom")
 _TEXTS = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>"),
@@ -38,25 +39,35 @@ _NOT_WITH = {
 }
 
 
+def named_token(metadata: Mapping[str, Any], name: str) -> int | None:
+    """The id that the metadata gives a token, such as "bos". One outside the vocabulary counts as
+    not given, as in llama.cpp: some writers put 2**32 - 1 or -1 for none.
+
+    Raises:
+        ValueError: the id is of another type.
+    """
+    key = f"tokenizer.ggml.{name}_token_id"
+    id, tokens = metadata.get(key), metadata.get(_TOKENS)
+    if id is not None and type(id) is not int:
+        raise Fields("gguf", metadata).error(key, "a token id")
+    size = len(tokens) if isinstance(tokens, list) and tokens else 2**31
+    return id if id is not None and 0 <= id < size else None
+
+
 def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """Ids of the tokens that end an output, each once; the ids in the metadata come first.
 
-    metadata: of a GGUF file, as plain values by key. An id outside the vocabulary counts as not
-    given, as in llama.cpp: some writers put 2**32 - 1 for none.
+    metadata: of a GGUF file, as plain values by key.
 
     Raises:
         ValueError: an id or the vocabulary is of another type.
     """
-    fields = Fields("gguf", metadata)
-    tokens = fields.strings("tokenizer.ggml.tokens")
+    tokens = Fields("gguf", metadata).strings(_TOKENS)
     by_text = {text: id for id, text in enumerate(tokens)}
 
     def given(name: str) -> list[int]:
-        key = f"tokenizer.ggml.{name}_token_id"
-        id = metadata.get(key)
-        if id is not None and type(id) is not int:
-            raise fields.error(key, "a token id")
-        return [] if id is None or (tokens and not 0 <= id < len(tokens)) else [id]
+        id = named_token(metadata, name)
+        return [] if id is None else [id]
 
     def found(texts: tuple[str, ...]) -> list[int]:
         return [by_text[text] for text in texts if text in by_text]

@@ -86,7 +86,11 @@ def _read_one(fields: Fields, rope: Fields) -> tuple[float, RopeScaling | None]:
     if partial.values.get("partial_rotary_factor") is not None:
         partial.one_of("partial_rotary_factor", (1,))
     key = "rope_type" if "rope_type" in rope.values else "type"
-    kind = rope.one_of(key, ("default", "linear", "llama3"))
+    kinds = ("default", "linear", "llama3")
+    # Some releases of transformers fail here, others leave the factor out.
+    if key not in rope.values and rope.values.get("factor") not in (None, 1):
+        raise rope.error("rope_type", f"in {kinds}, since there is a factor")
+    kind = rope.one_of(key, kinds)
     if kind == "default":
         return theta, None
     if kind == "linear":

@@ -1,17 +1,21 @@
 """A cluster of processes outlives what befalls any of them: kill -9, SIGSTOP, SIGTERM, cancels."""
 
 import asyncio
+import signal
 
 import processes
 import pytest
 import rolling
 import scenarios
 import soak
+from clients import some_asks, stub_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # What a heartbeat (0.25 s), a step and a busy machine may take.
 FREED_S = 1.0
+# Longer than workers wait for a router, 10 s.
+STOPPED_S = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,24 @@ def test_nothing_is_lost(cluster, scenario):
         assert row.recovery_s < (row.detection_s or 0.0) + 3.0, "with the prefill of what it had"
     if "exit" in row.note:
         assert row.note.startswith("exit 0")
+
+
+def test_streams_go_on_after_their_router_was_stopped(cluster):
+    async def main():
+        async with stub_of(cluster.router) as stub:
+            faults, asks = scenarios.Faults(cluster, stub), some_asks(16, (5, 60), (500, 600))
+            await faults.expect(asks)
+            load = faults.load(asks)
+            await load.until(lambda answers: all(len(each.tokens) >= 100 for each in answers))
+            cluster.router.send(signal.SIGSTOP)
+            try:
+                await asyncio.sleep(STOPPED_S)
+            finally:
+                cluster.router.send(signal.SIGCONT)
+            assert faults.num_wrong(asks, await load.done()) == 0
+        assert await cluster.settled() == 0
+
+    asyncio.run(main())
 
 
 def test_a_rolling_restart_by_readiness_fails_no_request(cluster):

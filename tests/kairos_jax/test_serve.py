@@ -334,6 +334,19 @@ def test_wrong_use_is_one_line_and_code_2(environment, arguments, words):
     assert "Traceback" not in done.stderr
 
 
+def test_a_router_does_not_start_where_its_token_would_go_in_the_clear(environment, tmp_path):
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").chmod(0o600)
+    for targets in (
+        ("--prefill=127.0.0.1:1,10.0.0.7:50061", "--decode=127.0.0.1:1"),
+        ("--prefill=127.0.0.1:1", "--decode=dns:decode.example:50071"),
+    ):
+        done = run(environment, "router", CONFIG, f"--token_file={tmp_path}/token", *targets)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: --token_file needs --tls_ca to call ")
+        assert len(done.stderr.splitlines()) == 1
+
+
 def _cut_short(path):
     path.write_bytes(path.read_bytes()[:-1000])
 

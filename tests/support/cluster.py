@@ -106,10 +106,11 @@ class Front:
         config: ServerConfig = fakes.CONFIG,
         net: Credentials = PLAIN,
         hang_s: float = 5.0,
+        rejoin_s: float = 0.0,
     ) -> "Front":
         loop = asyncio.get_running_loop()
         cost = CostModel.from_profile({"kv_capacity_tokens": 1}, ())
-        router, changed = Router(loop, 1000, cost), asyncio.Event()
+        router, changed = Router(loop, 1000, cost, rejoin_s=rejoin_s), asyncio.Event()
         links = Links(router, config, net, changed.set, min(0.1, hang_s / 4), hang_s)
         front = cls(router, links, changed)
         for role in (Role.PREFILL, Role.DECODE):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import time
 from dataclasses import replace
@@ -272,6 +273,31 @@ def test_a_port_in_use_is_an_error():
     asyncio.run(go())
 
 
+def test_a_peer_that_cannot_be_reached_is_tried_again_soon():
+    """Seven tries take 3 s; with gRPC's own pauses they take half a minute."""
+
+    async def go():
+        tries, enough = [], asyncio.Event()
+
+        def refuse(reader, writer):
+            tries.append(time.monotonic())
+            writer.close()
+            if len(tries) == 7:
+                enough.set()
+
+        server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with PLAIN.channel(address) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            waiting = check(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+            await asyncio.wait_for(enough.wait(), 60)
+            waiting.cancel()
+        server.close()
+        assert tries[-1] - tries[0] < 15
+
+    asyncio.run(go())
+
+
 def test_the_token_does_not_leave_the_host_in_the_clear():
     wire = Credentials(token="open-sesame")
 
@@ -351,13 +377,23 @@ def test_flags_make_a_wire(from_flags, tmp_path):
         ({"tls_ca": str(TLS / "peer.key")}, "--tls_ca .*peer.key: NO_CERT"),
         ({"tls_ca": __file__}, "--tls_ca .*test_credentials.py: "),
         ({"token_file": "no/such"}, "--token_file no/such: No such file"),
-        ({"token_file": "/dev/null"}, "--token_file /dev/null is empty"),
+        ({"token_file": "/dev/null"}, "--token_file /dev/null: not a regular file"),
+        ({"token_file": str(TLS)}, "--token_file .*: not a regular file"),
         ({"token_file": str(TLS / "README.md")}, "must hold one word of printable ASCII"),
     ],
 )
 def test_wrong_flags_are_named(from_flags, given, message):
     with pytest.raises(UsageError, match=message):
         from_flags(**given)
+
+
+@pytest.mark.parametrize("flag", ["token_file", "tls_ca", "tls_cert", "public_tls_key"])
+def test_a_fifo_is_named_and_not_waited_for(from_flags, tmp_path, flag):
+    os.mkfifo(tmp_path / "fifo")
+    given = named("peer") | {"tls_ca": str(TLS / "ca.pem")}
+    given |= {f"public_{flag}": path for flag, path in named("peer").items()}
+    with pytest.raises(UsageError, match=f"--{flag} .*/fifo: not a regular file"):
+        from_flags(public=flag.startswith("public"), **given | {flag: str(tmp_path / "fifo")})
 
 
 @pytest.mark.parametrize(

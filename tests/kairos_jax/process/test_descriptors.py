@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from kairos_jax.process import descriptors
-from kairos_jax.process.command import UsageError
 
 
 @pytest.fixture
@@ -27,15 +26,18 @@ def test_the_own_limit_is_raised_as_far_as_it_may_be(limits):
 
 
 def test_a_limit_that_is_too_low_is_named(limits):
-    with pytest.raises(UsageError, match="may open 64 files, and a server needs at least 128"):
+    with pytest.raises(descriptors.TooFew, match="may open 64 files, and needs at least 128"):
         descriptors.ensure()
 
 
-@pytest.mark.parametrize("binary", ["serve", "router", "decode"])
-def test_a_server_says_so_in_one_line(binary):
-    command = f"ulimit -n 40; exec {sys.executable} -m kairos_jax.{binary} --config=nowhere.py"
+@pytest.mark.parametrize(
+    ("binary", "limit"),
+    [("serve", 8), ("router", 64), ("decode", 16), ("cluster", 16), ("convert", 8), ("client", 8)],
+)
+def test_a_binary_says_so_in_one_line(binary, limit):
+    command = f"ulimit -n {limit}; exec {sys.executable} -m kairos_jax.{binary}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: this process may open 40 files, and a server needs at least 128: ulimit -n 128\n"
+        f"error: this process may open {limit} files, and needs at least 128: ulimit -n 128\n"
     )

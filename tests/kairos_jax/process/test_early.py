@@ -40,7 +40,7 @@ def importing(tmp_path):
     started = []
 
     def start(command=("-m", "kairos_jax.serve"), ignored=False):
-        ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"] if ignored else []
+        ignoring = ["sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh"] if ignored else []
         process = subprocess.Popen(
             [*ignoring, sys.executable, *command, "--config=nosuch.py"],
             env=os.environ | {"PYTHONPATH": str(tmp_path)},
@@ -59,7 +59,7 @@ def importing(tmp_path):
         process.communicate()
 
 
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 1)])
 @pytest.mark.parametrize("command", [("-m", "kairos_jax.serve"), CONSOLE_SCRIPT])
 def test_a_signal_amid_imports_ends_it_with_one_line(importing, command, sign, code):
     process = importing(command)
@@ -72,6 +72,7 @@ def test_a_signal_amid_imports_ends_it_with_one_line(importing, command, sign, c
 def test_an_ignored_signal_stays_ignored(importing):
     process = importing(ignored=True)
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGHUP)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert said.startswith("error: --config=nosuch.py: there is no such file")

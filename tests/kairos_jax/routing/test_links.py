@@ -9,11 +9,13 @@ import cluster
 import fakes
 import grpc
 import pytest
+from relay import Relay
 
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.net.credentials import Credentials
+from kairos_jax.routing import links
 from kairos_jax.worker.messages import Died
-from kairos_jax.worker.server import RoleOptions
+from kairos_jax.worker.server import RoleOptions, RoleServer
 from models.sampling import SamplingParams
 from schedulers.ledger.instance import Role
 
@@ -189,7 +191,9 @@ def test_a_step_that_hangs_makes_its_worker_lost_until_it_ends(logged):
         stream = front.submit([1, 2, 3], 9)
         await anext(aiter(stream))
         await front.linked(1)
-        assert [str(each.error) for each in died] == ["it stopped answering"]
+        assert [each.aboard for each in died] == [None]
+        await asyncio.sleep(0)  # the router takes it
+        assert front.router.fleet.last_loss == "a decode instance failed: it stopped answering"
         await logged(1, "hangs in a step")
         assert not front.links.of(Role.DECODE)
         nodes[1].engine.gate.set()
@@ -209,11 +213,12 @@ def test_a_worker_whose_loop_ends_is_lost_with_its_reason():
         async with cluster.running() as (nodes, front, _):
             died = listening(front)
             nodes[1].engine.fail = RuntimeError("no more memory")
-            front.submit([1, 2, 3], 9)
+            stream = front.submit([1, 2, 3], 9)
             await front.linked(1)
-            assert [str(each.error) for each in died] == [
-                "its step failed with RuntimeError: no more memory"
-            ]
+            assert [str(each.error) for each in died] == ["RuntimeError: no more memory"]
+            assert [each.aboard for each in died] == [(stream.request.id,)]
+            await asyncio.sleep(0)  # the router takes it
+            assert front.router.fleet.last_loss == "a decode instance failed: its step failed"
 
     run(main)
 
@@ -267,6 +272,38 @@ def test_the_weights_of_most_workers_are_served_whichever_linked_first(logged):
         await front.ask([1, 2, 3], 9)
         await front.links.close()
         for node in nodes:
+            await node.die()
+        transport.close()
+
+    run(main)
+
+
+def test_a_tie_of_weights_is_told_and_ends_when_the_others_leave(logged):
+    async def main():
+        transport, odd = LocalTransport(), replace(cluster.FACTS, fingerprint="beef")
+        roles = (Role.PREFILL, Role.DECODE)
+        first = [await cluster.Node.start(role, transport, facts=odd) for role in roles]
+        front = cluster.Front.start(first)
+        await front.linked(2)
+
+        def served():
+            return [each.welcome.fingerprint for each in front.links.workers.values()]
+
+        second = [await cluster.Node.start(role, transport) for role in roles]
+        for old, new in zip(first, second, strict=True):
+            both = frozenset({old.server.address, new.server.address})
+            front.links.found(new.server.role, both)
+        await logged(2, "of 2 workers, are served; as many have either")
+        assert served() == ["beef"] * 2
+        for _, new in zip(first, second, strict=True):
+            # No more listed: nothing tries to link to it again.
+            front.links.found(new.server.role, frozenset({new.server.address}))
+        await first[0].die()
+        await logged(1, "(beef) are those of 1 workers, and f00d, of 2 workers, are served from")
+        await front.until(lambda: served() == ["f00d"] * 2)
+        await front.ask([1, 2, 3], 9)
+        await front.links.close()
+        for node in (first[1], *second):
             await node.die()
         transport.close()
 
@@ -371,3 +408,84 @@ def test_what_outlasts_the_grace_of_a_drain_goes_on_elsewhere():
             assert await cluster.read(stream) == fakes.expected_tokens([1, 2, 3], 60)
 
     run(main)
+
+
+def test_a_worker_that_starts_is_asked_again_soon(monkeypatch):
+    """Twenty tries that doubled their pause would take hours."""
+    monkeypatch.setattr(links, "_LEAST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(links, "_MOST_BACKOFF_S", 3600.0)
+
+    async def main():
+        server = RoleServer(Role.PREFILL, RoleOptions(cluster.HOST, 0, cluster.HOST), cluster.PLAIN)
+        tries, enough, admit = [], asyncio.Event(), server.service._admit
+
+        def counted(first):
+            tries.append(first)
+            if len(tries) == 20:
+                enough.set()
+            return admit(first)
+
+        server.service._admit = counted
+        await server.start()
+        front = cluster.Front.start([])
+        front.links.found(Role.PREFILL, frozenset({server.address}))
+        await asyncio.wait_for(enough.wait(), 50)
+        await front.links.close()
+        await server.grpc.stop(None)
+
+    run(main)
+
+
+@pytest.mark.parametrize("who_notices", ["router", "workers", "both"])
+def test_streams_go_on_after_nothing_went_over_their_links_for_a_while(who_notices):
+    """As when links are cut for some seconds, or a router is stopped for longer than workers wait
+    for it.
+    """
+    router_s, workers_s = (0.3 if who_notices in (who, "both") else 30.0 for who in _SIDES)
+
+    async def main():
+        options = RoleOptions(cluster.HOST, 0, cluster.HOST, router_hang_s=workers_s)
+        transport = LocalTransport()
+        nodes = [
+            await cluster.Node.start(role, transport, options=options)
+            for role in (Role.PREFILL, Role.DECODE, Role.DECODE)
+        ]
+        relays = [await Relay.start(node.server.address) for node in nodes]
+        front = cluster.Front.start([], hang_s=router_s, rejoin_s=30.0)
+        front.links.found(Role.PREFILL, frozenset({relays[0].address}))
+        front.links.found(Role.DECODE, frozenset(each.address for each in relays[1:]))
+        await front.linked(3)
+        for node in nodes[1:]:
+            node.engine.gate.clear()
+        streams = [front.submit([number, 2, 3], 60) for number in range(8)]
+        while not all(stream.tokens for stream in streams):
+            await asyncio.sleep(0.01)
+        for relay in relays:
+            relay.carries.clear()
+        for node in nodes[1:]:
+            node.engine.gate.set()
+        if router_s < 1:
+            await front.until(lambda: not front.links.workers)
+            late = front.submit([9, 2, 3], 60)  # waits as the others do
+        else:
+            while any(node.server.service.num_routers for node in nodes):
+                await asyncio.sleep(0.01)
+            late = front.submit([9, 2, 3], 60)
+        for relay in relays:
+            relay.carries.set()
+        for number, stream in (*enumerate(streams), (9, late)):
+            assert await cluster.read(stream) == fakes.expected_tokens([number, 2, 3], 60)
+        await front.linked(3)
+        assert not any(stream.aboard for stream in streams), "no worker had failed"
+        await front.links.close()
+        for relay in relays:
+            relay.close()
+        for node in nodes:
+            await cluster.idle(node)
+            await node.die()
+        transport.close()
+
+    run(main)
+
+
+_SIDES = ("router", "workers")

@@ -11,10 +11,11 @@ from fleet import COST, PROMPT, asked, in_loop
 
 from kairos_jax.engine.calls import Token
 from kairos_jax.kv.transport import Ticket
-from kairos_jax.routing import dispatch
+from kairos_jax.routing import dispatch, trials
 from kairos_jax.routing.fleet import WorkerLost
 from kairos_jax.routing.peer import Peer
 from kairos_jax.routing.router import Router
+from kairos_jax.worker.codec import RemoteError
 from kairos_jax.worker.messages import (
     Cancel,
     Died,
@@ -72,11 +73,32 @@ class Played:
                         return message
                 await asyncio.sleep(0)
 
+    def taken(self, peer, kind):
+        """All messages of a kind that a peer was sent; the others are dropped."""
+        messages = self.posts[peer][:]
+        self.posts[peer].clear()
+        return [each for each in messages if isinstance(each, kind)]
+
     def read(self, peer):
         """The one message that a peer was sent."""
         (message,) = self.posts[peer]
         self.posts[peer].clear()
         return message
+
+    async def fail(self, peer, *aboard):
+        """A step with these streams fails there."""
+        await self.say(Died(peer, RuntimeError("boom"), tuple(each.request.id for each in aboard)))
+
+    async def replace_prefill(self, said):
+        """A step of the one prefill worker fails with all that it has, and another joins. said: it
+        raised; else the process crashed.
+        """
+        (old,) = [peer for peer in self.router.peers if peer.role is Role.PREFILL]
+        self.join(f"p{int(old.id[1:]) + 1}")
+        if said:
+            await self.fail(old.id, *[s for s in self.router.streams if s.peers == [old]])
+        else:
+            await self.say(Died(old.id, ConnectionError("recvmsg: reset by 10.2.0.7:50071")))
 
     async def prefilled(self, token=11):
         """The request at p0 has its first token. Returns what the decode worker is told."""
@@ -280,7 +302,7 @@ async def test_without_another_of_its_role_a_stream_fails_at_once():
         if lost == "d0":
             handed = await played.prefilled()
         await played.say(Died(lost, RuntimeError("on fire")))
-        with pytest.raises(WorkerLost, match="instance failed: on fire"):
+        with pytest.raises(WorkerLost, match="instance failed: its step failed"):
             _ = [output async for output in stream]
         assert played.router.num_streams == 0
         if lost == "d0":
@@ -312,13 +334,13 @@ async def test_what_the_last_prefill_worker_still_had_goes_on():
 
 
 @in_loop
-async def test_what_is_lost_again_and_again_fails_with_the_last_reason():
+async def test_what_is_lost_again_and_again_fails():
     played = Played("p0", "d0")
     stream = played.router.submit(asked())
     for index in range(dispatch.MAX_RECOVERIES + 1):
         id = (await played.sent("p0", Submit)).request.id
         await played.say(Lost(id, LookupError(f"reason {index}")))
-    with pytest.raises(WorkerLost, match=f"reason {dispatch.MAX_RECOVERIES}"):
+    with pytest.raises(WorkerLost, match="the KV transfer failed"):
         _ = [output async for output in stream]
     assert played.router.num_streams == 0
 
@@ -369,26 +391,129 @@ async def test_a_stream_for_which_no_worker_joins_in_time_fails_with_the_reason(
     played = Played("p0", "d0", rejoin_s=0.01)
     stream = played.router.submit(asked())
     await played.say(Died("p0", RuntimeError("on fire")))
-    with pytest.raises(WorkerLost, match="a prefill instance failed: on fire"):
+    with pytest.raises(WorkerLost, match="a prefill instance failed: its step failed"):
         _ = [output async for output in stream]
     assert played.router.num_streams == 0
     assert not played.posts["d0"]
 
 
 @in_loop
-async def test_a_request_that_was_in_two_steps_that_failed_is_refused_and_others_go_on():
+async def test_the_one_request_that_was_in_two_steps_that_failed_is_refused_and_others_go_on():
     played = Played("p0", "p1", "p2", "d0")
     poison, other = played.router.submit(asked()), played.router.submit(asked())
-    for number in (1, 2):
-        holder = poison.peers[-1].id
-        ids = [each.request.id for each in (poison, other) if each.peers[-1].id == holder]
-        assert poison.num_aboard == number - 1
-        await played.say(Died(holder, RuntimeError("boom"), (poison.request.id,)))
-        assert ids
-    with pytest.raises(WorkerLost, match="it was in 2 steps that failed, and is refused"):
+    for _ in range(2):
+        await played.fail(poison.peers[-1].id, poison)
+    with pytest.raises(WorkerLost, match="2 instances that had it failed, and it is refused"):
         _ = [output async for output in poison]
     assert played.router.streams == [other]
-    assert other.num_aboard == 0
+    assert not other.aboard
+
+
+@in_loop
+async def test_requests_that_were_in_two_steps_that_failed_are_tried_one_after_another():
+    played = Played("p0", "d0")
+    streams = [played.router.submit(asked()) for _ in range(5)]
+    for _ in range(2):
+        await played.replace_prefill(said=True)
+    first, *others = streams
+    assert [bool(each.peers) for each in streams] == [True] + [False] * 4
+    fresh = played.router.submit(asked())
+    await played.replace_prefill(said=True)
+    with pytest.raises(WorkerLost, match="3 instances that had it failed, and it is refused"):
+        _ = [output async for output in first]
+    assert not fresh.aboard, "what was with one that is tried is not suspected"
+    while others:
+        await asyncio.sleep(0)
+        assert [bool(each.peers) for each in others] == [True] + [False] * (len(others) - 1)
+        stream = others.pop(0)
+        await played.output(stream.request.id, 11, ticket=True)
+        await played.output(stream.request.id, 12)
+        assert not stream.aboard, "it has got through"
+    assert len(played.router.streams) == 5
+
+
+@in_loop
+async def test_a_request_whose_workers_crash_or_hang_is_refused_and_others_go_on():
+    played = Played("p0", "d0")
+    poison, *others = [played.router.submit(asked()) for _ in range(4)]
+    lost = 0
+    while poison in played.router.streams:
+        assert lost < 3
+        await played.replace_prefill(said=False)
+        lost += 1
+    with pytest.raises(WorkerLost, match="its connection ended; 3 instances that had it failed"):
+        _ = [output async for output in poison]
+    assert played.router.streams == others
+
+
+@in_loop
+async def test_two_crashes_alone_prove_nothing():
+    played = Played("p0", "d0")
+    stream = played.router.submit(asked())
+    for number in range(2):
+        await played.replace_prefill(said=False)
+        await played.output(stream.request.id, 11 + number)
+        await played.output(stream.request.id, 21 + number)
+    assert stream.peers
+    assert not stream.aboard
+
+
+@in_loop
+async def test_a_worker_that_is_back_had_not_failed():
+    played = Played("p0", "d0", rejoin_s=60.0)
+    stream = played.router.submit(asked())
+    for _ in range(3):
+        await played.say(Died("p0", TimeoutError()))
+        played.join("p0")
+    assert stream.peers, "links fail, and nobody is to blame"
+
+
+@in_loop
+async def test_one_whose_turn_does_not_come_goes_on_beside_the_others(monkeypatch):
+    monkeypatch.setattr(trials, "PATIENCE_S", 0.05)
+    played = Played("p0", "d0")
+    streams = [played.router.submit(asked()) for _ in range(3)]
+    for _ in range(2):
+        await played.replace_prefill(said=False)
+    while not all(each.peers for each in streams):
+        await asyncio.sleep(0.01)
+    await played.replace_prefill(said=False)
+    assert set(played.router.streams) == set(streams), "it was none of them alone"
+
+
+@in_loop
+async def test_all_that_wait_for_their_turn_fail_in_the_end_where_no_worker_is_left():
+    played = Played("p0", "d0", max_requests=500)
+    streams = [played.router.submit(asked()) for _ in range(400)]
+    for _ in range(2):
+        await played.replace_prefill(said=False)
+    await played.say(Died("p2", ConnectionError()))
+    await asyncio.wait_for(played.router.drained(), 30)
+    for stream in streams:
+        with pytest.raises(WorkerLost):
+            _ = [output async for output in stream]
+
+
+@in_loop
+async def test_clients_are_told_no_addresses_and_no_errors_of_workers():
+    hidden = "KV from 10.2.0.7:50071: UNAVAILABLE: ipv4:10.2.0.7:50071: Connection refused"
+    for error in (RemoteError(f"ConnectionError: {hidden}"), ConnectionError(hidden)):
+        played = Played("p0", "d0")
+        lost, moved = played.router.submit(asked()), played.router.submit(asked())
+        for _ in range(dispatch.MAX_RECOVERIES + 1):
+            id = (await played.sent("p0", Submit)).request.id
+            if id.endswith("#2"):
+                id = (await played.sent("p0", Submit)).request.id
+            await played.say(Lost(id, error))
+        with pytest.raises(WorkerLost, match=r"^the KV transfer failed \(lost 4 times\)$"):
+            _ = [output async for output in lost]
+        await played.say(Died("p0", error))
+        with pytest.raises(WorkerLost) as told:
+            _ = [output async for output in moved]
+        assert "10.2.0.7" not in str(told.value)
+        with pytest.raises(WorkerLost) as told:
+            played.router.submit(asked())
+        assert "10.2.0.7" not in str(told.value)
 
 
 @in_loop
@@ -410,6 +535,29 @@ async def test_a_pair_between_which_kv_does_not_move_is_avoided_for_a_while():
     again = (await played.sent("p0", Submit)).request
     await played.output(again.id, 12, ticket=True)
     assert isinstance(played.posts[first][-1], Handover), "after a while it is tried again"
+
+
+@in_loop
+async def test_a_short_refusal_of_kv_connections_fails_nothing():
+    played = Played("p0", "d0", max_requests=100, rejoin_s=10.0)
+    loop, begin = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+    streams = [played.router.submit(asked(max_tokens=20)) for _ in range(70)]
+    refused = 0
+    while played.router.streams:
+        await asyncio.sleep(0.001)
+        played.now = loop.time() - begin
+        for submit in played.taken("p0", Submit):
+            await played.output(submit.request.id, 11, ticket=True)
+        for handed in played.taken("d0", Handover):
+            if played.now < 0.3:
+                refused += 1
+                await played.say(Lost(handed.request.id, ConnectionError("refused")))
+            else:
+                await played.say(Moved(handed.request.id, played.now))
+                await played.output(handed.request.id, 12, finish_reason="length")
+    assert refused >= 70
+    for stream in streams:
+        assert [output.token.id async for output in stream][-1] == 12
 
 
 @in_loop

@@ -1,6 +1,7 @@
 """A tokenizer's files in the variants that models come with, and what is wrong with others."""
 
 import json
+import os
 import re
 
 import pytest
@@ -177,6 +178,30 @@ def test_a_template_that_is_not_text_is_named(directory):
     (directory / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8"):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("generation_config.json", "chat_template.jinja", "additional_chat_templates/a.jinja"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "must be a regular file, but is a FIFO"),
+        (os.mkdir, "must be a regular file, but is a directory"),
+        (lambda path: path.symlink_to("nowhere"), "no such file"),
+    ],
+)
+def test_what_is_no_file_is_named_and_not_waited_for(directory, file, make, words):
+    path = directory / file
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    make(path)
+    with pytest.raises(ValueError, match=f"{file}: {words}"):
+        load(directory)
 
 
 def test_what_is_saved_is_loaded_again(tmp_path):

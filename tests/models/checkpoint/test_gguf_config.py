@@ -163,6 +163,15 @@ def test_the_vocabulary_is_as_large_as_the_list_of_its_tokens():
         from_gguf(metadata, tied=True)
 
 
+@pytest.mark.parametrize("id", [2**32 - 1, -1, 7, None])
+def test_a_bos_token_outside_the_vocabulary_is_none(id):
+    listed = {**GGUF, "tokenizer.ggml.tokens": [f"<{i}>" for i in range(7)]}
+    del listed["llama.vocab_size"]
+    for bos, expected in ((id, None), (6, 6)):
+        given = listed | {"tokenizer.ggml.bos_token_id": bos}
+        assert from_gguf(given, tied=True).bos_token_id == expected
+
+
 def test_a_bos_token_of_the_wrong_type_is_named():
-    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.bos_token_id must be a whole number"):
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.bos_token_id must be a token id"):
         from_gguf({**GGUF, "tokenizer.ggml.bos_token_id": "1"}, tied=True)

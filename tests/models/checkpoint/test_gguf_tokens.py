@@ -58,6 +58,7 @@ def test_those_that_the_metadata_names_come_first():
 def test_a_file_without_a_vocabulary():
     assert end_tokens({}) == ()
     assert end_tokens({"tokenizer.ggml.eos_token_id": 7}) == (7,)
+    assert end_tokens({"tokenizer.ggml.eos_token_id": 2**32 - 1}) == ()
 
 
 @pytest.mark.parametrize("value", ["2", [2], 2.0, True])

@@ -36,6 +36,7 @@ def rope_of(**change):
         ({"rope_scaling": {"type": "su", "rope_type": "default"}}, (1e4, None)),
         ({"rope_parameters": {"partial_rotary_factor": 1.0}}, (1e4, None)),
         ({"partial_rotary_factor": None}, (1e4, None)),
+        ({"rope_scaling": {"factor": 1.0}}, (1e4, None)),
     ],
 )
 def test_rope_is_read_from_old_and_new_keys(change, expected):
@@ -79,6 +80,8 @@ IN_USE = {"use_sliding_window": True, "sliding_window": 128}
         ({"rope_scaling": [1]}, r"rope_scaling must be an object, got \[1\]"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'"),
         ({"rope_parameters": 5}, "rope_parameters must be an object, got 5"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: rope_type is missing: it must be in"),
+        ({"rope_parameters": {"factor": 8, "rope_theta": 5e5}}, "rope_type is missing: it must be"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing: it must be a num"),
         ({"rope_scaling": {"type": "linear", "factor": None}}, "factor must be a number, got null"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number, got '2'"),
