@@ -12,6 +12,7 @@ from absl import flags
 from grpc_health.v1 import health
 
 from kairos_jax.process.command import UsageError
+from kairos_jax.process.files import check_regular
 
 # For probes and tools, which learn nothing from them but what is served.
 _OPEN = tuple(
@@ -36,6 +37,7 @@ def keys_from_flags() -> tuple[bytes, ...]:
     if not path:
         return ()
     try:
+        check_regular(path)
         keys = Path(path).read_bytes().split()
     except OSError as error:
         raise UsageError(f"--api_keys_file {path}: {error.strerror}") from error

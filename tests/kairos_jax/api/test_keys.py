@@ -1,6 +1,7 @@
 """API keys of gRPC clients: the same as those of HTTP."""
 
 import asyncio
+import os
 from types import SimpleNamespace
 
 import fakes
@@ -100,6 +101,9 @@ def test_keys_are_read_from_a_file(tmp_path, monkeypatch):
         read(str(file))
     with pytest.raises(UsageError, match="no/such: No such file"):
         read("no/such")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match="fifo: not a regular file"):
+        read(str(tmp_path / "fifo"))
 
 
 def test_a_key_that_is_no_latin_1_is_wrong():
