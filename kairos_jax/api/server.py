@@ -78,6 +78,9 @@ class Server:
             interceptors=[*checks, WellFormed()], options=options, maximum_concurrent_rpcs=MAX_CALLS
         )
         self.gate, self._draining = Gate(clock), False
+        if http:  # the largest body alone is always taken
+            slots = self.gate.slots
+            slots.max_bytes = max(slots.max_bytes, http.max_body_bytes)
         kairos_pb2_grpc.add_KairosServicer_to_server(Servicer(self.gate), self._grpc)
         try:  # first: what is wrong with the host is wrong with all the ports
             self.port = net.add_port(self._grpc, host, port)

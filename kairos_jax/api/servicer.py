@@ -69,8 +69,10 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
     async def _submit(
         self, backend: Backend, request: pb.GenerateRequest, arrival: float, context
     ) -> Stream:
+        template = request.chat.template if request.chat.HasField("template") else None
+        lane = backend.validator.lane(request.ByteSize(), template)
         checked = await self.gate.slots.tokenize(
-            lambda: backend.validator.request(request, arrival)
+            lambda: backend.validator.request(request, arrival), lane
         )
         await self._entered(context, self.gate.admit)  # it may have closed since
         return backend.router.submit(checked, trace_of(context.invocation_metadata() or ()))

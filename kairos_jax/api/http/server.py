@@ -40,6 +40,12 @@ def define_flags() -> None:
         "Names by which HTTP clients may call the server, where no key is asked for, beside "
         "--host, localhost and IP addresses; *: any.",
     )
+    flags.DEFINE_boolean(
+        "trust_request_chat_template",
+        False,
+        "Render chat templates that requests bring. They are programs; the model's own need no "
+        "flag.",
+    )
     flags.DEFINE_integer("http_max_body_mb", 8, "MiB that one HTTP request may have.", 1, 1024)
 
 

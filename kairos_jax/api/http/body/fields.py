@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from kairos_jax.api.json_text import read_json
 from kairos_jax.api.refusal import BadField
 
 _INT32 = 2**31
@@ -15,14 +16,7 @@ _INT64 = 2**63
 
 def read_object(raw: bytes) -> dict[str, Any]:
     """The JSON object that is a body. Raises BadField."""
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadField("body", f"must be UTF-8: byte {error.start} is not") from error
-    except RecursionError as error:
-        raise BadField("body", "is nested too deeply") from error
-    except ValueError as error:
-        raise BadField("body", f"must be JSON: {error}") from error
+    value = read_json(raw, "body")
     if not isinstance(value, dict):
         raise BadField("body", f"must be a JSON object, got {shown(value)}")
     return value

@@ -10,9 +10,11 @@ import pytest
 from http_fakes import until
 from uvicorn.protocols.http.flow_control import FlowControl
 
+from kairos_jax.api.http import app
 from kairos_jax.api.http.answers import writing
 from kairos_jax.api.http.body import request
 from kairos_jax.api.http.connections import Connections
+from kairos_jax.text import tokenizer as tokenizer_module
 
 CONFIG = fakes.altered(max_requests=4)
 
@@ -174,3 +176,62 @@ async def test_an_answer_of_more_numbers_than_one_is_made_of_is_refused(api):
         error = refused.json()["error"]
         assert (refused.status_code, error["param"]) == (400, "logprobs")
         assert "36 tokens in all choices and 5 alternatives each make 216" in error["message"]
+
+
+def test_a_slow_template_of_a_client_holds_up_nobody_else(monkeypatch):
+    """Each loops without end, until its time is over."""
+    monkeypatch.setattr(tokenizer_module, "CLIENTS_SECONDS", 0.5)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+    async def main():
+        async with http_fakes.serving(trusts_templates=True) as api:
+            await api.chat("hi", max_tokens=2)  # the process of the model's template has started
+            messages = {"messages": [{"role": "user", "content": "hi"}]}
+            body = http_fakes.ASK | messages | {"chat_template": endless}
+            slow = [asyncio.ensure_future(api.post("/v1/chat/completions", body)) for _ in range(3)]
+            await until(lambda: api.harness.server.gate.slots._num_templates == 3)
+            await api.complete(prompt="hello", max_tokens=2)
+            await api.chat("hi", max_tokens=2)
+            assert not any(each.done() for each in slow[1:]), "they are not over"
+            for each in asyncio.as_completed(slow):
+                answer = await each
+                assert answer.status_code == 400
+                words = "the given chat template took more than 0.5 s of processor time"
+                assert words in answer.json()["error"]["message"]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@serving
+async def test_bodies_in_progress_are_bounded_in_all(api):
+    slots = api.harness.server.gate.slots
+    slots.max_bytes = 100_000
+    _, writer = await connected(api)
+    writer.write(head(99_000) + b"{" * 90_000)
+    await until(lambda: slots.num_bytes > 80_000)
+    refused = await api.post("/tokenize", {"prompt": "x" * 70_000})
+    assert refused.status_code == 429
+    assert "the bodies of requests in progress" in refused.json()["error"]["message"]
+    assert (await api.post("/tokenize", {"prompt": "hello"})).status_code == 200
+    writer.close()
+    await until(lambda: slots.num_held == 0)
+    assert slots.num_bytes == 0
+
+
+@serving
+async def test_the_ids_of_a_long_text_are_written_in_parts(api):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "_IDS_PART", 10)
+        for count in (0, 1, 10, 95):
+            answer = await api.post("/tokenize", {"prompt": "x" * count})
+            told = answer.json()
+            assert told == {"count": count, "max_model_len": 128, "tokens": [90] * count}
+
+
+@serving
+async def test_more_ids_than_the_context_has_have_no_text(api):
+    assert (await api.post("/detokenize", {"tokens": [2] * 128})).json() == {"prompt": " " * 128}
+    refused = await api.post("/detokenize", {"tokens": [2] * 129})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert error["message"] == "tokens must be at most 128, which the context has, got 129"

@@ -63,7 +63,10 @@ OPTIONS = [
 @pytest.mark.parametrize(("fields", "expected"), OPTIONS)
 def test_options_of_a_chat_reach_its_template(fields, expected):
     async def main():
-        async with fakes.running(tokenizer=rendering(), http=http_fakes.HttpOptions(0)) as harness:
+        http = http_fakes.HttpOptions(0)
+        async with fakes.running(
+            tokenizer=rendering(), http=http, trusts_templates=True
+        ) as harness:
             url = f"http://{harness.server.http.address}"
             async with http_fakes.httpx2.AsyncClient(base_url=url, timeout=30) as client:
                 messages = [{"role": "user", "content": "hi"}]
@@ -90,7 +93,8 @@ def test_a_template_that_fails_is_the_clients_mistake():
     async def main():
         plain = http_fakes.tokenizer()
         tokenizer = Failing(plain.backend, chat_template="x")
-        async with fakes.running(tokenizer=tokenizer, http=http_fakes.HttpOptions(0)) as harness:
+        http = http_fakes.HttpOptions(0)
+        async with fakes.running(tokenizer=tokenizer, http=http, trusts_templates=True) as harness:
             url = f"http://{harness.server.http.address}"
             async with http_fakes.httpx2.AsyncClient(base_url=url, timeout=30) as client:
                 body = {"messages": [{"role": "user", "content": "hi"}]}
