@@ -2,18 +2,19 @@
 
 import asyncio
 import contextlib
+import errno
 import json
+import socket
 
 import fakes
 import http_fakes
 import pytest
 from http_fakes import until
-from uvicorn.protocols.http.flow_control import FlowControl
 
-from kairos_jax.api.http import app
+from kairos_jax.api.http import app, guard
 from kairos_jax.api.http.answers import writing
 from kairos_jax.api.http.body import request
-from kairos_jax.api.http.connections import Connections
+from kairos_jax.api.http.connections import Connections, Protocol
 from kairos_jax.text import tokenizer as tokenizer_module
 
 CONFIG = fakes.altered(max_requests=4)
@@ -104,33 +105,170 @@ def test_a_connection_too_many_is_told_once_in_the_log(caplog):
 
 
 def long_answer(stream):
-    body = http_fakes.ASK | {"prompt": "hello", "max_tokens": 60, "n": 4, "logprobs": 5}
+    body = http_fakes.ASK | {"prompt": "hello" * 13, "max_tokens": 60, "n": 4, "logprobs": 20}
+    body |= {"echo": True}
     raw = json.dumps(body | {"stream": stream}).encode()
     return head(len(raw)) + raw
 
 
+async def deaf(api):
+    """A connection whose client reads nothing, and whose buffers are small."""
+    http = api.harness.server.http
+    http._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", http.port))
+    return client
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_does_not_read_is_cut_off_and_its_slot_is_free(stream, monkeypatch, caplog):
-    monkeypatch.setattr(writing, "WRITE_S", 0.2)
+    made = Protocol.connection_made
 
-    async def never(self):
-        await asyncio.Event().wait()
+    def made_small(self, transport):
+        transport.set_write_buffer_limits(high=1024)
+        made(self, transport)
+
+    monkeypatch.setattr(Protocol, "connection_made", made_small)
 
     @serving
     async def run(api):
-        slots = api.harness.server.gate.slots
-        _, writer = await connected(api)
-        monkeypatch.setattr(FlowControl, "drain", never)  # as when all buffers are full
-        paused = property(lambda self: True, lambda self, value: None)
-        monkeypatch.setattr(FlowControl, "write_paused", paused, raising=False)
-        writer.write(long_answer(stream))
+        slots, http = api.harness.server.gate.slots, api.harness.server.http
+        http.connections.write_s = 0.2
+        client = await deaf(api)
+        await asyncio.get_running_loop().sock_sendall(client, long_answer(stream))
         await until(lambda: slots.num_held == 4)
         await until(lambda: slots.num_held == 0)
+        await until(lambda: http.connections.num_open == 0)
         assert not api.harness.router.num_streams
-        writer.close()
+        client.close()
 
     run()
     assert "a client has read nothing of its answer for 0.2 s: it is cut off" in caplog.text
+
+
+GET = b"GET /metrics HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+
+
+@serving
+async def test_a_client_that_reads_no_answer_of_any_route_is_cut_off(api):
+    http = api.harness.server.http
+    http.connections.write_s = 0.2
+    client = await deaf(api)
+    await asyncio.get_running_loop().sock_sendall(client, GET * 200)
+    await until(lambda: http.connections.num_open == 1)
+    await until(lambda: http.connections.num_open == 0)
+    client.close()
+
+
+@serving
+async def test_a_connection_that_is_closed_is_not_kept_by_what_nobody_reads(api):
+    """Less than a server's buffers hold, so that nothing waits but the end."""
+    http = api.harness.server.http
+    http.connections.write_s, http._server.config.timeout_keep_alive = 0.2, 0
+    client = await deaf(api)
+    await asyncio.get_running_loop().sock_sendall(client, GET * 2)
+    await until(lambda: http.connections.num_open == 1)
+    await until(lambda: http.connections.num_open == 0)
+    client.close()
+
+
+UNFINISHED = [
+    b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n",  # 421
+    b"GET /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n",
+    head(1_000_000, "/absent"),
+    head(1_000_000, "/health"),  # 405
+    head(1_000_000).replace(b"application/json", b"text/plain"),
+    b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n",  # all there, and what follows is nothing
+]
+
+
+@serving
+async def test_no_byte_keeps_a_connection_that_is_answered(api):
+    http = api.harness.server.http
+    http._server.config.timeout_keep_alive = 0.3
+
+    async def ask(said):
+        reader, writer = await connected(api)
+        writer.write(said)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 ")
+        with contextlib.suppress(ConnectionError):
+            while not reader.at_eof():
+                writer.write(b"\r\n")
+                await writer.drain()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(reader.read(1 << 16), 0.02)
+        writer.close()
+
+    await asyncio.gather(*map(ask, UNFINISHED))
+    await until(lambda: http.connections.num_open == 0)
+
+
+@serving
+async def test_a_body_that_does_not_come_is_answered_and_not_waited_for(api):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "_BODY_TIMEOUT_S", 0.1)
+        reader, writer = await connected(api)
+        writer.write(head(1000) + b"{")
+        assert await reader.readline() == b"HTTP/1.1 408 Request Timeout\r\n"
+        assert b"the body did not come within 0.1 s" in await reader.readuntil(b"}}")
+        writer.close()
+    await until(lambda: api.harness.server.gate.slots.num_held == 0)
+
+
+@serving
+async def test_a_body_for_which_nobody_waits_has_a_limit_too(api):
+    api.harness.server.http.connections.body_s = 0.1
+    reader, writer = await connected(api)
+    writer.write(b"GET /live HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nx")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    with contextlib.suppress(ConnectionResetError):
+        await reader.read()
+    writer.close()
+
+
+@serving
+async def test_requests_that_follow_one_another_at_once_are_all_answered(api):
+    """The second comes in two parts, while the first is answered."""
+    reader, writer = await connected(api)
+    writer.write(GET + GET[:20])
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(GET[20:] + GET)
+    read = b""
+    while read.count(b"HTTP/1.1 200 OK") < 2:
+        read += await asyncio.wait_for(reader.read(1 << 16), 30)
+    writer.close()
+
+
+def test_a_server_without_a_descriptor_left_waits_for_one_and_says_so_once(monkeypatch, caplog):
+    """As CPython 3.11 does, the loop is told 2,048 times at once if it is not kept from it."""
+    tries = 0
+
+    @serving
+    async def run(api):
+        nonlocal tries
+        listener = api.harness.server.http._socket
+        accept, full = socket.socket.accept, True
+
+        def none_left(self):
+            nonlocal tries
+            if full and self is listener:
+                tries += 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return accept(self)
+
+        monkeypatch.setattr(socket.socket, "accept", none_left)
+        asking = asyncio.ensure_future(api.client.get("/health"))
+        await until(lambda: tries >= 2)
+        full = False
+        assert (await asking).status_code == 200
+
+    run()
+    assert tries < 5
+    told = [each.getMessage() for each in caplog.records]
+    assert told.count("connections have to wait: [Errno 24] Too many open files") == 1
+    assert "Traceback" not in caplog.text
 
 
 @serving
