@@ -117,3 +117,16 @@ def test_what_waited_when_a_worker_was_lost_still_goes_out():
         assert [list(message.token_ids) for message in context.written][1:] == [[4, 5]]
 
     asyncio.run(run())
+
+
+def test_a_client_that_does_not_read_is_cut_off(monkeypatch, caplog):
+    monkeypatch.setattr(servicer, "WRITE_S", 0.05)
+
+    async def run():
+        with pytest.raises(Aborted) as error:
+            await answer(begun(), Context())  # which reads nothing
+        why = "the client has read nothing of its answer for 0.05 s"
+        assert error.value.args == (grpc.StatusCode.RESOURCE_EXHAUSTED, why)
+        assert f"{why}: it is cut off" in caplog.text
+
+    asyncio.run(run())
