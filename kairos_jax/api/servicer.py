@@ -30,7 +30,7 @@ MAX_MESSAGE_BYTES = 4 << 20
 WRITE_S = 30.0
 # In which the message of a call comes, where nothing keeps it.
 _WITH_HEAD_S = 0.25
-# Prompt tokens a message: with 20 alternatives each, 250 KB of the 4 MiB that clients take.
+# Log-probabilities of a prompt in a message: some 10 ms of work.
 _PROMPT_PART = 1000
 
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
@@ -134,6 +134,7 @@ async def _answer(backend: Backend, stream: Stream, context) -> None:
             if ended:
                 _finish(response, stream)
             await _write(context, response)
+            await asyncio.sleep(0)  # others have their turn, where more is there already
     except WorkerLost as error:
         await context.abort(grpc.StatusCode.UNAVAILABLE, message_of(error))
     except RequestFailed as error:
@@ -155,7 +156,10 @@ async def _write(context, response: pb.GenerateResponse) -> None:
 
 def _of_prompt(stream: Stream, logprobs: PromptLogprobs) -> Iterator[pb.GenerateResponse]:
     tokens = logprobs.tokens(stream.request.prompt)
-    while part := list(itertools.islice(tokens, _PROMPT_PART)):
+    how = stream.request.sampling
+    alternatives = (how.prompt_logprobs or 0) if how else 0
+    most = max(1, _PROMPT_PART // (1 + alternatives))
+    while part := list(itertools.islice(tokens, most)):
         entries = [_logprobs(token) for token in part]
         yield pb.GenerateResponse(request_id=stream.name, prompt_logprobs=entries)
 

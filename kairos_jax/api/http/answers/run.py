@@ -197,6 +197,8 @@ class _Events:
             if piece.finish_reason:
                 _ended(choice, self._router)
             await self._write(event)
+            # Where more is there already, nothing else gives others their turn.
+            await asyncio.sleep(0)
 
     async def _write(self, data: bytes) -> None:
         if not self.begun:

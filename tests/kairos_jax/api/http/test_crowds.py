@@ -15,6 +15,7 @@ from kairos_jax.api.http import app, guard
 from kairos_jax.api.http.answers import writing
 from kairos_jax.api.http.body import request
 from kairos_jax.api.http.connections import Connections, Protocol
+from kairos_jax.routing import stream
 from kairos_jax.text import tokenizer as tokenizer_module
 
 CONFIG = fakes.altered(max_requests=4)
@@ -104,10 +105,10 @@ def test_a_connection_too_many_is_told_once_in_the_log(caplog):
     assert len(caplog.records) == 2
 
 
-def long_answer(stream):
+def long_answer(as_events):
     body = http_fakes.ASK | {"prompt": "hello" * 13, "max_tokens": 60, "n": 4, "logprobs": 20}
     body |= {"echo": True}
-    raw = json.dumps(body | {"stream": stream}).encode()
+    raw = json.dumps(body | {"stream": as_events}).encode()
     return head(len(raw)) + raw
 
 
@@ -122,8 +123,10 @@ async def deaf(api):
     return client
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_does_not_read_is_cut_off_and_its_slot_is_free(stream, monkeypatch, caplog):
+@pytest.mark.parametrize("as_events", [True, False])
+def test_a_client_that_does_not_read_is_cut_off_and_its_slot_is_free(
+    as_events, monkeypatch, caplog
+):
     made = Protocol.connection_made
 
     def made_small(self, transport):
@@ -137,7 +140,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_slot_is_free(stream, mon
         slots, http = api.harness.server.gate.slots, api.harness.server.http
         http.connections.write_s = 0.2
         client = await deaf(api)
-        await asyncio.get_running_loop().sock_sendall(client, long_answer(stream))
+        await asyncio.get_running_loop().sock_sendall(client, long_answer(as_events))
         await until(lambda: slots.num_held == 4)
         await until(lambda: slots.num_held == 0)
         await until(lambda: http.connections.num_open == 0)
@@ -373,3 +376,47 @@ async def test_more_ids_than_the_context_has_have_no_text(api):
     error = refused.json()["error"]
     assert (refused.status_code, error["code"]) == (400, "context_length_exceeded")
     assert error["message"] == "tokens must be at most 128, which the context has, got 129"
+
+
+@serving
+async def test_the_numbers_of_echoed_prompts_count(api):
+    body = {"prompt": ["hello"] * 2, "logprobs": 5, "n": 2, "echo": True, "max_tokens": 3}
+    most = 2 * 2 * (5 + 3) * 6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request, "MAX_LOGPROBS", most)
+        assert len((await api.complete(**body))["choices"]) == 4
+        patch.setattr(request, "MAX_LOGPROBS", most - 1)
+        refused = await api.post("/v1/completions", http_fakes.ASK | body)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, "logprobs")
+        words = "32 tokens in all choices and their prompts and 5 alternatives each make 192"
+        assert words in error["message"]
+        patch.setattr(request, "MAX_LOGPROBS", 2 * 2 * 5 * 6)
+        await api.complete(**body | {"max_tokens": 0})  # of which no output is shown
+
+
+def test_a_late_reader_gets_events_of_bounded_size_and_others_their_turn(monkeypatch):
+    monkeypatch.setattr(stream, "_MOST_TAKEN", 12)
+
+    @serving
+    async def run(api):
+        body = {"prompt": "hello", "max_tokens": 60, "logprobs": 5}
+        turns, taken = [], stream.Stream.take
+
+        async def late(self):
+            if not turns:
+                await until(lambda: len(self.tokens) == 60)
+            turns.append(asyncio.get_running_loop().time())
+            return await taken(self)
+
+        monkeypatch.setattr(stream.Stream, "take", late)
+        running = asyncio.ensure_future(api.events("/v1/completions", body))
+        beats = 0
+        while not running.done():
+            await asyncio.sleep(0)
+            beats += len(turns) > 1
+        events = [event["choices"][0] for event in await running]
+        assert [len(event["logprobs"]["tokens"]) for event in events] == [2] * 30
+        assert beats >= 30
+
+    run()
