@@ -17,7 +17,11 @@ def render(tokenizer: Tokenizer, chat: pb.Chat, trusts_templates: bool) -> str:
     """
     if not chat.messages:
         raise BadField("prompt.chat", "is empty: at least 1 message is needed")
-    turns = [{"role": turn.role, "content": turn.content} for turn in chat.messages]
+    turns = [
+        {"role": turn.role, "content": turn.content}
+        | ({"name": turn.name} if turn.HasField("name") else {})
+        for turn in chat.messages
+    ]
     options = _options(chat)
     own = not chat.HasField("template") or tokenizer.has_template(chat.template)
     if not own and not trusts_templates:

@@ -92,12 +92,18 @@ class Fields:
     def refuse_all_but(self, name: str, *neutral: Any) -> None:
         """Raises BadField unless the field is left out or has a neutral value: it is not served."""
         value = self.values.get(name)
-        if value is not None and value not in neutral:
+        if value is not None and not is_one_of(value, neutral):
             served = " or ".join(map(json.dumps, neutral or (None,)))
             raise self._bad(name, f"{served}, as nothing else is served", value)
 
     def _bad(self, name: str, limit: str, value: Any) -> BadField:
         return BadField(self.path + name, f"must be {limit}, got {shown(value)}")
+
+
+def is_one_of(value: Any, others: Sequence[Any]) -> bool:
+    """As `in`, but that true is not 1, nor false 0."""
+    flag = isinstance(value, bool)
+    return any(value == other and isinstance(other, bool) is flag for other in others)
 
 
 def check_text(field: str, value: Any) -> None:
