@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from absl import flags
@@ -28,7 +28,7 @@ from kairos_jax.api.http.server import HttpOptions
 from kairos_jax.api.keys import keys_from_flags
 from kairos_jax.api.server import Server
 from kairos_jax.config import ServerConfig
-from kairos_jax.engine.model import Model, open_model
+from kairos_jax.engine.model import open_model
 from kairos_jax.net import credentials, health
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.observe import otlp, request_log
@@ -90,6 +90,7 @@ class RouterOptions:
     tracing: Tracing | None = None
     keys: Sequence[bytes] | None = None
     requests: RequestLog | None = None
+    trusts_templates: bool = False
 
     @classmethod
     def from_flags(cls) -> "RouterOptions":
@@ -127,6 +128,7 @@ class RouterOptions:
             Tracing.from_flags(),
             None if http else keys_from_flags(),
             RequestLog.from_flags(),
+            values.trust_request_chat_template,
         )
 
 
@@ -169,7 +171,12 @@ async def serve(
         asyncio.ensure_future(_watch(links, role, targets, options.resolve_s))
         for role, targets in options.targets.items()
     ]
-    keeping = _keep_open(server, config, model, router, metrics, links, changed, options.rejoin_s)
+
+    def backend(meshes: tuple[int, int], kind: str) -> Backend:
+        trusts = options.trusts_templates
+        return Backend.of(config, model, router, metrics, meshes, kind, trusts_templates=trusts)
+
+    keeping = _keep_open(server, config, backend, links, changed, options.rejoin_s)
     tasks.append(asyncio.ensure_future(keeping))
     await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
@@ -197,9 +204,7 @@ async def _watch(links: Links, role: Role, targets: list[str], period_s: float) 
 async def _keep_open(
     server: Server,
     config: ServerConfig,
-    model: Model,
-    router: Router,
-    metrics: Metrics,
+    backend: Callable[[tuple[int, int], str], Backend],
     links: Links,
     changed: asyncio.Event,
     rejoin_s: float,
@@ -222,8 +227,7 @@ async def _keep_open(
             await server.shut(f"waiting for {' and '.join(missing)}")
         else:
             first, last = (of[0].welcome for of in workers)
-            meshes = first.mesh_size, last.mesh_size
-            await server.open(Backend.of(config, model, router, metrics, meshes, last.device_kind))
+            await server.open(backend((first.mesh_size, last.mesh_size), last.device_kind))
             if not said:
                 print(_ready_line(config, links, server.addresses), flush=True)
             said = True

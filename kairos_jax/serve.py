@@ -104,9 +104,11 @@ async def serve(
     debugging: Debug | None = None,
     keys: Sequence[bytes] | None = None,
     requests: RequestLog | None = None,
+    trusts_templates: bool = False,
 ) -> int:
     """Serves until a signal, or until an instance dies. public: how clients come; keys: which they
-    need. debugging: it is told of the workers. requests: logs them. Returns the exit code.
+    need; trusts_templates: whether they may bring chat templates. debugging: it is told of the
+    workers. requests: logs them. Returns the exit code.
     """
     stopping = lifecycle.asked_to_stop()
     routes = debug.routes(debugging, "profiles and traces are off: --debug_dir turns them on")
@@ -126,7 +128,12 @@ async def serve(
     workers = build_workers(config, prepared.engines, cost, LocalTransport(), router.emit, journal)
     if debugging:
         debugging.workers = workers
-    code = await _serve_until(stopping, config, server, grace_s, prepared, router, metrics, workers)
+    meshes = config.prefill.devices, config.devices(config.roles[-1])
+    kind = jax.devices()[0].device_kind
+    backend = Backend.of(
+        config, prepared.model, router, metrics, meshes, kind, trusts_templates=trusts_templates
+    )
+    code = await _serve_until(stopping, config, server, grace_s, prepared, backend, workers)
     if debugging:
         debugging.close()
     if tracing:
@@ -140,17 +147,15 @@ async def _serve_until(
     server: Server,
     grace_s: float,
     prepared: Prepared,
-    router: Router,
-    metrics: Metrics,
+    backend: Backend,
     workers: Sequence[Worker],
 ) -> int:
+    router = backend.router
     router.connect(workers)
-    metrics.watch_workers(workers)
+    backend.metrics.watch_workers(workers)
     for worker in workers:
         worker.start()
-    meshes = config.prefill.devices, config.devices(config.roles[-1])
-    kind = jax.devices()[0].device_kind
-    await server.open(Backend.of(config, prepared.model, router, metrics, meshes, kind))
+    await server.open(backend)
     print(_ready_line(config, prepared, server.addresses), flush=True)
     await asyncio.wait({router.died, stopping}, return_when=asyncio.FIRST_COMPLETED)
     print("an instance died: ending" if router.died.done() else "draining", flush=True)
@@ -200,6 +205,7 @@ def main(argv: list[str]) -> None:
                 debugging,
                 None if http else keys_from_flags(),
                 RequestLog.from_flags(),
+                values.trust_request_chat_template,
             )
         )
     lifecycle.end(code)

@@ -30,12 +30,17 @@ class Backend:
         metrics: Metrics,
         mesh_sizes: tuple[int, int],
         device_kind: str,
+        trusts_templates: bool,
     ) -> "Backend":
-        """mesh_sizes: devices of an instance that prefills, and of one that decodes."""
+        """mesh_sizes: devices of an instance that prefills, and of one that decodes.
+        trusts_templates: whether conversations may bring chat templates.
+        """
         description, tokenizer = model.checkpoint.config, model.tokenizer
         name = config.name
         return cls(
-            validator=Validator(name, description.vocab_size, model.eos_ids, config, tokenizer),
+            validator=Validator(
+                name, description.vocab_size, model.eos_ids, config, tokenizer, trusts_templates
+            ),
             router=router,
             metrics=metrics,
             model=pb.Model(

@@ -1,21 +1,32 @@
 """From a conversation to the text of its prompt."""
 
-import json
 from typing import Any
 
+from kairos_jax.api.json_text import read_json
 from kairos_jax.api.refusal import BadField
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.text.tokenizer import Tokenizer
 
 MAX_TEMPLATE = 1 << 16  # characters
+REMEDY = "--trust_request_chat_template lets clients bring theirs"
 
 
-def render(tokenizer: Tokenizer, chat: pb.Chat) -> str:
-    """The prompt for a conversation, by the model's template or the client's. Raises BadField."""
+def render(tokenizer: Tokenizer, chat: pb.Chat, trusts_templates: bool) -> str:
+    """The prompt for a conversation, by the model's template, or by the client's where these are
+    trusted. Raises BadField.
+    """
     if not chat.messages:
         raise BadField("prompt.chat", "is empty: at least 1 message is needed")
-    turns = [{"role": turn.role, "content": turn.content} for turn in chat.messages]
+    turns = [
+        {"role": turn.role, "content": turn.content}
+        | ({"name": turn.name} if turn.HasField("name") else {})
+        for turn in chat.messages
+    ]
     options = _options(chat)
+    own = not chat.HasField("template") or tokenizer.has_template(chat.template)
+    if not own and not trusts_templates:
+        problem = "is refused: the model's own templates alone are rendered here, by name"
+        raise BadField("prompt.chat.template", f"{problem} ({REMEDY})")
     try:
         text = tokenizer.render_chat(turns, **options)
     except ValueError as error:
@@ -51,10 +62,7 @@ def _options(chat: pb.Chat) -> dict[str, Any]:
 
 def _kwargs(text: str) -> dict[str, Any]:
     field = "prompt.chat.template_kwargs"
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadField(field, f"must be a JSON object: {error}") from error
+    value = read_json(text.encode(), field)
     if not isinstance(value, dict):
         raise BadField(field, f"must be a JSON object, got {type(value).__name__}")
     return value

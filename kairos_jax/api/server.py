@@ -16,15 +16,16 @@ from kairos_jax.api.http.live import Live
 from kairos_jax.api.http.server import HttpOptions, HttpServer
 from kairos_jax.api.keys import KeyCheck
 from kairos_jax.api.servicer import MAX_MESSAGE_BYTES, SERVICE, Servicer
-from kairos_jax.api.well_formed import WellFormed
+from kairos_jax.net import limits
 from kairos_jax.net.address import join_address
 from kairos_jax.net.credentials import PLAIN, Credentials
 from kairos_jax.net.health import Health
+from kairos_jax.net.well_formed import WellFormed
 from kairos_jax.process.command import UsageError
-from kairos_jax.rpc import kairos_pb2_grpc
 
 # Calls at once, those included that are refused for want of a slot.
 MAX_CALLS = 4096
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, IDLE_MS = 30_000, 10_000, 600_000
 
 
 class _NoTraceOfLeavers(logging.Filter):
@@ -63,12 +64,12 @@ class Server:
         gRPC clients; None: the keys of HTTP.
         """
         options = [
+            *limits.of_server(),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
             # A client that has gone without a word is noticed, and frees what it held.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 1),
+            *limits.of_silence(KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS),
+            # One that is there and asks nothing gives its place to others, and opens another.
+            ("grpc.max_connection_idle_ms", IDLE_MS),
         ]
         if keys is None:
             keys = http.keys if http else ()
@@ -78,7 +79,10 @@ class Server:
             interceptors=[*checks, WellFormed()], options=options, maximum_concurrent_rpcs=MAX_CALLS
         )
         self.gate, self._draining = Gate(clock), False
-        kairos_pb2_grpc.add_KairosServicer_to_server(Servicer(self.gate), self._grpc)
+        if http:  # the largest body alone is always taken
+            slots = self.gate.slots
+            slots.max_bytes = max(slots.max_bytes, http.max_body_bytes)
+        Servicer(self.gate).add_to(self._grpc)
         try:  # first: what is wrong with the host is wrong with all the ports
             self.port = net.add_port(self._grpc, host, port)
         except OSError as error:

@@ -10,14 +10,15 @@ import grpc
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.refusal import BadField, UnknownModel, message_of
+from kairos_jax.api.slots import Slot
 from kairos_jax.engine.calls import PromptLogprobs, Token
+from kairos_jax.net.well_formed import read_message
 from kairos_jax.observe.tracing import trace_of
 from kairos_jax.process.logs import of_request
 from kairos_jax.routing.fleet import Full, WorkerLost
 from kairos_jax.routing.router import IdInUse
 from kairos_jax.routing.stream import RequestFailed, Stream
 from kairos_jax.rpc import kairos_pb2 as pb
-from kairos_jax.rpc import kairos_pb2_grpc
 from kairos_jax.text.detokenizer import Detokenizer
 from kairos_jax.worker.messages import Output
 
@@ -27,29 +28,46 @@ SERVICE = "kairos.v1.Kairos"
 MAX_MESSAGE_BYTES = 4 << 20
 # A client that takes nothing for so long is cut off.
 WRITE_S = 30.0
-# Prompt tokens a message: with 20 alternatives each, 250 KB of the 4 MiB that clients take.
+# In which the message of a call comes, where nothing keeps it.
+_WITH_HEAD_S = 0.25
+# Log-probabilities of a prompt in a message: some 10 ms of work.
 _PROMPT_PART = 1000
 
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
-class Servicer(kairos_pb2_grpc.KairosServicer):
+class Servicer:
     """Reads requests and writes answers; the backend's router does the rest."""
 
     def __init__(self, gate: Gate):
         self.gate = gate
 
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Has a server answer by it."""
+        handlers = {
+            "GetModel": grpc.unary_unary_rpc_method_handler(
+                self.GetModel, pb.GetModelRequest.FromString, pb.Model.SerializeToString
+            ),
+            # Reads its one message by itself, once it has a slot for it.
+            "Generate": grpc.stream_stream_rpc_method_handler(
+                self.Generate, None, pb.GenerateResponse.SerializeToString
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
     async def GetModel(self, request: pb.GetModelRequest, context) -> pb.Model:
         """See kairos.proto."""
         return (await self._entered(context, self.gate.enter)).model
 
-    async def Generate(self, request: pb.GenerateRequest, context) -> None:
+    async def Generate(self, raw: object, context) -> None:
         """See kairos.proto."""
         arrival = self.gate.clock()
         backend = await self._entered(context, self.gate.admit)
         try:
-            with self.gate.slots.take():
+            with self.gate.slots.take() as slot:
+                request = await _message(context, slot)
                 stream = await self._submit(backend, request, arrival, context)
+                slot.hold_body(0)
                 await _answer(backend, stream, context)
         except UnknownModel as error:
             backend.router.rejected("unknown_model")
@@ -69,8 +87,10 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
     async def _submit(
         self, backend: Backend, request: pb.GenerateRequest, arrival: float, context
     ) -> Stream:
+        template = request.chat.template if request.chat.HasField("template") else None
+        lane = backend.validator.lane(request.ByteSize(), template)
         checked = await self.gate.slots.tokenize(
-            lambda: backend.validator.request(request, arrival)
+            lambda: backend.validator.request(request, arrival), lane
         )
         await self._entered(context, self.gate.admit)  # it may have closed since
         return backend.router.submit(checked, trace_of(context.invocation_metadata() or ()))
@@ -80,6 +100,22 @@ class Servicer(kairos_pb2_grpc.KairosServicer):
             return enter()
         except Closed as error:
             return await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+
+
+async def _message(context, slot: Slot) -> pb.GenerateRequest:
+    """The message of a call. What of it has come is not known: one that does not come with its head
+    counts as the longest. Raises Full.
+    """
+    reading = asyncio.ensure_future(read_message(pb.GenerateRequest.FromString, context))
+    try:
+        await asyncio.wait({reading}, timeout=_WITH_HEAD_S)
+        if not reading.done():
+            slot.hold_body(MAX_MESSAGE_BYTES)
+        request = await reading
+    finally:
+        reading.cancel()
+    slot.hold_body(request.ByteSize())
+    return request
 
 
 async def _answer(backend: Backend, stream: Stream, context) -> None:
@@ -98,6 +134,7 @@ async def _answer(backend: Backend, stream: Stream, context) -> None:
             if ended:
                 _finish(response, stream)
             await _write(context, response)
+            await asyncio.sleep(0)  # others have their turn, where more is there already
     except WorkerLost as error:
         await context.abort(grpc.StatusCode.UNAVAILABLE, message_of(error))
     except RequestFailed as error:
@@ -119,7 +156,10 @@ async def _write(context, response: pb.GenerateResponse) -> None:
 
 def _of_prompt(stream: Stream, logprobs: PromptLogprobs) -> Iterator[pb.GenerateResponse]:
     tokens = logprobs.tokens(stream.request.prompt)
-    while part := list(itertools.islice(tokens, _PROMPT_PART)):
+    how = stream.request.sampling
+    alternatives = (how.prompt_logprobs or 0) if how else 0
+    most = max(1, _PROMPT_PART // (1 + alternatives))
+    while part := list(itertools.islice(tokens, most)):
         entries = [_logprobs(token) for token in part]
         yield pb.GenerateResponse(request_id=stream.name, prompt_logprobs=entries)
 

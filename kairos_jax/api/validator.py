@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kairos_jax.api.chat import render
 from kairos_jax.api.refusal import BadField, TooLong, UnknownModel
+from kairos_jax.api.slots import Lane
 from kairos_jax.config import ServerConfig
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.text.tokenizer import Tokenizer
@@ -19,6 +20,9 @@ from schedulers.ledger.request import Request, Slo
 MAX_REQUEST_ID = 256
 # No step is as short as the first, and no client waits as long as the last: a week.
 LEAST_SLO_S, MOST_SLO_S = 1e-4, 604_800.0
+# Characters of a text that is cut to its last tokens, where it is too long for the context: all of
+# it is tokenized, since what its end becomes depends on what is before. That takes a second or two.
+MAX_TRUNCATED = 1 << 20
 # Log-probabilities of one prompt: they go over the wire, and to the client, all at once.
 MAX_PROMPT_LOGPROBS = 1 << 18
 _SEED_BITS = 64
@@ -26,13 +30,16 @@ _SEED_BITS = 64
 
 @dataclass(frozen=True)
 class Validator:
-    """What requests are checked against. tokenizer: None if the model came without one."""
+    """What requests are checked against. tokenizer: None if the model came without one.
+    trusts_templates: whether conversations may bring chat templates.
+    """
 
     model: str
     vocab_size: int
     eos_ids: frozenset[int]
     config: ServerConfig
     tokenizer: Tokenizer | None
+    trusts_templates: bool = False
 
     def request(self, message: pb.GenerateRequest, arrival: float) -> Request:
         """The request that `message` asks for.
@@ -64,21 +71,34 @@ class Validator:
         if kind is None:
             raise BadField("prompt", "is missing: give text, token_ids or chat")
         if kind == "token_ids":
-            ids = list(message.token_ids.ids)
+            ids = message.token_ids.ids
+            if not message.HasField("truncate_prompt_tokens"):
+                self._check_length(len(ids), kind)
             self.check_ids(ids, "prompt.token_ids")
+            ids = list(ids)
         else:
             ids = self.encode(message, kind)
         if message.HasField("truncate_prompt_tokens"):
             ids = self._truncated(message, ids)
         if not ids:
             raise BadField(f"prompt.{kind}", "is empty: at least 1 token is needed")
-        if len(ids) >= self.config.max_context:
+        self._check_length(len(ids), kind)
+        return ids
+
+    def lane(self, size: int, template: object) -> Lane:
+        """In which lane a request is tokenized. size: of its body, in bytes. template: the chat
+        template that it names or brings, if it does.
+        """
+        named = template is None or bool(self.tokenizer and self.tokenizer.has_template(template))
+        return Lane.of(size, self.trusts_templates and not named)
+
+    def _check_length(self, count: int, kind: str) -> None:
+        if count >= self.config.max_context:
             raise TooLong(
                 f"prompt.{kind}",
-                f"has {len(ids)} tokens; with at least 1 token of output it must "
+                f"has {count} tokens; with at least 1 token of output it must "
                 f"fit the context of {self.config.max_context}",
             )
-        return ids
 
     def encode(
         self, message: pb.GenerateRequest, kind: str, add_special_tokens: bool = True
@@ -96,10 +116,13 @@ class Validator:
             raise BadField(f"prompt.{kind}", "needs a tokenizer, and this model has none: send ids")
         # What a template makes of a conversation has its special tokens.
         special = add_special_tokens and kind == "text"
-        text = message.text if kind == "text" else render(self.tokenizer, message.chat)
+        if kind == "text":
+            text = message.text
+        else:
+            text = render(self.tokenizer, message.chat, self.trusts_templates)
         if message.HasField("add_special_tokens"):
             special = message.add_special_tokens
-        if not message.HasField("truncate_prompt_tokens"):
+        if not message.HasField("truncate_prompt_tokens") or len(text) > MAX_TRUNCATED:
             self._check_size(text, f"prompt.{kind}")
         return self.tokenizer.encode(text, add_special_tokens=special)
 

@@ -1,13 +1,18 @@
 """Addresses: "host:port" taken apart and put together, and sockets that listen on one."""
 
+import errno
 import ipaddress
 import os
 import re
 import socket
+import time
+from typing import Any
 
 # Of a name or an IPv4 address, or of an IPv6 address; what they stand for, others find out.
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
+# asyncio tries again after a second, and is to be let through then.
+_RETRY_S = 0.9
 
 _IPV6 = re.compile(r"[0-9A-Fa-f:.]+(%\w+)?")
 
@@ -56,6 +61,25 @@ def listen(host: str, port: int) -> socket.socket:
         except OSError as error:
             reason = os.strerror(error.errno or 0)  # its own text names the address again
     raise OSError(f"cannot listen on {join_address(host, port) if port else host}: {reason}")
+
+
+class Listener(socket.socket):
+    """A socket that listens, for asyncio: where the process has no descriptor left, asyncio tries
+    again after a second, but before that 2,048 times at once (CPython 3.11). Here, once.
+    """
+
+    _until = 0.0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """See `socket`."""
+        if time.monotonic() < self._until:
+            raise BlockingIOError
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._until = time.monotonic() + _RETRY_S
+            raise
 
 
 def is_loopback(host: str) -> bool:

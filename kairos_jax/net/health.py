@@ -4,7 +4,9 @@ import grpc
 from absl import flags
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from kairos_jax.net import limits
 from kairos_jax.net.credentials import PLAIN
+from kairos_jax.net.well_formed import WellFormed
 from kairos_jax.process.command import UsageError
 
 # The service that health tells of for as long as the event loop turns: a server that starts, or
@@ -30,7 +32,7 @@ class Health:
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
         self._services, self._own = ("", service), None
         if port:
-            self._own = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+            self._own = grpc.aio.server(options=limits.of_probes(), interceptors=[WellFormed()])
             health_pb2_grpc.add_HealthServicer_to_server(self._servicer, self._own)
             try:
                 PLAIN.add_port(self._own, host, port)

@@ -27,11 +27,11 @@ def ensure() -> int:
 
 
 def for_clients() -> int:
-    """How many connections of HTTP clients there may be: half of what is left beside a reserve, so
-    that links to peers can always be made.
+    """How many connections of clients there may be, of HTTP and of gRPC alike: a third each of what
+    is left beside a reserve, so that links to peers can always be made.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(16, (_finite(soft) - LEAST) // 2)
+    return max(16, (_finite(soft) - LEAST) // 3)
 
 
 def _finite(limit: int) -> int:

@@ -12,8 +12,8 @@ from kairos_jax.worker.messages import Handover, Output
 from schedulers.cost import CostModel
 from schedulers.ledger.request import Request, Slo
 
-# Outputs that one take gives: with 20 alternatives each, 250 KB of the 4 MiB that a client takes as
-# one message, however slowly it reads.
+# Outputs, or log-probabilities, that one take gives: to write that many takes some 10 ms, while all
+# others wait, however slowly a client reads.
 _MOST_TAKEN = 1000
 
 
@@ -90,10 +90,13 @@ class Stream:
                 return
 
     async def take(self) -> list[Output]:
-        """The next outputs: those that are there, a thousand at most, and at least one. None come
-        after one that has a finish_reason. Raises WorkerLost and RequestFailed, once what came
-        before was taken.
+        """The next outputs: those that are there, and at least one; a thousand at most, or, with
+        log-probabilities, so many as have a thousand of these. None come after one that has a
+        finish_reason. Raises WorkerLost and RequestFailed, once what came before was taken.
         """
+        how = self.request.sampling
+        count = 0 if how is None or how.logprobs is None else how.logprobs
+        most = max(1, _MOST_TAKEN // (1 + count))
         outputs: list[Output] = []
         item = await self._queue.get()
         while True:
@@ -103,7 +106,7 @@ class Stream:
                 self._queue.put_nowait(item)  # nothing comes after it
                 return outputs
             outputs.append(item)
-            if self._queue.empty() or len(outputs) == _MOST_TAKEN:
+            if self._queue.empty() or len(outputs) == most:
                 return outputs
             item = self._queue.get_nowait()
 

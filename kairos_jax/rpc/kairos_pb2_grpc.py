@@ -57,7 +57,8 @@ class KairosServicer:
         """Generates from one prompt. The first token is sent as soon as prefill has it; the last message
         has a finish_reason. Cancelling the call, or its deadline, ends the work on the server.
 
-        INVALID_ARGUMENT: a field is out of range; the message names field, value and limit.
+        INVALID_ARGUMENT: a field is out of range; the message names field, value and limit. Or the
+        request cannot be read.
         ALREADY_EXISTS: a request with this request_id is in progress.
         INTERNAL: the model's logits were not finite (NaN or infinity); a retry gives the same.
         NOT_FOUND: `model` is not the model served here.

@@ -22,6 +22,8 @@ from kairos_jax.text import chat_template
 
 # Processor time for one conversation. 8 MiB take about 0.1 s.
 _SECONDS = 5.0
+# The same with a template of a client's, which is short, and may mean to take long.
+CLIENTS_SECONDS = 1.0
 # Address space of a process. Python and Jinja take 30 MiB of it.
 _MEMORY = 1 << 30
 # So that one slow template does not hold up all conversations. The second process starts when it
@@ -47,12 +49,15 @@ class TemplateRenderer:
     Args:
       seconds: processor time for one conversation.
       memory: bytes of address space of a process.
+      processes: how many conversations are rendered at once.
     """
 
-    def __init__(self, seconds: float = _SECONDS, memory: int = _MEMORY):
+    def __init__(
+        self, seconds: float = _SECONDS, memory: int = _MEMORY, processes: int = _PROCESSES
+    ):
         # The process that was used last is used next.
         self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()
-        for _ in range(_PROCESSES):
+        for _ in range(processes):
             self._idle.put(_Process(seconds, memory))
 
     def render(

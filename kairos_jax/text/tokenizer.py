@@ -10,7 +10,7 @@ import tokenizers
 
 from kairos_jax.text import gguf_tokenizer, hugging_face
 from kairos_jax.text.parts import Parts
-from kairos_jax.text.template_process import TemplateRenderer
+from kairos_jax.text.template_process import CLIENTS_SECONDS, TemplateRenderer
 from kairos_jax.text.vocabulary import Bound, Spelling, bound_of, spelling_of
 from models.checkpoint import gguf_file
 
@@ -136,9 +136,13 @@ class Tokenizer:
             raise ValueError("template_kwargs can't hold messages")
         if continue_final_message and variables["add_generation_prompt"]:
             raise ValueError("continue_final_message needs add_generation_prompt to be false")
-        return self._renderer.render(
-            name, source, conversation, variables, bool(continue_final_message)
-        )
+        own = chat_template is None or self.has_template(chat_template)
+        renderer = self._renderer if own else self._clients_renderer
+        return renderer.render(name, source, conversation, variables, bool(continue_final_message))
+
+    def has_template(self, name: object) -> bool:
+        """Whether this is the name of one of the model's templates."""
+        return isinstance(name, str) and name in self._templates
 
     def _chosen(self, wanted: str | None, tools: object) -> tuple[str, str]:
         """The name, as errors give it, and the source of a chat template. Raises ValueError."""
@@ -187,6 +191,11 @@ class Tokenizer:
     @cached_property
     def _renderer(self) -> TemplateRenderer:
         return TemplateRenderer()
+
+    @cached_property
+    def _clients_renderer(self) -> TemplateRenderer:
+        # Of its own: conversations that the model's template renders never wait for one.
+        return TemplateRenderer(CLIENTS_SECONDS, processes=1)
 
 
 def load_tokenizer(path: str | Path, gguf_fields: Mapping[str, Any] | None = None) -> Tokenizer:

@@ -14,6 +14,7 @@ from kairos_jax.config import ServerConfig
 from kairos_jax.engine.engine import Engine
 from kairos_jax.engine.followers import Leader
 from kairos_jax.kv.manifest import Facts
+from kairos_jax.net import limits
 from kairos_jax.net.address import is_wildcard, join_address
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.net.health import Health
@@ -97,10 +98,9 @@ class RoleServer:
             interceptors=net.interceptors(),
             options=[
                 ("grpc.max_receive_message_length", codec.MAX_MESSAGE_BYTES),
-                ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
+                *limits.of_server(),
                 # A peer that hangs is noticed: what it had claimed is not held for it for ever.
-                ("grpc.keepalive_time_ms", 10_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
+                *limits.of_silence(10_000, 10_000),
             ],
         )
         internal_pb2_grpc.add_WorkerServicer_to_server(self.service, self.grpc)

@@ -264,6 +264,7 @@ async def running(
     journal: Journal | None = None,
     tokenizer: Tokenizer | None = None,
     http: HttpOptions | None = None,
+    trusts_templates: bool = False,
 ) -> AsyncIterator[Harness]:
     """A server that is up; it ends with the block."""
     cost = CostModel.from_profile(PROFILE)
@@ -279,7 +280,7 @@ async def running(
     await server.start()
     for worker in workers:
         worker.start()
-    validator = Validator("fake", VOCAB, frozenset({0}), config, tokenizer)
+    validator = Validator("fake", VOCAB, frozenset({0}), config, tokenizer, trusts_templates)
     await server.open(Backend(validator, router, metrics, pb.Model(name="fake", vocab_size=VOCAB)))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         stub = kairos_pb2_grpc.KairosStub(channel)

@@ -130,11 +130,12 @@ async def serving(
     config: ServerConfig = fakes.CONFIG,
     app: HttpOptions | None = None,
     words: Tokenizer | None = None,
+    trusts_templates: bool = False,
     **headers: str,
 ) -> AsyncIterator[Api]:
     """A server that is up, and a client of it; both end with the block. words: its tokenizer."""
-    http = app or HttpOptions(0)
-    async with fakes.running(config, tokenizer=words or tokenizer(), http=http) as harness:
+    http, words = app or HttpOptions(0), words or tokenizer()
+    async with fakes.running(config, None, words, http, trusts_templates) as harness:
         assert harness.server.http
         url = f"http://{harness.server.http.address}"
         async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=30) as client:

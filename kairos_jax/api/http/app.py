@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,6 +20,7 @@ from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.http.answers.run import Answering
 from kairos_jax.api.http.answers.warned import HEADER, Warnings
+from kairos_jax.api.http.answers.writing import write_whole
 from kairos_jax.api.http.body.fields import Fields, read_object, shown
 from kairos_jax.api.http.body.known import (
     MOST_LOOKED_AT,
@@ -34,13 +35,19 @@ from kairos_jax.api.http.errors import ApiError, on_error
 from kairos_jax.api.http.guard import Guard, OpenRoute, read_body
 from kairos_jax.api.http.origin import Origins
 from kairos_jax.api.http.server import HttpOptions
-from kairos_jax.api.http.to_json import Json
-from kairos_jax.api.refusal import BadField, UnknownModel
+from kairos_jax.api.http.to_json import Json, to_bytes, to_json
+from kairos_jax.api.refusal import BadField, TooLong, UnknownModel
+from kairos_jax.api.slots import Slot
 from kairos_jax.api.validator import Validator
 from kairos_jax.routing.fleet import Full, WorkerLost
 from kairos_jax.routing.router import IdInUse
 from kairos_jax.routing.stream import RequestFailed
 from kairos_jax.rpc import kairos_pb2 as pb
+
+T = TypeVar("T")
+
+# Token ids that are written at once: one millisecond.
+_IDS_PART = 10_000
 
 _FORESEEN: Sequence[type[Exception]] = (
     HTTPException,
@@ -154,26 +161,26 @@ class Api:
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             with self._gate.slots.take() as slot:
-                asked = await self._read(request, backend, arrival, chat)
+                asked = await self._read(request, slot, backend, arrival, chat)
                 slot.grow(len(asked.requests) * asked.n)
                 said = self._warnings.on(Answering(asked, backend), asked.near_misses)
                 await said(scope, receive, send)
 
         return answer
 
-    async def _read(self, request: Request, backend: Backend, arrival: float, chat: bool) -> Ask:
-        raw = await read_body(request, self._max_body_bytes)
+    async def _read(
+        self, request: Request, slot: Slot, backend: Backend, arrival: float, chat: bool
+    ) -> Ask:
         headers = request.headers
 
-        def ask() -> Ask:
-            slo = slo_of_headers(headers)
-            body, name = read_object(raw), headers.get("x-request-id", "")
+        def ask(body: dict[str, Any]) -> Ask:
+            slo, name = slo_of_headers(headers), headers.get("x-request-id", "")
             asked = read(body, backend.validator, arrival, slo, name, chat)
             near = [*asked.near_misses, *near_headers(headers)[:MOST_LOOKED_AT]]
             return replace(asked, near_misses=near)
 
         try:
-            asked = await self._gate.slots.tokenize(ask)
+            asked = await self._of_body(request, slot, backend, ask)
         except UnknownModel:
             backend.router.rejected("unknown_model")
             raise
@@ -184,32 +191,61 @@ class Api:
         check_size(asked)
         return asked
 
+    async def _of_body(
+        self, request: Request, slot: Slot, backend: Backend, make: Callable[[dict[str, Any]], T]
+    ) -> T:
+        """What is made of the body of a request, which is held until then."""
+        raw = await read_body(request, self._max_body_bytes, slot)
+        slots, lane = self._gate.slots, backend.validator.lane
+        body = await slots.tokenize(lambda: read_object(raw), lane(len(raw), None))
+        made = await slots.tokenize(lambda: make(body), lane(len(raw), body.get("chat_template")))
+        slot.hold_body(0)
+        return made
+
     async def tokenize(self, request: Request) -> ASGIApp:
         """The token ids of a text, or of a conversation."""
-        backend = self._gate.enter()
-        with self._gate.slots.take():
-            raw = await read_body(request, self._max_body_bytes)
+        return self._whole(request, tokenized, near_misses)
 
-            def job() -> tuple[list[int], list[tuple[str, str]]]:
-                fields = Fields(read_object(raw))
-                return tokenized(backend.validator, fields), near_misses(fields)
-
-            ids, near = await self._gate.slots.tokenize(job)
-        limit = backend.validator.config.max_context
-        said = Json({"count": len(ids), "max_model_len": limit, "tokens": ids})
-        return self._warnings.on(said, near)
-
-    async def detokenize(self, request: Request) -> Response:
+    async def detokenize(self, request: Request) -> ASGIApp:
         """The text of token ids."""
+        return self._whole(request, detokenized, lambda fields: [])
+
+    def _whole(
+        self,
+        request: Request,
+        make: Callable[[Validator, Fields], list[bytes]],
+        near: Callable[[Fields], Sequence[tuple[str, str]]],
+    ) -> ASGIApp:
+        """An answer that is made of a body at once, in parts. near: fields to warn of."""
         backend = self._gate.enter()
-        with self._gate.slots.take():
-            raw = await read_body(request, self._max_body_bytes)
-            text = await self._gate.slots.tokenize(lambda: detokenized(backend.validator, raw))
-        return Json({"prompt": text})
+
+        def made(body: dict[str, Any]) -> tuple[list[bytes], Sequence[tuple[str, str]]]:
+            fields = Fields(body)
+            return make(backend.validator, fields), near(fields)
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            with self._gate.slots.take() as slot:
+                parts, ignored = await self._of_body(request, slot, backend, made)
+
+                async def whole(scope: Scope, receive: Receive, send: Send) -> None:
+                    await write_whole(send, parts)
+
+                await self._warnings.on(whole, ignored)(scope, receive, send)
+
+        return answer
 
 
-def tokenized(validator: Validator, fields: Fields) -> list[int]:
-    """The ids of the text or the conversation in a body. Raises BadField or UnknownModel."""
+def tokenized(validator: Validator, fields: Fields) -> list[bytes]:
+    """The answer to a body with a text or a conversation. Raises BadField or UnknownModel."""
+    ids = _ids(validator, fields)
+    head = {"count": len(ids), "max_model_len": validator.config.max_context}
+    # In parts, between which other threads have their turn.
+    some = [to_json(ids[at : at + _IDS_PART])[1:-1] for at in range(0, len(ids), _IDS_PART)]
+    texts = [to_json(head)[:-1] + ', "tokens": [', *(text + ", " for text in some[:-1])]
+    return [text.encode() for text in [*texts, *some[-1:], "]}"]]
+
+
+def _ids(validator: Validator, fields: Fields) -> list[int]:
     check_model(fields, validator)
     chat, special = fields.values.get("messages") is not None, fields.flag("add_special_tokens")
     refuse_not_served(fields)
@@ -229,14 +265,15 @@ def tokenized(validator: Validator, fields: Fields) -> list[int]:
         raise BadField(renamed(error.field, place), error.problem) from error
 
 
-def detokenized(validator: Validator, raw: bytes) -> str:
-    """The text of the ids in a body. Raises BadField or UnknownModel."""
-    fields = Fields(read_object(raw))
+def detokenized(validator: Validator, fields: Fields) -> list[bytes]:
+    """The answer to a body with ids. Raises BadField or UnknownModel."""
     check_model(fields, validator)
     if fields.values.get("tokens") is None:
         raise BadField("tokens", "is missing")
     ids = fields.ids("tokens")
+    if len(ids) > (most := validator.config.max_context):
+        raise TooLong("tokens", f"must be at most {most}, which the context has, got {len(ids)}")
     validator.check_ids(ids, "tokens")
     if validator.tokenizer is None:
         raise BadField("tokens", "need a tokenizer, and this model has none")
-    return validator.tokenizer.decode(ids)
+    return [to_bytes({"prompt": validator.tokenizer.decode(ids)})]

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kairos_jax.api.http.errors import ApiError, error_response
 from kairos_jax.api.http.origin import Origins
 from kairos_jax.api.keys import MISSING, shows_key
+from kairos_jax.api.slots import Slot
 from kairos_jax.api.validator import MAX_REQUEST_ID
 
 # How long a body that was refused is still read, and forgotten: closing with bytes unread resets
@@ -94,9 +95,9 @@ class Guard:
             raise error
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body of a request. Raises ApiError for one that is too long, as soon as that is known, or
-    too slow, and ClientDisconnect.
+async def read_body(request: Request, limit: int, slot: Slot) -> bytes:
+    """The body of a request, which its slot holds from now on. Raises ApiError for one that is too
+    long, as soon as that is known, or too slow, Full, and ClientDisconnect.
     """
     length = request.headers.get("content-length", "0")
     if int(length) > limit:  # the parser has seen to it that it is a number
@@ -109,6 +110,7 @@ async def read_body(request: Request, limit: int) -> bytes:
                 size += len(part)
                 if size > limit:
                     raise _too_large(limit)
+                slot.hold_body(size)
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {_BODY_TIMEOUT_S:g} s") from None
     return b"".join(parts)

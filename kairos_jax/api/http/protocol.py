@@ -32,7 +32,6 @@ class PlainProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
-        self._unset_keepalive_if_required()
         if self._is_spoilt:
             return
         try:

@@ -3,6 +3,9 @@
 import asyncio
 import contextlib
 import functools
+import logging
+import math
+import socket
 import ssl
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,12 +15,14 @@ from typing import Any
 import uvicorn
 from absl import flags
 
-from kairos_jax.api.http.connections import Connections, Protocol
+from kairos_jax.api.http.connections import HEAD_S, Connections, Protocol
 from kairos_jax.api.keys import keys_from_flags
-from kairos_jax.net.address import join_address, listen
+from kairos_jax.net.address import Listener, join_address, listen
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.process import descriptors
 from kairos_jax.process.command import UsageError
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_PORT = 8000
 
@@ -39,6 +44,12 @@ def define_flags() -> None:
         [],
         "Names by which HTTP clients may call the server, where no key is asked for, beside "
         "--host, localhost and IP addresses; *: any.",
+    )
+    flags.DEFINE_boolean(
+        "trust_request_chat_template",
+        False,
+        "Render chat templates that requests bring. They are programs; the model's own need no "
+        "flag.",
     )
     flags.DEFINE_integer("http_max_body_mb", 8, "MiB that one HTTP request may have.", 1, 1024)
 
@@ -80,7 +91,7 @@ class HttpServer:
     def __init__(self, app: Any, host: str, port: int, net: Credentials):
         """Raises UsageError if the address cannot be listened on."""
         try:
-            self._socket = listen(host, port)
+            self._socket = Listener(fileno=listen(host, port).detach())
         except OSError as error:
             raise UsageError(f"--http_port={port}: {error}") from error
         self.port = self._socket.getsockname()[1]
@@ -104,6 +115,7 @@ class HttpServer:
 
     async def start(self) -> None:
         """Begins to answer."""
+        _tell_in_a_line(asyncio.get_running_loop())
         self._serving = asyncio.ensure_future(self._server.serve([self._socket]))
 
     async def stop(self, grace_s: int) -> None:
@@ -116,8 +128,50 @@ class HttpServer:
         await self._serving
 
 
+def _tell_in_a_line(loop: asyncio.AbstractEventLoop) -> None:
+    """Has the loop log that there is no descriptor for a connection, which then waits, once a
+    minute and without its stack.
+    """
+    before, told_at = loop.get_exception_handler(), -math.inf
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal told_at
+        if context.get("message") != "socket.accept() out of system resource":
+            tell = before or type(loop).default_exception_handler
+            tell(loop, context)
+        elif loop.time() - told_at > 60:
+            told_at = loop.time()
+            log.warning("connections have to wait: %s", context.get("exception"))
+
+    loop.set_exception_handler(handle)
+
+
 class _Server(uvicorn.Server):
-    """Leaves signals to the process."""
+    """Leaves signals to the process, and bounds the time of a TLS handshake."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's own, which has no such bound."""
+        await self.lifespan.startup()
+        config, loop = self.config, asyncio.get_running_loop()
+
+        def protocol() -> asyncio.Protocol:
+            make: Any = config.http_protocol_class
+            return make(
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        handshake_s = HEAD_S if config.ssl else None
+        self.servers = [
+            await loop.create_server(
+                protocol,
+                sock=each,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=handshake_s,
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -78,7 +78,7 @@ async def test_logprobs_of_a_prompt_come_before_its_first_token(harness):
     request = fakes.ask(prompt, 3)
     request.sampling.prompt_logprobs = 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(servicer, "_PROMPT_PART", 20)
+        patch.setattr(servicer, "_PROMPT_PART", 60)
         answer = [response async for response in harness.stub.Generate(request, timeout=30)]
     parts = [part for part in answer if part.prompt_logprobs]
     assert answer[: len(parts)] == parts

@@ -1,6 +1,7 @@
 """How tokens become messages: those that wait go out together."""
 
 import asyncio
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from kairos_jax.routing.fleet import WorkerLost
 from kairos_jax.routing.stream import Stream
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.worker.messages import Output
+from models.sampling import SamplingParams
 from schedulers.ledger.request import Request, Slo
 
 TEXT = "hello"
@@ -115,5 +117,33 @@ def test_what_waited_when_a_worker_was_lost_still_goes_out():
         with pytest.raises(Aborted):
             await answering
         assert [list(message.token_ids) for message in context.written][1:] == [[4, 5]]
+
+    asyncio.run(run())
+
+
+def test_a_client_that_does_not_read_is_cut_off(monkeypatch, caplog):
+    monkeypatch.setattr(servicer, "WRITE_S", 0.05)
+
+    async def run():
+        with pytest.raises(Aborted) as error:
+            await answer(begun(), Context())  # which reads nothing
+        why = "the client has read nothing of its answer for 0.05 s"
+        assert error.value.args == (grpc.StatusCode.RESOURCE_EXHAUSTED, why)
+        assert f"{why}: it is cut off" in caplog.text
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("logprobs", "sizes"), [(None, [5]), (0, [5]), (1, [3, 2]), (20, [1] * 5)])
+def test_a_message_has_so_many_logprobs_at_most(logprobs, sizes, monkeypatch):
+    monkeypatch.setattr(stream, "_MOST_TAKEN", 6)
+
+    async def run():
+        made, context = begun(), Context()
+        how = SamplingParams(temperature=0.0, logprobs=logprobs)
+        made.request = dataclasses.replace(made.request, sampling=how)
+        context.reads.set()
+        await answer(made, context)
+        assert [len(message.token_ids) for message in context.written] == sizes
 
     asyncio.run(run())

@@ -7,7 +7,9 @@ import fakes
 import pytest
 import tokenizers
 
+from kairos_jax.api import validator as validator_module
 from kairos_jax.api.refusal import BadField, TooLong, UnknownModel
+from kairos_jax.api.slots import Lane
 from kairos_jax.api.validator import Validator
 from kairos_jax.rpc import kairos_pb2 as pb
 from kairos_jax.text.tokenizer import Tokenizer
@@ -243,7 +245,7 @@ def test_seeds_differ_in_all_of_their_bits(validator):
 
 
 def test_template_kwargs_that_are_no_json_are_refused(validator):
-    with pytest.raises(BadField, match=r"^prompt\.chat\.template_kwargs must be a JSON object: "):
+    with pytest.raises(BadField, match=r"^prompt\.chat\.template_kwargs must be JSON: "):
         validator.request(chat(template_kwargs="{"), 0.0)
 
 
@@ -264,3 +266,48 @@ def test_what_is_too_long_is_an_error_of_its_own(validator):
     with pytest.raises(BadField) as error:
         validator.request(ids(1, max_tokens=65), 0.0)
     assert not isinstance(error.value, TooLong)
+
+
+# Templates of clients.
+
+
+def test_a_template_of_a_client_is_refused_unless_they_are_trusted(validator):
+    with pytest.raises(BadField) as error:
+        validator.request(chat(template="{{ 1 }}"), 0.0)
+    assert str(error.value) == (
+        "prompt.chat.template is refused: the model's own templates alone are rendered here, by "
+        "name (--trust_request_chat_template lets clients bring theirs)"
+    )
+    trusting = replace(validator, trusts_templates=True)
+    assert list(trusting.request(chat(template="a b"), 0.0).prompt) == [1, 2]
+    named = replace(validator.tokenizer, named_templates={"short": "b"})
+    assert list(
+        replace(validator, tokenizer=named).request(chat(template="short"), 0.0).prompt
+    ) == [2]
+
+
+def test_a_template_of_a_client_waits_for_others_of_its_kind_alone(validator):
+    trusting = replace(validator, trusts_templates=True)
+    assert trusting.lane(1000, "{{ 1 }}") is Lane.TEMPLATE
+    for own in (None, "default"):
+        assert trusting.lane(1000, own) is Lane.SHORT
+        assert trusting.lane(1 << 20, own) is Lane.LONG
+    assert validator.lane(1000, "{{ 1 }}") is Lane.SHORT, "it is refused and not rendered"
+
+
+# Long texts to cut.
+
+
+def test_a_text_to_cut_is_tokenized_up_to_a_length(bounded, monkeypatch):
+    monkeypatch.setattr(validator_module, "MAX_TRUNCATED", 520)
+    bounded = replace(bounded, tokenizer=Tokenizer(bounded.tokenizer.backend))
+    cut = pb.GenerateRequest(text="abcd" * 130, truncate_prompt_tokens=4)
+    assert len(bounded.request(cut, 0.0).prompt) == 4
+    cut.text += "a"
+    with pytest.raises(TooLong, match="has 521 bytes, which are at least 131 tokens"):
+        bounded.request(cut, 0.0)
+
+
+def test_too_many_ids_are_refused_before_they_are_looked_at(validator):
+    with pytest.raises(TooLong, match="has 129 tokens"):
+        validator.request(ids(*[-1] * 129), 0.0)

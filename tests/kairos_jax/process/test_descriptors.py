@@ -22,7 +22,7 @@ def test_the_own_limit_is_raised_as_far_as_it_may_be(limits):
     limits[:] = 256, 4096
     assert descriptors.ensure() == 4096
     assert limits == [4096, 4096]
-    assert descriptors.for_clients() == (4096 - descriptors.LEAST) // 2
+    assert descriptors.for_clients() == (4096 - descriptors.LEAST) // 3
 
 
 def test_a_limit_that_is_too_low_is_named(limits):

@@ -15,7 +15,7 @@ from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed
 from kairos_jax.api.http.answers.answer import DONE, Answer, event_of
 from kairos_jax.api.http.answers.choice import Choice, Piece, StopTexts
-from kairos_jax.api.http.answers.writing import Comments, in_time, write_whole
+from kairos_jax.api.http.answers.writing import Comments, write_whole
 from kairos_jax.api.http.body.request import Ask
 from kairos_jax.api.http.errors import describe, error_object
 from kairos_jax.observe.tracing import trace_of
@@ -39,7 +39,6 @@ class Answering:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        send = in_time(send, scope)
         streams: list[Stream] = []
         write: _Events | None = None
         trace = trace_of(Headers(scope=scope).items())
@@ -198,6 +197,8 @@ class _Events:
             if piece.finish_reason:
                 _ended(choice, self._router)
             await self._write(event)
+            # Where more is there already, nothing else gives others their turn.
+            await asyncio.sleep(0)
 
     async def _write(self, data: bytes) -> None:
         if not self.begun:

@@ -1,40 +1,15 @@
-"""How answers are written: to clients that read, in parts, and with signs of life."""
+"""How answers are written: in parts, and with signs of life."""
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 
-from starlette.types import Message, Scope, Send
+from starlette.types import Send
 
-from kairos_jax.api.http.connections import abort
-
-log = logging.getLogger(__name__)
-
-# A client that takes nothing for so long is cut off.
-WRITE_S = 30.0
 # Proxies close a stream on which nothing comes for a minute or less.
 COMMENT_S = 15.0
 _COMMENT = b": waiting\n\n"
 # What is written at once: beyond it, a server's buffers would hold the whole of an answer.
 _PART_BYTES = 64 << 10
-
-
-def in_time(send: Send, scope: Scope, write_s: float | None = None) -> Send:
-    """As `send`; the connection of a client that does not read in time is cut off, and nothing is
-    sent any more. The answer then ends as where a client goes away.
-    """
-    limit_s = WRITE_S if write_s is None else write_s
-
-    async def bounded(message: Message) -> None:
-        try:
-            async with asyncio.timeout(limit_s):
-                await send(message)
-        except TimeoutError:
-            log.warning("a client has read nothing of its answer for %g s: it is cut off", limit_s)
-            abort(scope)
-            await asyncio.Event().wait()
-
-    return bounded
 
 
 async def write_whole(send: Send, parts: list[bytes]) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from kairos_jax.api.json_text import read_json
 from kairos_jax.api.refusal import BadField
 
 _INT32 = 2**31
@@ -15,14 +16,7 @@ _INT64 = 2**63
 
 def read_object(raw: bytes) -> dict[str, Any]:
     """The JSON object that is a body. Raises BadField."""
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadField("body", f"must be UTF-8: byte {error.start} is not") from error
-    except RecursionError as error:
-        raise BadField("body", "is nested too deeply") from error
-    except ValueError as error:
-        raise BadField("body", f"must be JSON: {error}") from error
+    value = read_json(raw, "body")
     if not isinstance(value, dict):
         raise BadField("body", f"must be a JSON object, got {shown(value)}")
     return value
@@ -98,12 +92,18 @@ class Fields:
     def refuse_all_but(self, name: str, *neutral: Any) -> None:
         """Raises BadField unless the field is left out or has a neutral value: it is not served."""
         value = self.values.get(name)
-        if value is not None and value not in neutral:
+        if value is not None and not is_one_of(value, neutral):
             served = " or ".join(map(json.dumps, neutral or (None,)))
             raise self._bad(name, f"{served}, as nothing else is served", value)
 
     def _bad(self, name: str, limit: str, value: Any) -> BadField:
         return BadField(self.path + name, f"must be {limit}, got {shown(value)}")
+
+
+def is_one_of(value: Any, others: Sequence[Any]) -> bool:
+    """As `in`, but that true is not 1, nor false 0."""
+    flag = isinstance(value, bool)
+    return any(value == other and isinstance(other, bool) is flag for other in others)
 
 
 def check_text(field: str, value: Any) -> None:

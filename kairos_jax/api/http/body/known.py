@@ -1,15 +1,16 @@
-"""Every field that OpenAI's and vLLM's APIs know, and what becomes of it here.
+"""Every field that OpenAI's and vLLM's APIs know, those of other servers that change an answer, and
+what becomes of each here.
 
 A field is served, or it is refused by name unless it asks for what happens anyway, or it is
-harmless and ignored. So nothing that would change an answer is ignored in silence. A field that
-neither API knows is ignored; where its name is near a known one, the client is told.
+harmless and ignored. So nothing that would change an answer is ignored in silence. A field that is
+not in these tables is ignored; where its name is near a known one, the client is told.
 """
 
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kairos_jax.api.http.body.fields import Fields, shown
+from kairos_jax.api.http.body.fields import Fields, is_one_of, shown
 from kairos_jax.api.refusal import BadField
 
 SERVED = frozenset(
@@ -84,6 +85,58 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "ec_transfer_params": (),
 }
 
+# Not served either: fields that change an answer, of SGLang, Text Generation Inference, llama.cpp,
+# Ollama, Cohere, Mistral, Anthropic and transformers.
+NEUTRAL_OF_OTHERS: Mapping[str, tuple[Any, ...]] = {
+    # How tokens are chosen.
+    **dict.fromkeys(("typical_p", "typical", "tfs_z", "repeat_penalty", "guidance_scale"), (1,)),
+    **dict.fromkeys(("num_beams", "num_beam_groups"), (1,)),
+    **dict.fromkeys(("mirostat", "mirostat_mode", "dynatemp_range", "xtc_probability"), (0,)),
+    **dict.fromkeys(("dry_multiplier", "top_a", "penalty_alpha", "diversity_penalty"), (0,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "smoothing_factor"), (0,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
+    "top_n_sigma": (-1,),
+    "do_sample": (True,),
+    "watermark": (False,),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"), ([],)),
+    **dict.fromkeys(("force_words_ids", "forced_bos_token_id", "forced_eos_token_id"), ()),
+    **dict.fromkeys(("sequence_bias", "exponential_decay_length_penalty", "samplers"), ()),
+    **dict.fromkeys(("custom_logit_processor", "custom_params", "negative_prompt"), ()),
+    # What an output looks like, and where it ends.
+    **dict.fromkeys(("json_schema", "regex", "ebnf", "guided_json_object"), (False,)),
+    **dict.fromkeys(("grammar", "format"), ("",)),
+    **dict.fromkeys(("stop_regex", "reasoning_format", "max_length", "max_time"), ()),
+    **dict.fromkeys(("no_stop_trim", "return_full_text"), (False,)),
+    **dict.fromkeys(("min_length", "n_indent"), (0,)),
+    # Which model, and what its prompt holds.
+    **dict.fromkeys(("lora", "images", "image_data", "connectors", "transforms"), ([],)),
+    **dict.fromkeys(("lora_path", "adapter_id", "input_embeds", "context", "template"), ()),
+    **dict.fromkeys(("options", "parameters"), ({},)),
+    **dict.fromkeys(("raw", "raw_prompting", "safe_prompt"), (False,)),
+    **dict.fromkeys(("think", "thinking", "reasoning", "prompt_mode", "safety_mode"), ()),
+    # What an answer tells.
+    **dict.fromkeys(("return_hidden_states", "decoder_input_details"), (False,)),
+}
+
+# Other servers' names for what is served here, and the name that it has here.
+NAMES_OF_OTHERS: Mapping[str, str] = {
+    **dict.fromkeys(("n_predict", "num_predict", "max_output_tokens"), "max_tokens"),
+    **dict.fromkeys(("max_new_tokens", "max_tokens_to_sample"), "max_tokens"),
+    "min_new_tokens": "min_tokens",
+    "stop_sequences": "stop",
+    "eos_token_id": "stop_token_ids",
+    "random_seed": "seed",
+    "num_return_sequences": "n",
+    "p": "top_p",
+    "k": "top_k",
+    **dict.fromkeys(("n_probs", "top_n_tokens"), "logprobs"),
+    **dict.fromkeys(("truncate", "max_input_tokens"), "truncate_prompt_tokens"),
+    **dict.fromkeys(("enable_thinking", "thinking_budget"), "chat_template_kwargs"),
+    **dict.fromkeys(("input_ids", "inputs", "input"), "prompt"),
+    **dict.fromkeys(("system", "preamble", "instructions", "message"), "messages"),
+    "chat_history": "messages",
+}
+
 # Ignored, whatever the value: the answer is the same. Why it is.
 HARMLESS: Mapping[str, str] = {
     "user": "for the operator's records",
@@ -110,7 +163,7 @@ HARMLESS: Mapping[str, str] = {
     "routed_experts_prompt_start": "of models with experts",
 }
 
-# The same of one message of a conversation. Harmless: "name", "annotations", "tool_call_id".
+# The same of one message of a conversation. Harmless: "annotations", "tool_call_id".
 NEUTRAL_OF_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
     "function_call": (),
@@ -123,10 +176,11 @@ NEUTRAL_OF_MESSAGE: Mapping[str, tuple[Any, ...]] = {
 
 STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats", "include_obfuscation"})
 
+_OTHERS = frozenset({*NEUTRAL_OF_OTHERS, *NAMES_OF_OTHERS})
 _KNOWN = frozenset({*SERVED, *OF_COMPLETIONS, *OF_CHAT, *NEUTRAL, *HARMLESS})
 # A client may send any number of fields, of any length.
 MOST_LOOKED_AT, _LONGEST = 16, 64
-# Of 1, by difflib's measure: "max_new_tokens" is as near as 0.83 to "max_tokens".
+# Of 1, by difflib's measure: "max_tokens_new" is as near as 0.83 to "max_tokens".
 _NEAR = 0.8
 
 
@@ -134,6 +188,11 @@ def refuse_not_served(fields: Fields) -> None:
     """Raises BadField for a field that is not served, unless its value is neutral."""
     for name, values in NEUTRAL.items():
         fields.refuse_all_but(name, *values)
+    for name, values in NEUTRAL_OF_OTHERS.items():
+        fields.refuse_all_but(name, *values)
+    for name, ours in NAMES_OF_OTHERS.items():
+        if fields.values.get(name) is not None:
+            raise BadField(name, f"is not known here: {ours} is")
 
 
 def refuse_of_others(fields: Fields, chat: bool) -> None:
@@ -144,7 +203,7 @@ def refuse_of_others(fields: Fields, chat: bool) -> None:
     here = "chat" if chat else "completions"
     for name, values in others.items():
         value = fields.values.get(name)
-        if value is not None and value not in values:
+        if value is not None and not is_one_of(value, values):
             raise BadField(name, f"is for {where}, and not for {here}; got {shown(value)}")
 
 
@@ -159,7 +218,11 @@ def near_misses(fields: Fields) -> list[tuple[str, str]]:
 
 
 def _near(names: Iterable[str], known: Iterable[str]) -> list[tuple[str, str]]:
-    unknown = [name for name in names if name not in known and len(name) <= _LONGEST]
+    unknown = [
+        name
+        for name in names
+        if name not in known and name not in _OTHERS and len(name) <= _LONGEST
+    ]
     found = []
     for name in unknown[:MOST_LOOKED_AT]:
         if match := difflib.get_close_matches(name.lower(), known, 1, _NEAR):

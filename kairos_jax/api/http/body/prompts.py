@@ -63,7 +63,8 @@ def _messages(fields: Fields) -> pb.Chat:
         role = turn.text("role")
         if not role:
             raise BadField(f"{place}.role", "is missing")
-        chat.messages.add(role=role, content=_content(each.get("content"), role, place))
+        content = _content(each.get("content"), role, place)
+        chat.messages.add(role=role, content=content, name=turn.text("name"))
     return chat
 
 

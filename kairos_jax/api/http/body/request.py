@@ -264,14 +264,21 @@ def _stops(fields: Fields, validator: Validator) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def _num_shown(ask: Ask, request: Request) -> int:
+    """Tokens that one choice may show."""
+    output = 0 if ask.silent else request.max_tokens
+    return output + len(request.prompt) if ask.echo else output
+
+
 def check_size(ask: Ask) -> None:
     """Raises BadField for an answer with more numbers than one is made of."""
     if ask.logprobs is None:
         return
-    tokens = ask.n * sum(request.max_tokens for request in ask.requests)
+    tokens = ask.n * sum(_num_shown(ask, request) for request in ask.requests)
     if (total := tokens * (1 + ask.logprobs)) > MAX_LOGPROBS:
+        where = "all choices and their prompts" if ask.echo else "all choices"
         raise BadField(
             "logprobs",
-            f"of {tokens} tokens in all choices and {ask.logprobs} alternatives each make {total} "
+            f"of {tokens} tokens in {where} and {ask.logprobs} alternatives each make {total} "
             f"numbers; at most {MAX_LOGPROBS} are served",
         )

@@ -63,7 +63,10 @@ OPTIONS = [
 @pytest.mark.parametrize(("fields", "expected"), OPTIONS)
 def test_options_of_a_chat_reach_its_template(fields, expected):
     async def main():
-        async with fakes.running(tokenizer=rendering(), http=http_fakes.HttpOptions(0)) as harness:
+        http = http_fakes.HttpOptions(0)
+        async with fakes.running(
+            tokenizer=rendering(), http=http, trusts_templates=True
+        ) as harness:
             url = f"http://{harness.server.http.address}"
             async with http_fakes.httpx2.AsyncClient(base_url=url, timeout=30) as client:
                 messages = [{"role": "user", "content": "hi"}]
@@ -90,7 +93,8 @@ def test_a_template_that_fails_is_the_clients_mistake():
     async def main():
         plain = http_fakes.tokenizer()
         tokenizer = Failing(plain.backend, chat_template="x")
-        async with fakes.running(tokenizer=tokenizer, http=http_fakes.HttpOptions(0)) as harness:
+        http = http_fakes.HttpOptions(0)
+        async with fakes.running(tokenizer=tokenizer, http=http, trusts_templates=True) as harness:
             url = f"http://{harness.server.http.address}"
             async with http_fakes.httpx2.AsyncClient(base_url=url, timeout=30) as client:
                 body = {"messages": [{"role": "user", "content": "hi"}]}
@@ -284,6 +288,7 @@ def test_both_names_of_slo_headers_are_known_and_the_newer_wins(shared, headers,
 
 def test_every_field_stands_in_the_table_once():
     parts = (known.SERVED, known.OF_CHAT, known.OF_COMPLETIONS, known.NEUTRAL, known.HARMLESS)
+    parts = (*parts, known.NEUTRAL_OF_OTHERS, known.NAMES_OF_OTHERS)
     names = [name for part in parts for name in part]
     assert len(names) == len(set(names))
 
@@ -291,6 +296,7 @@ def test_every_field_stands_in_the_table_once():
 def test_every_field_of_the_table_is_in_the_reference():
     text = (Path(__file__).parents[4] / "docs/reference/http-api.md").read_text()
     parts = (known.SERVED, known.OF_CHAT, known.OF_COMPLETIONS, known.NEUTRAL, known.HARMLESS)
+    parts = (*parts, known.NEUTRAL_OF_OTHERS, known.NAMES_OF_OTHERS)
     names = {name for part in (*parts, known.NEUTRAL_OF_MESSAGE) for name in part}
     assert {name for name in names if f"`{name}`" not in text} == set()
 
@@ -303,9 +309,10 @@ def test_neutral_values_and_harmless_fields_change_nothing(shared, path):
         say["max_tokens"] = 5
         harmless = dict.fromkeys(known.HARMLESS, "anything")
         others = known.OF_COMPLETIONS if chat else known.OF_CHAT
-        neutral = {name: values[0] for name, values in known.NEUTRAL.items() if values}
+        refused = known.NEUTRAL | known.NEUTRAL_OF_OTHERS
+        neutral = {name: values[0] for name, values in refused.items() if values}
         neutral |= {name: values[0] for name, values in others.items() if values}
-        nothing = dict.fromkeys([*known.NEUTRAL, *known.HARMLESS, *others])
+        nothing = dict.fromkeys([*refused, *known.NAMES_OF_OTHERS, *known.HARMLESS, *others])
         plain = of((await api.post(path, http_fakes.ASK | say)).json())
         for more in (harmless, neutral, nothing):
             answer = await api.post(path, http_fakes.ASK | say | more)
@@ -316,7 +323,7 @@ def test_neutral_values_and_harmless_fields_change_nothing(shared, path):
     shared(run)
 
 
-@pytest.mark.parametrize("name", sorted(known.NEUTRAL))
+@pytest.mark.parametrize("name", sorted(known.NEUTRAL | known.NEUTRAL_OF_OTHERS))
 def test_any_other_value_is_refused_by_name(shared, name):
     async def run(api):
         for path, say in ((TEXT, {"prompt": "x"}), (CHAT, {"messages": []})):
@@ -326,6 +333,63 @@ def test_any_other_value_is_refused_by_name(shared, name):
             assert error["message"].startswith(f"{name} must be ")
 
     shared(run)
+
+
+@pytest.mark.parametrize("name", sorted(known.NAMES_OF_OTHERS))
+def test_another_servers_name_is_refused_with_the_name_that_is_known(shared, name):
+    async def run(api):
+        for path, say in ((TEXT, {"prompt": "x"}), (CHAT, {"messages": []})):
+            error = (await api.post(path, say | {name: 1})).json()["error"]
+            assert error["param"] == name
+            assert error["message"] == f"{name} is not known here: {known.NAMES_OF_OTHERS[name]} is"
+
+    shared(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", True),
+        ("presence_penalty", False),
+        ("priority", False),
+        ("use_beam_search", 0),
+        ("include_reasoning", 1),
+        ("echo", 0),
+        ("top_logprobs", False),
+    ],
+)
+def test_a_truth_is_no_number_and_a_number_no_truth(shared, name, value):
+    async def run(api):
+        path, say = (TEXT, {"prompt": "x"})
+        if name == "echo":  # as of the other endpoint
+            path, say = (CHAT, {"messages": [{"role": "user", "content": "hi"}]})
+        error = (await api.post(path, say | {name: value})).json()["error"]
+        assert error["param"] == name
+
+    shared(run)
+
+
+NAMED = (
+    "{% for m in messages %}{{ m.name if m.name is defined else m.role }}:{{ m.content }}|"
+    "{% endfor %}"
+)
+
+
+def test_the_name_of_who_speaks_reaches_the_template():
+    async def main():
+        words = replace(http_fakes.tokenizer(), chat_template=NAMED)
+        async with http_fakes.serving(words=words) as api:
+            messages = [
+                {"role": "user", "content": "hi", "name": "Ada"},
+                {"role": "user", "content": "ho", "name": None},
+            ]
+            told = (await api.post("/tokenize", {"messages": messages})).json()
+            assert text_of(told["tokens"]) == "Ada:hi|user:ho|"
+            messages[0]["name"] = 3
+            error = (await api.post(CHAT, {"messages": messages})).json()["error"]
+            assert error["param"] == "messages[0].name"
+
+    asyncio.run(main())
 
 
 # Fields that are near known ones.
@@ -380,12 +444,12 @@ def test_headers_of_slos_and_tokenize_are_told_of_too():
 
 
 def test_any_number_of_unknown_fields_costs_little(caplog):
-    many = {f"max_tokens{number}": 1 for number in range(100_000)}
+    many = {f"max_tokens{number}": 1 for number in range(60_000)}
     found = known.near_misses(Fields(many | {"x" * 1000: 1}))
     assert 0 < len(found) <= 16
     odd = known.near_misses(Fields({"max_tokén\r\n": 1, "\ud800max_tokens": 1}))
-    warned = known.near_misses(Fields({"top-p": 1, "topK": 1, "max_new_tokens": 1}))
-    assert dict(warned) == {"top-p": "top_p", "topK": "top_k", "max_new_tokens": "max_tokens"}
+    warned = known.near_misses(Fields({"top-p": 1, "topK": 1, "max_tokens_new": 1}))
+    assert dict(warned) == {"top-p": "top_p", "topK": "top_k", "max_tokens_new": "max_tokens"}
 
     async def main():
         async with http_fakes.serving() as api:
