@@ -52,7 +52,7 @@ def read_file(name: str) -> dict[str, Any]:
     """
     where, colon, variant = name.partition(":")
     path = PACKAGED / f"{where}.py" if where in packaged() else Path(where)
-    if path.exists() and not path.is_file():  # to open a FIFO would wait for a writer
+    if where and path.exists() and not path.is_file():  # to open a FIFO would wait for a writer
         raise ConfigError(f"--config={name}: not a regular file")
     try:
         source = path.read_bytes()

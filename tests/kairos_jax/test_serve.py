@@ -250,7 +250,7 @@ def test_a_dead_instance_ends_the_server_with_code_1(tiny_llama, capsys):
                 await stub.Generate(fakes.ask([1], 9)).read()
             server_ready.set()
             assert (await health.read()).status == health_pb2.HealthCheckResponse.SERVING
-            with pytest.raises(grpc.aio.AioRpcError, match="on fire"):
+            with pytest.raises(grpc.aio.AioRpcError, match="its step failed"):
                 async for _ in stub.Generate(fakes.ask([1], 9)):
                     pass
             assert await asyncio.wait_for(serving, 30) == 1

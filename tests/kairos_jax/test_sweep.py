@@ -276,7 +276,7 @@ def test_ctrl_c_is_130(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep, "simulated", interrupted)
-    monkeypatch.setattr(sweep.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(sweep.early, "interrupt_on_signals", lambda: None)
     monkeypatch.setattr(sweep.flags, "FLAGS", values_of("--simulated", f"--output={tmp_path}"))
     assert sweep.main([]) == 130
     assert "kept in" in capsys.readouterr().err

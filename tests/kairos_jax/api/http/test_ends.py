@@ -80,7 +80,9 @@ def test_a_dead_engine_is_told_of(which):
                 *_, event, rest = answer.text.split("\n\n")
                 error, done = json.loads(event.removeprefix("data: ")), rest
                 assert done == "", "what has failed is not DONE"
-            assert "on fire" in error["error"]["message"]
+            message = error["error"]["message"]
+            assert "its step failed" in message
+            assert "on fire" not in message, "what failed is for the log"
             assert error["error"]["code"] == "service_unavailable"
 
     asyncio.run(main())
