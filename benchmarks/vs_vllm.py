@@ -4,7 +4,7 @@
 
 PATH is the Python of a virtual environment with vLLM for CPU (see benchmarks/NOTES.md). Same model
 in float32, same prompts (random token ids) and lengths, greedy, end of sequence ignored, no prefix
-cache, all cores. The two take turns, and who begins alternates by round; vLLM, which spins when it
+cache, all cores. The two take turns, and the first alternates by round; vLLM, which spins when it
 is idle, is stopped (SIGSTOP) while it is not its turn, and so is our side of decode and prefill.
 Without --vllm_python ours is measured alone.
 

@@ -90,8 +90,8 @@ class KVClient:
         self._telling: set[asyncio.Task] = set()
 
     async def take(self, wanted: Wanted) -> KV:
-        """What is wanted of an offer, also of one that still grows. Who offers is to be told, once
-        it may go.
+        """What is wanted of an offer, also of one that still grows. The owner is to be told once it
+        may go.
 
         Raises:
             LookupError: the offer has ended.
@@ -126,7 +126,7 @@ class KVClient:
                 self._forget(address)
 
     def delivered(self, ticket: Ticket, claimant: Claimant) -> None:
-        """Tells who offers that all which will ever be wanted of it has come."""
+        """Tells the owner of an offer that all that will be wanted of it has come."""
         self._start(self._tell(ticket, claimant))
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 
 class Priority(IntEnum):
-    """Who goes first. Nobody waits for a prefetch yet."""
+    """Which transfer goes first. BULK: a prefetch, for which no step waits yet."""
 
     URGENT = 0
     BULK = 1

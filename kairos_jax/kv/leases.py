@@ -1,4 +1,4 @@
-"""Offers of KV, and who may take them until when. Used by one thread, the event loop's."""
+"""Offers of KV: which claimant may take each, and until when. Used on one event loop."""
 
 import asyncio
 import contextlib

@@ -111,7 +111,7 @@ class RemoteTransport:
         self._on_loop(lambda: self._start(self._reap()))
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Has a server answer those who claim what is offered here."""
+        """Has a server answer claims of what is offered here."""
         kv_pb2_grpc.add_KVServicer_to_server(self._servicer, server)
 
     @property
@@ -259,7 +259,7 @@ class RemoteTransport:
         fetch.task.add_done_callback(lambda _: self._deliver(fetch))
 
     def _deliver(self, fetch: _Fetch) -> None:
-        """Gives what has come, or why it has not, to who asked; otherwise it stays."""
+        """Gives what has come, or why it has not, to the caller that asked; otherwise it stays."""
         task = fetch.task
         assert task is not None
         if not task.done():  # it was begun again

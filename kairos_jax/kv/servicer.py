@@ -1,4 +1,4 @@
-"""The gRPC service kairos.internal.v1.KV: gives KV that this process offers to who claims it."""
+"""The gRPC service kairos.internal.v1.KV: gives offered KV to its claimants."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any

@@ -36,8 +36,8 @@ class KVTransport(Protocol):
     All of it returns at once, and is called from any thread. overlaps: whether it gains by offers
     that grow while the rest is computed. received_bytes: of KV that was brought here so far.
 
-    Who fetches may have the first blocks of a prompt already. first: the first block that is to
-    come; there is one in any case, by which both sides see that they mean the same.
+    The fetching side may have the first blocks of a prompt already. first: the first block that is
+    to come; there is one in any case, by which both sides see that they mean the same.
     """
 
     overlaps: bool

@@ -148,7 +148,7 @@ async def _serve(live: Live, requests: Sequence[Request], progress: Progress) ->
 async def _send(
     router: Router, requests: Sequence[Request], start: float, progress: Progress
 ) -> list[Outcome]:
-    """Submits each request at its time, come what may."""
+    """Submits each request at its time, however many are in progress."""
     ended = itertools.count(1)
     progress("requests", 0, len(requests))
 

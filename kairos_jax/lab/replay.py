@@ -1,4 +1,6 @@
-"""Sends a workload to a server, open loop: each request goes out at its time, come what may."""
+"""Sends a workload to a server, open loop: each request goes out at its time, however slow the
+server is.
+"""
 
 import asyncio
 import itertools

@@ -47,11 +47,11 @@ def define_flags() -> None:
 
 
 def define_caller_flags(values: flags.FlagValues) -> None:
-    """Of who calls others; whom nobody calls needs no more of them."""
+    """Of a process that calls others."""
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     string("tls_cert", None, "PEM file: what this process shows its peers.")
     string("tls_key", None, "PEM file: the private key of --tls_cert.")
-    string("tls_ca", None, "PEM file: who signs the peers' certificates; else no TLS.")
+    string("tls_ca", None, "PEM file: the authorities of the peers' certificates; else no TLS.")
     string("tls_name", None, "Name in the peers' certificates; else their host.")
 
 
@@ -65,9 +65,9 @@ def define_public_flags() -> None:
 class Credentials:
     """What protects the calls between processes.
 
-    cert, key: PEM, what this process shows whom it calls and who calls it. ca: PEM, who must have
-    signed what a peer shows. name: what a peer's certificate must be made out to; "": the host in
-    its address. mutual: callers must show a certificate too. token: "" asks for none.
+    cert, key: PEM, what this process shows to servers and callers. ca: PEM, the authorities that
+    must have signed what a peer shows. name: what a peer's certificate must be made out to; "": the
+    host in its address. mutual: callers must show a certificate too. token: "" asks for none.
     """
 
     cert: bytes | None = None

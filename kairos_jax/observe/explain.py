@@ -53,8 +53,8 @@ class _Span:
     """Decisions in a row that meant the same for the request.
 
     key: what they meant, where, and what the policy thought of it, but for the figures. why: that,
-    at first and at last. num_passed: how often it was passed over, for whom: rivals. num_steps,
-    sizes, tokens, took_s, predicted_s: of the steps that it was in.
+    at first and at last. num_passed: how often it was passed over; rivals: the requests that took
+    its place. num_steps, sizes, tokens, took_s, predicted_s: of the steps that it was in.
     """
 
     key: tuple[str, str, str]
@@ -233,7 +233,7 @@ class _Timeline:
 
 
 def _passed_over(instance: Instance, batch: Batch, seq: Seq) -> tuple[str, list[str]]:
-    """As what, and for whom: those that took the place that it could have had."""
+    """In what state it was passed over, and the requests that took its place."""
     runs = seq.request.id in instance.running
     if not seq.num_tokens:
         chunks = [id for id in batch.work if not _at(instance, id).num_tokens]

@@ -251,7 +251,7 @@ class Dispatch:
         self._waiting.pause(stream, pause_s, again)
 
     def _on_returned(self, stream: Stream, ticket: Ticket | None) -> None:
-        """Goes on elsewhere: with its KV, if who offers that is still there."""
+        """Goes on elsewhere: with its KV, if the worker that offers it is still there."""
         if ticket is None or len(stream.peers) == 1:
             return self._recover(stream, "the instance that had it is draining", "handed_back")
         stream.peers.pop()  # which has forgotten it

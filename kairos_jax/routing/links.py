@@ -65,7 +65,7 @@ class Links:
     """Keeps a router linked to its workers.
 
     workers: those that take requests, by the ids of their peers. heartbeat_s: between two pings.
-    hang_s: a worker from whom nothing comes for so long is lost. on_change: called when `workers`
+    hang_s: a worker from which nothing comes for so long is lost. on_change: called when `workers`
     has changed.
     """
 

@@ -1,4 +1,4 @@
-"""Who is told what becomes of a router's requests."""
+"""The interface of what is told about a router's requests: metrics, traces, the log."""
 
 from typing import Protocol
 

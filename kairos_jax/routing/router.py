@@ -26,7 +26,7 @@ from schedulers.policies.routing import ADMISSION
 
 def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
-    flags.DEFINE_enum("admission", "none", list(ADMISSION), "Who is turned away early.")
+    flags.DEFINE_enum("admission", "none", list(ADMISSION), "Which requests are turned away early.")
 
 
 class IdInUse(Exception):
@@ -62,7 +62,7 @@ class Router:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    # Who there is.
+    # The workers.
 
     def connect(self, workers: Sequence[Worker]) -> None:
         """Joins workers of this process, not yet started, made with this router's `emit`."""

@@ -60,7 +60,7 @@ def build_worker(
 
 
 def build_policy(config: ServerConfig, role: Role, cost: CostModel) -> Policy:
-    """Who decides on an instance of this role."""
+    """The policy of an instance of this role."""
     return policy_for(role, cost, config.prefill.policy, config.decode.policy, config.prefill.pack)
 
 

@@ -1,5 +1,5 @@
 """The table of messages between routers and workers: each with its form in internal.proto, and by
-what its receiver finds whom it is for.
+what its receiver finds the request, instance or call that it is for.
 
 Times go out as ages and come in as times of the receiver's clock: `now` is when a message is
 written, or was read. They are off by how long it was on its way.
@@ -63,7 +63,7 @@ class RemoteError(Exception):
 
 
 class For(enum.Enum):
-    """By which attribute of a message its receiver finds whom it is for."""
+    """By which attribute its receiver finds the request, instance or call of a message."""
 
     CALL = ""  # the two ends of the call
     REQUEST = "id"
@@ -274,7 +274,7 @@ def check_version(version: int, oldest: int) -> None:
 
 
 def address_of(event: Any) -> tuple[For, Any]:
-    """Whom an event of a worker's is for, and the attribute that says so."""
+    """What kind of receiver an event of a worker's has, and the attribute that names it."""
     receiver = _FROM_WORKER[type(event)].receiver
     return receiver, getattr(event, receiver.value)
 

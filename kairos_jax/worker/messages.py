@@ -192,7 +192,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Answers a Hello: who a worker is, and what it has.
+    """Answers a Hello: the name and role of a worker, and what it has.
 
     incarnation: random, new at each start. profile: its step times (see `schedulers.cost`).
     kv_address: "host:port" of its KV service. version: of its protocol; 0 for one that does not

@@ -1,7 +1,7 @@
 """The worker's side of the wire: the gRPC service to which routers attach.
 
 A worker knows nothing of routers. This service remembers who sent which request, brings each event
-to the router whom it concerns, and cancels what a router leaves behind. It lives on the event loop,
+to the router that it concerns, and cancels what a router leaves behind. It lives on the event loop,
 except for `emit`, which the worker's threads call.
 """
 
@@ -105,7 +105,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
     """Answers UNAVAILABLE until `open`, and again from `drain` on.
 
     stuck_s: a step that takes so much longer than predicted has hung: pings are not answered then.
-    hang_s: a router from whom nothing comes for so long is dropped. spans: what is added to the
+    hang_s: a router from which nothing comes for so long is dropped. spans: what is added to the
     traces of requests; None: nothing.
     """
 

@@ -1,4 +1,4 @@
-"""What an instance holds and what it has run, in a few numbers, for those who look on from outside.
+"""What an instance holds and what it has run, in a few numbers, for metrics and the live page.
 
 Read from another thread than the one that owns the ledger: each number is right, but they may be of
 moments some microseconds apart.

@@ -286,8 +286,8 @@ class Worker:
             self.emit(stepped())
 
     def _until_ended(self) -> dict[str, Token]:
-        """Reads the inbox until the step under way is over; fetches begin meanwhile: half a step
-        later, a short answer would miss its TPOT by it.
+        """Reads the inbox until the step under way is over. Fetches begin during the step: half a
+        step later, a short answer would miss its TPOT.
         """
         while not isinstance(message := self._inbox.get(), _Ended):
             # A Prefetch too: left for later, it would be overtaken by its Handover.

@@ -92,7 +92,8 @@ class Batch(NamedTuple):
 
 
 class Instance:
-    """The ledger of one instance: what waits, runs and is parked, and who holds which pages.
+    """The ledger of one instance: what waits, runs and is parked, and which pages each sequence
+    holds.
 
     waiting: no step yet, evicted, or (on a decode instance) not yet in a batch. running: begun.
     parked: prefilled, KV held for the decode side. Only the verbs below change it. A `journal`, if

@@ -66,7 +66,7 @@ class Outputs:
 
     def expect(self, num_prompt: int, num_tokens: int) -> float:
         """Expected length, in tokens, of an output that has `num_tokens`: a quarter more at least,
-        since nobody knows better than that when it ends.
+        since its end is not known better than that.
         """
         guess = self.guess
         if guess == "as_long_again":

@@ -9,10 +9,11 @@ class OutOfPages(Exception):
 
 
 class PageTable:
-    """Who holds which page of one instance's pool, and what lies in those that nobody holds.
+    """Which sequences hold which pages of one instance's pool, and what is in the pages without a
+    holder.
 
     A page may be cached under a key that says what is in it: then several may hold it, and when
-    nobody does, it stays as it is until the room is needed, the longest unheld going first. So it
+    none does, it stays as it is until the room is needed, the longest unheld going first. So it
     counts as free. All others have one holder.
 
     Freed pages that are not cached are handed out again last-in first-out, so a lightly loaded pool

@@ -22,7 +22,7 @@ class Pool:
     It keeps `computed` of each waiting prompt at the tokens that would be found cached if it began
     now: policies need the work that truly remains of it. By the order above only two keys can
     change that: of the last page that is cached of it, and of the next. They are watched, so an
-    arrival costs its own pages, and a page that comes or goes costs those who watch it.
+    arrival costs its own pages, and a page that comes or goes costs the prompts that watch it.
     """
 
     def __init__(self, num_pages: int, page_size: int):

@@ -62,11 +62,11 @@ class Seq:
     """A request's progress on one instance. Its numbers are a column of the ledger's array, where
     policies read those of all sequences at once (see `schedulers.ledger.rows`).
 
-    tokens: ids generated so far; only who computes steps reads and extends it. scored: what that
-    one keeps of its prompt's log-probabilities until the last are there; head: what it keeps of
-    rows from step to step. pages: ids of the pages
-    that hold its KV. begun_at: when its first step here began. cached: tokens of its prompt that
-    were here before it began, or before its KV was asked for.
+    tokens: ids generated so far; only the engine reads and extends it. scored: what the engine
+    keeps of its prompt's log-probabilities until the last are there; head: what it keeps of rows
+    from step to step. pages: ids of the pages that hold its KV. begun_at: when its first step here
+    began. cached: tokens of its prompt that were here before it began, or before its KV was asked
+    for.
     """
 
     __slots__ = (

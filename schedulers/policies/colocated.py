@@ -2,8 +2,8 @@
 
 Decode goes first; what it may be slowed down by, its slack, sets how large a chunk of prompts fits
 between two of its steps. So under overload prompts wait, rather than that all answers grow slow.
-Each of the two policies sees the ledger as if its own sequences were all there is, but that the
-late of one job stand back for those of the other that are not.
+Each of the two policies sees the ledger as if its own sequences were all there is. One rule joins
+them: late prefills yield to on-time decodes, and the reverse.
 """
 
 import copy
@@ -32,10 +32,10 @@ class Colocated:
     A prompt gets all its pages when it begins, and begins only while fewer than max_batch
     sequences are here.
 
-    Where both policies know who is late: late prompts stand back while a sequence decodes that can
-    keep its TPOT, and late sequences while a prompt waits that can keep its TTFT. Either would take
-    time from whom it could still help. So that they come to their end in a lasting overload, nobody
-    stands back in the first `late_share` of every `period_s`.
+    Where both policies know which requests are late: late prompts yield while a sequence decodes
+    that can keep its TPOT, and late sequences while a prompt waits that can keep its TTFT. Either
+    would take time from a request that can still be on time. In the first `late_share` of every
+    `period_s` none yields, so that late ones end even in a lasting overload.
 
     worth: a chunk takes at least so many times the base cost of its step, unless it is all that a
     prompt lacks; once, where the decode policy does not let slack gather until then.
@@ -176,7 +176,7 @@ def _where(rows: Rows, which: np.ndarray) -> Rows:
 def policy_for(
     role: Role, cost: CostModel, prefill_policy: str, decode_policy: str, pack: float = 0.0
 ) -> Policy:
-    """Who decides on an instance of this role, given the names of both policies."""
+    """The policy of an instance of this role, given the names of both."""
     if role is Role.BOTH:
         return Colocated(cost, prefill_policy, decode_policy, pack)
     if role is Role.PREFILL:

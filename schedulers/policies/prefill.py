@@ -198,7 +198,7 @@ def _fits(instance: Instance, rows: Rows[Seq], now: float) -> np.ndarray:
 
 def _free(instance: Instance, now: float) -> tuple[int, float]:
     """Pages that prompts may take, and tokens that may be parked. What the oldest overdue one lacks
-    is set aside, or shorter ones would take whatever is given back, for ever.
+    is set aside, or shorter ones would take all that is given back, and it would never run.
     """
     limits, free, parked_room = instance.limits, instance.pages.num_free, instance.parked_room
     if min(free * limits.page_size, parked_room) >= limits.max_context or not instance.waiting:

@@ -1,4 +1,6 @@
-"""The pages of a decode instance in the making of one decision: who may be fetched, who must go."""
+"""The pages of a decode instance during one decision: which sequences may be fetched, and which
+must be evicted.
+"""
 
 import math
 from collections.abc import Callable

@@ -25,7 +25,7 @@ _CLASSES, _NOISE = 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Who serves, and what for.
+    """A server and its SLOs.
 
     cost: what steps and transfers really take, and the KV that each instance holds. classes: SLOs
     of the requests and their shares. colocated: instances that do both jobs, in the place of

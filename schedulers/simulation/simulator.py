@@ -20,7 +20,7 @@ from schedulers.simulation.attainment import Outcome
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """The instances of a server, and who decides on each."""
+    """The instances of a server, each with its policy."""
 
     prefill: Sequence[tuple[Instance, Policy]]
     decode: Sequence[tuple[Instance, Policy]]

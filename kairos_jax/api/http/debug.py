@@ -1,4 +1,4 @@
-"""What a process tells of itself to who tunes it: a profile of its next steps by JAX's profiler,
+"""What a process tells of itself for tuning: a profile of its next steps by JAX's profiler,
 and its last decisions as a trace for Perfetto. Off unless --debug_dir says where profiles go.
 
   POST /debug/profile?steps=20&seconds=10   a profile of so many steps, or of so long

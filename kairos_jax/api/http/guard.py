@@ -29,7 +29,7 @@ class OpenRoute(Route):
 
 
 class Guard:
-    """ASGI middleware: lets in who has a key, and gives each answer its X-Request-ID.
+    """ASGI middleware: lets in requests with a key, and gives each answer its X-Request-ID.
 
     routes: of the app. A request for anything but an `OpenRoute` needs a key. origins: from where
     requests are taken.

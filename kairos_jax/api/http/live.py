@@ -1,6 +1,6 @@
 """The live page: a few static files, and the events by which it is kept up to date.
 
-Once a second, as long as somebody looks, one snapshot is made and sent to all who do.
+Once a second, while a page is open, one snapshot is made and sent to every open page.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from kairos_jax.api.http.to_json import to_bytes
 
 MAX_VIEWERS = 64
 _PERIOD_S = 1.0
-# When one who found no place may try again.
+# When a page for which there was no place may try again.
 _RETRY_S = 10
 
 _TYPES = {
@@ -47,7 +47,7 @@ _EVENT_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 class Live:
-    """The page of one server, and who looks at it. period_s: between two snapshots."""
+    """The page of one server, and the open pages. period_s: between two snapshots."""
 
     def __init__(
         self,
@@ -80,11 +80,11 @@ class Live:
 
     @property
     def num_viewers(self) -> int:
-        """Who looks on at present."""
+        """Pages that are open now."""
         return len(self._viewers)
 
     def close(self) -> None:
-        """Ends what is sent to all who look on, and takes no others."""
+        """Ends what is sent to open pages, and takes no others."""
         self._closed = True
         if self._ticking:
             self._ticking.cancel()
@@ -111,7 +111,7 @@ class Live:
             self._viewers.discard(viewer)
 
     async def _tick(self) -> None:
-        """Makes snapshots until nobody looks on."""
+        """Makes snapshots while a page is open."""
         try:
             while self._viewers:
                 # In a thread: of many requests it takes longer than a token should wait.

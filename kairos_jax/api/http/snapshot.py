@@ -68,7 +68,7 @@ def snapshot(backend: Backend, now: float) -> dict[str, Any]:
 def _queued(
     streams: Sequence[Stream], router: Router, statuses: dict[str, Status | None], now: float
 ) -> dict[str, Any]:
-    """Those without a token: first who is being computed, then by laxity. lost: in the same order,
+    """Those without a token: first those in prefill, then by laxity. lost: in the same order,
     those that can no longer be in time.
     """
     begun = {id for status in statuses.values() if status for id in status.begun}
@@ -119,8 +119,8 @@ def _running(
     with np.errstate(over="ignore"):  # a TPOT may be as large as a number can be
         slack = first_at + made * tpot - now
         line_end = first_at + np.maximum(most - 1, 0.0) * tpot
-    # Whoever is behind may catch up, but no step is shorter than its base: at best all tokens up to
-    # max_tokens come at that pace. nan: no worker has said how long steps take.
+    # A request that is behind may catch up, but no step is shorter than its base: at best all
+    # tokens up to max_tokens come at that pace. nan: no worker has said how long steps take.
     least_s = np.nan_to_num(router.fleet.cost.decode_base_s)
     left = np.maximum(most - made, 0.0)
     no_tpot = (left > 0) & (now + left * least_s > line_end)

@@ -77,7 +77,7 @@ class Answer:
         return self._event(shown)
 
     def usage_event(self) -> bytes:
-        """The last event before DONE, for who asked for it."""
+        """The last event before DONE, if the request asks for it."""
         return event_of(self._head | {"choices": [], "usage": self._usage()})
 
     def _event(self, shown: dict[str, Any]) -> bytes:
