@@ -1,4 +1,4 @@
-"""Holds the simulator against live engines: one workload at several loads, served and simulated.
+r"""Holds the simulator against live engines: one workload at several loads, served and simulated.
 
   kairos agreement --config=smollm2_135m_cpu_colocated \
       --output=out/agreement

@@ -2,7 +2,7 @@ r"""The router in a process of its own, over prefill and decode workers in other
 
 It has the public gRPC service and the HTTP API.
 
-  kairos router --config=smollm2_135m_cpu --port=50051 \\
+  kairos router --config=smollm2_135m_cpu --port=50051 \
     --prefill=127.0.0.1:50061 --decode=127.0.0.1:50071,dns:decode.example:50071
 
 It listens at once and answers UNAVAILABLE (health: NOT_SERVING) until there is a worker of each

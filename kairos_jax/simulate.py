@@ -1,4 +1,4 @@
-"""Simulates a workload under scheduling policies, with step times from a profile.
+r"""Simulates a workload under scheduling policies, with step times from a profile.
 
 kairos simulate --profile=llama3_8b_h100_roofline --trace=synthetic --rate=30 \
     --num_prefill=2 --num_decode=1 --ttft=1 --tpot=0.025

@@ -1,4 +1,4 @@
-"""Runs one workload at many loads under many policies, and shows what each achieves.
+r"""Runs one workload at many loads under many policies, and shows what each achieves.
 
 kairos sweep --simulated --profile=llama3_8b_h100_roofline --trace=synthetic \
     --rates=20,32,40 --layouts=2:1,3xcolocated --ttft=1 --tpot=0.025 --output=out/sweep
