@@ -1,6 +1,6 @@
 r"""Completes a file of prompts without a server, as fast as the machine allows.
 
-  .venv/bin/python examples/offline_batch.py --config=configs/smollm2_135m_cpu_colocated.py \
+  .venv/bin/python examples/offline_batch.py --config=smollm2_135m_cpu_colocated \
     --input=prompts.txt --output=answers.jsonl
 
 The input has one prompt a line; the output one JSON object a line, in the same order. The engine,
@@ -9,13 +9,12 @@ the policies and the router are those of the server, on this process's event loo
 
 import argparse
 import asyncio
-import importlib.util
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from kairos_jax.config import ServerConfig
+from kairos_jax.config.files import read_file
 from kairos_jax.engine import profiling
 from kairos_jax.engine.build import build_engines
 from kairos_jax.engine.devices import start_jax
@@ -27,14 +26,6 @@ from kairos_jax.worker.build import build_workers
 from models.sampling import SamplingParams
 from schedulers.cost import CostModel
 from schedulers.ledger.request import Request
-
-
-def read_config(path: str, model: str | None) -> ServerConfig:
-    spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = ServerConfig.from_dict(module.get_config().to_dict())
-    return replace(config, model=model or config.model)
 
 
 async def complete(config, model, engines, cost, prompts: list[str], max_tokens: int) -> list[str]:
@@ -67,7 +58,7 @@ async def complete(config, model, engines, cost, prompts: list[str], max_tokens:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/smollm2_135m_cpu_colocated.py")
+    parser.add_argument("--config", default="smollm2_135m_cpu_colocated")
     parser.add_argument("--model", help="instead of the config's: a path or a hub id")
     parser.add_argument("--profile", type=Path, help="step times; measured if it is left out")
     parser.add_argument("--input", type=Path, required=True)
@@ -76,7 +67,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     prompts = arguments.input.read_text().splitlines()
-    config = read_config(arguments.config, arguments.model)
+    values = read_file(arguments.config)
+    config = ServerConfig.from_dict(values | {"model": arguments.model or values["model"]})
     devices = start_jax(config.num_devices, 0)
     with arguments.output.open("w") as answers, bars() as progress:
         model = open_model(config)
