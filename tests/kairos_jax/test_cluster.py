@@ -145,7 +145,8 @@ def test_a_worker_measures_its_own_role_and_is_lost_when_it_stops(environment):
         stopped.send(signal.SIGCONT)
         await front.linked(1)
         await links.close()
-        assert str(event.error) == "it stopped answering"
+        assert str(event.error) == "nothing came from it for 1 s"
+        assert front.router.fleet.last_loss.endswith("it stopped answering"), "what clients read"
         return took_s
 
     with process(environment, "decode") as (started, address):
