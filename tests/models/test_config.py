@@ -2,22 +2,9 @@ import dataclasses
 import json
 
 import pytest
+from checkpoints import SMALL
 
-from models.config import ModelConfig
 from models.rope import RopeScaling
-
-SMALL = ModelConfig(
-    name="llama",
-    vocab_size=100,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_size=64,
-    eos_token_ids=(2,),
-    bos_token_id=1,
-)
 
 
 @pytest.mark.parametrize(

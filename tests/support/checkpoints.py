@@ -7,7 +7,22 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from models.checkpoint import open_checkpoint
+from models.config import ModelConfig
 from models.sharding import Rules, make_mesh
+
+SMALL = ModelConfig(
+    name="llama",
+    vocab_size=100,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_size=64,
+    eos_token_ids=(2,),
+    bos_token_id=1,
+)
+"""The description of a small model, for tests that read and write descriptions."""
 
 
 def load(path, num_devices=1, dtype=jnp.float32):

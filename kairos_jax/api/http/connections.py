@@ -10,7 +10,8 @@ log = logging.getLogger(__name__)
 
 # From the opening of a connection, or the first byte of a request, to the end of its head.
 HEAD_S = 10.0
-# From there to the end of its body. Whoever waits for the body gives up before, with an answer.
+# From there to the end of its body. The reader of the body (`guard.py`) has a shorter limit, and
+# answers the client; this one ends connections whose body nobody reads.
 BODY_S = 65.0
 # A client that takes nothing of its answer for so long is cut off.
 WRITE_S = 30.0

@@ -4,25 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from checkpoints import SMALL
 
 from models.checkpoint.gguf_config import from_gguf
-from models.config import ModelConfig
 from models.rope import RopeScaling, rope_frequencies
 
-SMALL = ModelConfig(
-    name="llama",
-    vocab_size=100,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_size=64,
-    tie_embeddings=True,
-    max_context=512,
-    eos_token_ids=(2,),
-    bos_token_id=1,
-)
+TIED = dataclasses.replace(SMALL, tie_embeddings=True, max_context=512)
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 GGUF = {
     "general.architecture": "llama",
@@ -45,7 +32,7 @@ def read(rope_divisors=None, **change):
 
 
 def test_gguf():
-    assert from_gguf(GGUF, tied=True) == SMALL
+    assert from_gguf(GGUF, tied=True) == TIED
 
 
 def test_the_tokens_that_end_an_output_are_found_by_their_text():
@@ -75,7 +62,7 @@ LINEAR4 = RopeScaling("linear", 4.0)
     ],
 )
 def test_rope_scaling_is_as_llama_cpp_applies_it(change, scaling):
-    assert read(**change) == dataclasses.replace(SMALL, rope_scaling=scaling)
+    assert read(**change) == dataclasses.replace(TIED, rope_scaling=scaling)
 
 
 def test_llama3_scaling_is_recognised_by_its_divisors():
@@ -108,7 +95,7 @@ def test_other_divisors_are_refused(divisors):
     ],
 )
 def test_values_that_are_well_defined_are_taken(change, fields):
-    assert read(**change) == dataclasses.replace(SMALL, **fields)
+    assert read(**change) == dataclasses.replace(TIED, **fields)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from checkpoints import SMALL
 
 from models.checkpoint.huggingface_config import from_hugging_face, to_hugging_face
 from models.config import ModelConfig
@@ -11,18 +12,6 @@ from models.rope import RopeScaling
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-SMALL = ModelConfig(
-    name="llama",
-    vocab_size=100,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_size=64,
-    eos_token_ids=(2,),
-    bos_token_id=1,
-)
 RAW = {
     "model_type": "llama",
     "vocab_size": 100,

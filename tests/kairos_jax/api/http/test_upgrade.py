@@ -57,7 +57,7 @@ class Connection:
 
 @contextlib.asynccontextmanager
 async def connected(api):
-    """A connection; there is no other meanwhile."""
+    """A connection, and no other at the same time."""
     received = Protocol.data_received
 
     def told(protocol, data):
