@@ -10,7 +10,7 @@ import grpc
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.refusal import BadField, UnknownModel, message_of
-from kairos_jax.api.slots import Slot
+from kairos_jax.api.slots import WRITE_S, Slot
 from kairos_jax.engine.calls import PromptLogprobs, Token
 from kairos_jax.net.well_formed import read_message
 from kairos_jax.observe.tracing import trace_of
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 SERVICE = "kairos.v1.Kairos"
 MAX_MESSAGE_BYTES = 4 << 20
-# A client that takes nothing for so long is cut off.
-WRITE_S = 30.0
 # In which the message of a call comes, where nothing keeps it.
 _WITH_HEAD_S = 0.25
 # Log-probabilities of a prompt in a message: some 10 ms of work.

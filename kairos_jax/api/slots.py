@@ -17,6 +17,8 @@ MAX_BYTES = 256 << 20
 SMALL_BYTES = 64 << 10
 # From so many bytes on, a body may hold text for long: 1 MiB takes a second or two.
 _LONG_BYTES = 128 << 10
+# A client that takes nothing of its answer for so long is cut off, and its slot is free.
+WRITE_S = 30.0
 # Requests with a template of their own, at once: each may take all of its time.
 _MOST_TEMPLATES = 8
 

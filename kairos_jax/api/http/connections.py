@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from kairos_jax.api.http.protocol import PlainProtocol
+from kairos_jax.api.slots import WRITE_S
 
 log = logging.getLogger(__name__)
 
@@ -13,8 +14,6 @@ HEAD_S = 10.0
 # From there to the end of its body. The reader of the body (`guard.py`) has a shorter limit, and
 # answers the client; this one ends connections whose body nobody reads.
 BODY_S = 65.0
-# A client that takes nothing of its answer for so long is cut off.
-WRITE_S = 30.0
 _MAX_HEADER_BYTES = 64 << 10
 
 
