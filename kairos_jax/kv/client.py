@@ -21,6 +21,7 @@ from kairos_jax.kv.jax_transfer import TransferPort, Unreachable
 from kairos_jax.kv.leases import Claimant
 from kairos_jax.kv.manifest import Facts, Manifest
 from kairos_jax.kv.transport import Ticket
+from kairos_jax.net.well_formed import EOF
 from kairos_jax.rpc import kv_pb2 as pb
 from kairos_jax.rpc import kv_pb2_grpc
 
@@ -247,7 +248,7 @@ def _claimant(claimant: Claimant) -> pb.Claimant:
 
 async def _next(call: Any, what: str) -> pb.ClaimResponse:
     response = await call.read()
-    if response is grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
+    if response is EOF:
         raise ConnectionError(f"the KV's stream ended before its {what}")
     if response.WhichOneof("what") != what:
         raise ConnectionError(f"a {what} was due, and {response.WhichOneof('what')} came")

@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+# What `read` of a call gives when there is no more.
+EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
 # For the one message of a call.
 MESSAGE_S = 60.0
 # Calls that wait for theirs at once, of those whose handlers do not see to that.
@@ -80,7 +82,7 @@ async def read_message(deserialize: Callable[[bytes], Any], context) -> Any:
     except TimeoutError:
         why = f"the message did not come within {MESSAGE_S:g} s"
         return await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, why)
-    if raw is grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
+    if raw is EOF:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
     return await _message(deserialize, raw, context)
 

@@ -20,6 +20,7 @@ import grpc
 from kairos_jax.config import ServerConfig
 from kairos_jax.net.credentials import Credentials
 from kairos_jax.net.heartbeat import Heartbeat, first_of
+from kairos_jax.net.well_formed import EOF
 from kairos_jax.routing.peer import Peer
 from kairos_jax.routing.router import Router
 from kairos_jax.rpc import internal_pb2 as pb
@@ -290,7 +291,7 @@ class _Link:
     async def _listen(self, call: Any, linked: Linked, heartbeat: Heartbeat) -> None:
         """Passes events on to the router until there are no more."""
         links = self._links
-        while (said := await call.read()) is not codec.EOF:
+        while (said := await call.read()) is not EOF:
             heartbeat.heard()
             match codec.decode(said, Sender(links.clock(), linked.id, self._role)):
                 case Pong(status):
@@ -323,7 +324,7 @@ class _Link:
 
 async def _read(call: Any) -> pb.FromWorker:
     said = await call.read()
-    if said is codec.EOF:
+    if said is EOF:
         raise ConnectionError("it has left")
     return said
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import grpc
-
 from kairos_jax.engine.calls import PromptLogprobs, Token
 from kairos_jax.kv.transport import Ticket
 from kairos_jax.rpc import internal_pb2 as pb
@@ -54,8 +52,6 @@ VERSION, OLDEST = 3, 3
 SERVICE = "kairos.internal.v1.Worker"
 # A prompt of a million tokens, and what else a message has.
 MAX_MESSAGE_BYTES = 16 << 20
-# What a stream's reader gets when there is no more.
-EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class RemoteError(Exception):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import grpc
 
 from kairos_jax.net.heartbeat import Heartbeat, first_of
+from kairos_jax.net.well_formed import EOF
 from kairos_jax.rpc import internal_pb2_grpc
 from kairos_jax.worker import codec
 from kairos_jax.worker.codec import For, Sender
@@ -206,7 +207,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
         if not self._goes_on():
             raise _Refused(unavailable, "the worker's step loop has ended, or hangs in a step")
         unfit = grpc.StatusCode.FAILED_PRECONDITION
-        hello = None if first is codec.EOF else codec.decode(first, Sender())
+        hello = None if first is EOF else codec.decode(first, Sender())
         if not isinstance(hello, Hello):
             raise _Refused(unfit, "the first message must be a Hello")
         try:
@@ -225,7 +226,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
         return router
 
     async def _read(self, router: _Attached, context: Any, heartbeat: Heartbeat) -> None:
-        while (sent := await context.read()) is not codec.EOF:
+        while (sent := await context.read()) is not EOF:
             heartbeat.heard()
             match codec.decode(sent, Sender(self.clock())):
                 case Ping():

@@ -10,6 +10,7 @@ import pytest
 
 from kairos_jax.engine.calls import Token
 from kairos_jax.kv.transport import Ticket
+from kairos_jax.net.well_formed import EOF
 from kairos_jax.rpc import internal_pb2 as pb
 from kairos_jax.rpc import internal_pb2_grpc
 from kairos_jax.worker import codec
@@ -95,7 +96,7 @@ class Caller:
     async def ended(self):
         """The code with which it was ended."""
         with contextlib.suppress(grpc.aio.AioRpcError):
-            while await self.read() is not codec.EOF:
+            while await self.read() is not EOF:
                 pass
         return await self._call.code(), await self._call.details()
 
