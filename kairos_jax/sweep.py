@@ -2,11 +2,11 @@ r"""Runs one workload at many loads under many policies, and shows what each ach
 
 kairos sweep --simulated --profile=llama3_8b_h100_roofline --trace=synthetic \
     --rates=20,32,40 --layouts=2:1,3xcolocated --ttft=1 --tpot=0.025 --output=out/sweep
-kairos sweep --config=smollm2_135m_cpu --trace=synthetic \
-    --rates=2,3 --num_requests=100 --output=out/sweep
+kairos sweep --trace=synthetic --rates=2,3 --num_requests=100 --max_prompt=256
 
 With --simulated step times come from a profile; without, the cells are served one after another by
-live engines in this process, in real time. The first pair of policies is the baseline. A cell that
+live engines in this process, in real time, with --config or a config for the devices that are here.
+The first pair of policies is the baseline. A cell that
 has ended is kept in the output folder, and not run again.
 """
 
@@ -217,6 +217,10 @@ def live(values: Any) -> tuple[list[Result], dict[str, str]]:
     from kairos_jax.process import launch
 
     _refuse(values, _SIMULATED_ONLY, "needs --simulated")
+    if not launch.has_config():
+        made = Path(values.output) / "config.py"
+        made.unlink(missing_ok=True)
+        launch.make_config(made)
     config = launch.read_config()
     cells = _grid(
         values, str(layout_of(config)), str(config.decode.max_batch), str(config.prefill.pack)

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kairos_jax.api.backend import Backend
 from kairos_jax.api.gate import Closed, Gate
 from kairos_jax.api.http.answers.run import Answering
-from kairos_jax.api.http.answers.warned import HEADER, Warnings
+from kairos_jax.api.http.answers.warned import HEADER, Warned, warn
 from kairos_jax.api.http.answers.writing import write_whole
 from kairos_jax.api.http.body.fields import Fields, read_object, shown
 from kairos_jax.api.http.body.known import (
@@ -72,7 +71,8 @@ def make_app(
     routes = [*Api(gate, options.max_body_bytes).routes(), *routes]
     allowed, cors_origins, keys = options.allowed_hosts, options.cors_origins, options.keys
     origins = Origins.of(host, allowed, cors_origins, keyed=bool(keys))
-    middleware = [Middleware(Guard, keys=keys, routes=routes, origins=origins)]
+    guard = Middleware(Guard, keys=keys, routes=routes, origins=origins)
+    middleware = [guard, Middleware(Warned)]
     if options.cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -91,7 +91,7 @@ class Api:
 
     def __init__(self, gate: Gate, max_body_bytes: int):
         self._gate, self._max_body_bytes = gate, max_body_bytes
-        self._created, self._warnings = int(time.time()), Warnings()
+        self._created = int(time.time())
 
     def routes(self) -> list[BaseRoute]:
         """What is at which path."""
@@ -163,8 +163,7 @@ class Api:
             with self._gate.slots.take() as slot:
                 asked = await self._read(request, slot, backend, arrival, chat)
                 slot.grow(len(asked.requests) * asked.n)
-                said = self._warnings.on(Answering(asked, backend), asked.near_misses)
-                await said(scope, receive, send)
+                await Answering(asked, backend)(scope, receive, send)
 
         return answer
 
@@ -174,10 +173,10 @@ class Api:
         headers = request.headers
 
         def ask(body: dict[str, Any]) -> Ask:
+            warn(request, near_misses(body))
+            warn(request, near_headers(headers)[:MOST_LOOKED_AT])
             slo, name = slo_of_headers(headers), headers.get("x-request-id", "")
-            asked = read(body, backend.validator, arrival, slo, name, chat)
-            near = [*asked.near_misses, *near_headers(headers)[:MOST_LOOKED_AT]]
-            return replace(asked, near_misses=near)
+            return read(body, backend.validator, arrival, slo, name, chat)
 
         try:
             asked = await self._of_body(request, slot, backend, ask)
@@ -204,33 +203,28 @@ class Api:
 
     async def tokenize(self, request: Request) -> ASGIApp:
         """The token ids of a text, or of a conversation."""
-        return self._whole(request, tokenized, near_misses)
+
+        def make(validator: Validator, fields: Fields) -> list[bytes]:
+            warn(request, near_misses(fields.values))
+            return tokenized(validator, fields)
+
+        return self._whole(request, make)
 
     async def detokenize(self, request: Request) -> ASGIApp:
         """The text of token ids."""
-        return self._whole(request, detokenized, lambda fields: [])
+        return self._whole(request, detokenized)
 
-    def _whole(
-        self,
-        request: Request,
-        make: Callable[[Validator, Fields], list[bytes]],
-        near: Callable[[Fields], Sequence[tuple[str, str]]],
-    ) -> ASGIApp:
-        """An answer that is made of a body at once, in parts. near: fields to warn of."""
+    def _whole(self, request: Request, make: Callable[[Validator, Fields], list[bytes]]) -> ASGIApp:
+        """An answer that is made of a body at once, in parts."""
         backend = self._gate.enter()
 
-        def made(body: dict[str, Any]) -> tuple[list[bytes], Sequence[tuple[str, str]]]:
-            fields = Fields(body)
-            return make(backend.validator, fields), near(fields)
+        def made(body: dict[str, Any]) -> list[bytes]:
+            return make(backend.validator, Fields(body))
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             with self._gate.slots.take() as slot:
-                parts, ignored = await self._of_body(request, slot, backend, made)
-
-                async def whole(scope: Scope, receive: Receive, send: Send) -> None:
-                    await write_whole(send, parts)
-
-                await self._warnings.on(whole, ignored)(scope, receive, send)
+                parts = await self._of_body(request, slot, backend, made)
+                await write_whole(send, parts)
 
         return answer
 

@@ -207,10 +207,10 @@ def refuse_of_others(fields: Fields, chat: bool) -> None:
             raise BadField(name, f"is for {where}, and not for {here}; got {shown(value)}")
 
 
-def near_misses(fields: Fields) -> list[tuple[str, str]]:
+def near_misses(body: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Fields that are not known, and so are ignored, each with the known one that it is near."""
-    found = _near(fields.values, _KNOWN)
-    options = fields.values.get("stream_options")
+    found = _near(body, _KNOWN)
+    options = body.get("stream_options")
     if isinstance(options, dict):
         near = _near(options, STREAM_OPTIONS)
         found += [(f"stream_options.{name}", f"stream_options.{known}") for name, known in near]

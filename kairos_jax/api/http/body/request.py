@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kairos_jax.api.http.body.fields import Fields, check_text, shown
-from kairos_jax.api.http.body.known import near_misses, refuse_not_served, refuse_of_others
+from kairos_jax.api.http.body.known import refuse_not_served, refuse_of_others
 from kairos_jax.api.http.body.prompts import Prompt, chat_of, prompts_of
 from kairos_jax.api.http.body.slo import slo_of_body
 from kairos_jax.api.refusal import BadField, UnknownModel
@@ -37,7 +37,7 @@ class Ask:
     alternatives to report; None: no log-probabilities at all. silent: no output is wanted, only
     what is said of the prompt; one token is generated and not shown. stops: texts that end an
     output; show_stop: it ends after the text, not before. late_stops: token ids that end it from
-    `min_tokens` on. show_special: special tokens are shown as text. near_misses: see `known`.
+    `min_tokens` on. show_special: special tokens are shown as text.
     """
 
     chat: bool
@@ -58,7 +58,6 @@ class Ask:
     show_special: bool
     return_token_ids: bool
     timing: bool
-    near_misses: Sequence[tuple[str, str]] = ()
 
 
 def read(
@@ -114,7 +113,6 @@ def read(
         show_special=not fields.boolean("skip_special_tokens", True),
         return_token_ids=fields.boolean("return_token_ids"),
         timing=fields.boolean("timing"),
-        near_misses=near_misses(fields),
     )
 
 

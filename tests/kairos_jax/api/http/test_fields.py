@@ -15,7 +15,6 @@ from http_fakes import ids_of, of, says, served, text_in, text_of, until
 
 from kairos_jax.api.http.answers.choice import StopTexts
 from kairos_jax.api.http.body import known
-from kairos_jax.api.http.body.fields import Fields
 from kairos_jax.text.tokenizer import Tokenizer
 
 TEXT = "/v1/completions"
@@ -439,16 +438,32 @@ def test_headers_of_slos_and_tokenize_are_told_of_too():
             answer = await api.post("/tokenize", said)
             assert '"add_special_tokens" is known' in answer.headers["x-kairos-warning"]
             assert "return" not in answer.headers["x-kairos-warning"]
+            answer = await api.post("/detokenize", {"tokens": [1, 2]})
+            assert "x-kairos-warning" not in answer.headers
+
+    asyncio.run(main())
+
+
+def test_an_error_names_near_misses_too():
+    """Where the field that is missing is there under another name, they are the reason."""
+
+    async def main():
+        async with http_fakes.serving() as api:
+            for path, name, known in ((TEXT, "promt", "prompt"), (CHAT, "mesages", "messages")):
+                answer = await api.post(path, {name: "x", "max_tokens": 3})
+                assert answer.status_code == 400
+                assert f'"{name}" is not known' in (told := answer.headers["x-kairos-warning"])
+                assert told.endswith(f'"{known}" is known')
 
     asyncio.run(main())
 
 
 def test_any_number_of_unknown_fields_costs_little(caplog):
     many = {f"max_tokens{number}": 1 for number in range(60_000)}
-    found = known.near_misses(Fields(many | {"x" * 1000: 1}))
+    found = known.near_misses(many | {"x" * 1000: 1})
     assert 0 < len(found) <= 16
-    odd = known.near_misses(Fields({"max_tokén\r\n": 1, "\ud800max_tokens": 1}))
-    warned = known.near_misses(Fields({"top-p": 1, "topK": 1, "max_tokens_new": 1}))
+    odd = known.near_misses({"max_tokén\r\n": 1, "\ud800max_tokens": 1})
+    warned = known.near_misses({"top-p": 1, "topK": 1, "max_tokens_new": 1})
     assert dict(warned) == {"top-p": "top_p", "topK": "top_k", "max_tokens_new": "max_tokens"}
 
     async def main():
