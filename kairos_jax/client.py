@@ -2,7 +2,7 @@
 
 kairos client --prompt="What is the capital of France?" --chat
 kairos client --prompt_token_ids=1,2,3 --max_tokens=8 --temperature=0 --output=json
-kairos client --trace=synthetic --rate=2 --num_requests=50
+kairos client --trace=synthetic --rate=2 --num_requests=50 --max_prompt=256 --max_output=64
 kairos client --address=HOST:PORT --tls_ca=ca.pem --prompt=Hello
 kairos client --address=HOST:PORT --api_key_file=key --prompt=Hello
 
@@ -26,6 +26,7 @@ from kairos_jax.lab.replay import (
     Received,
     Record,
     error_line,
+    fell_behind,
     fit_to_model,
     replay,
 )
@@ -37,6 +38,7 @@ from kairos_jax.process.files import check_regular
 from kairos_jax.process.progress import bars
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
 from schedulers.ledger.request import Slo
+from schedulers.simulation.attainment import Outcome
 from schedulers.simulation.traces import read_trace
 from schedulers.simulation.workload import Arrival, rescale, synthetic
 
@@ -220,8 +222,20 @@ async def run_workload(values: Any, net: Credentials, metadata: Metadata = ()) -
         print_table([run])
         for error, count in _count_errors(records).items():
             print(f"{count} failed: {error}")
+    _warn_if_behind(run.outcomes)
     if not any(record.outcome.done for record in records):
         raise EOFError("none of the workload was answered")
+
+
+def _warn_if_behind(outcomes: Sequence[Outcome]) -> None:
+    if rates := fell_behind(outcomes):
+        sent, answered = rates
+        print(
+            f"warning: {sent:.2g} requests/s were sent, and {answered:.2g} requests/s answered: "
+            "requests pile up, and the longer it goes on, the longer they wait. "
+            f"Try --rate={0.9 * answered:.2g}, or shorter ones with --max_prompt and --max_output.",
+            file=sys.stderr,
+        )
 
 
 def _read_arrivals(values: Any) -> list[Arrival]:

@@ -4,6 +4,7 @@ server is.
 
 import asyncio
 import itertools
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,10 @@ from schedulers.simulation.attainment import Outcome
 from schedulers.simulation.workload import Arrival, fit_lengths
 
 Metadata = Sequence[tuple[str, str]]
+# A server does not keep up if its rate is below that share of what is sent, and it lags behind for
+# so many seconds. Fewer answers tell nothing.
+_KEPT_UP, _LAG_S, _FEWEST = 0.85, 1.0, 10
+_MIDDLE = 0.8
 
 
 @dataclass(slots=True)
@@ -169,6 +174,28 @@ def fit_to_model(
     longest_output = min(max_output or model.max_context // 4, model.max_tokens)
     room = model.max_context - longest_output
     return fit_lengths(arrivals, min(max_prompt or room, room), longest_output)
+
+
+def fell_behind(outcomes: Sequence[Outcome]) -> tuple[float, float] | None:
+    """The rates, in requests a second, at which requests were sent and answered, if the server did
+    not keep up; else None. One that keeps up has both alike, however long an answer takes. They are
+    of the middle four fifths by time, so that the start and single long answers do not count.
+    """
+    answered = [at for each in outcomes if each.done and (at := each.last_token_at) is not None]
+    if len(answered) < _FEWEST:
+        return None
+    sent_in, answered_in = _middle([each.arrival for each in outcomes]), _middle(answered)
+    kept = len(answered) / len(outcomes)
+    if answered_in - sent_in < _LAG_S or kept * sent_in > _KEPT_UP * answered_in:
+        return None
+    share = _MIDDLE * len(outcomes)
+    return share / sent_in if sent_in else math.inf, kept * share / answered_in
+
+
+def _middle(times: Sequence[float]) -> float:
+    """The seconds that the middle part takes."""
+    low, high = np.quantile(times, [(1 - _MIDDLE) / 2, (1 + _MIDDLE) / 2])
+    return float(high - low)
 
 
 # How gRPC words what is wrong with an address, and what a user is told of it.

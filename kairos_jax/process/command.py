@@ -3,12 +3,15 @@
 Exit codes: 0; 1 what was asked could not be done; 2 it was wrong to ask; 130 Ctrl-C.
 """
 
+import errno
 import sys
 from collections.abc import Callable
 
 from absl import app, flags
 
 from kairos_jax.process import descriptors, early, hints, logs, usage
+
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 class UsageError(Exception):
@@ -39,6 +42,12 @@ def run(
             return 130
         except (UsageError, descriptors.TooFew) as error:
             return fail(error)
+        except OSError as error:
+            # A disk that fills while a run writes is no fault of the program.
+            if error.errno not in _OF_DISKS:
+                raise
+            fail(UsageError(f"{error.filename or 'a file'}: {error.strerror}"))
+            return 1
 
     app.run(guarded, flags_parser=parse or parse_flags)
 

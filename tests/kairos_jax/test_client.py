@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import math
+import re
 import signal
 import sys
 
@@ -10,10 +12,12 @@ import grpc
 import pytest
 from absl import flags
 
+from kairos_jax import client
 from kairos_jax.client import define_flags, run
-from kairos_jax.lab.replay import Received, error_line, fit_to_model, replay
+from kairos_jax.lab.replay import Received, error_line, fell_behind, fit_to_model, replay
 from kairos_jax.rpc import kairos_pb2, kairos_pb2_grpc
 from schedulers.ledger.request import Slo
+from schedulers.simulation.attainment import Outcome
 from schedulers.simulation.workload import Arrival
 
 SLO = Slo(ttft=30.0, tpot=30.0)
@@ -346,6 +350,37 @@ def test_fit_to_model_keeps_within_its_limits():
     fitted = fit_to_model(arrivals, MODEL, max_prompt=10, max_output=1000)
     assert max(a.num_prompt for a in fitted) == 10
     assert max(a.num_output for a in fitted) == 32
+
+
+def outcomes(rate: float, capacity: float, latency: float = 30.0) -> list[Outcome]:
+    """Of a server that answers so many a second, each after its latency."""
+    slo, made, free = Slo(1, 1), [], 0.0
+    for number in range(100):
+        arrival = number / rate
+        free = max(free, arrival) + 1 / capacity
+        made.append(Outcome(slo, arrival, free, free + latency, 2))
+    return made
+
+
+def test_a_server_that_falls_behind_is_told_of_and_a_slow_one_is_not():
+    assert fell_behind(outcomes(rate=4, capacity=100)) is None
+    assert fell_behind(outcomes(rate=4, capacity=4.1)) is None
+    assert fell_behind(outcomes(rate=1000, capacity=500)) is None  # in a tenth of a second
+    assert fell_behind(outcomes(rate=4, capacity=2)[:9]) is None
+    sent, answered = fell_behind(outcomes(rate=4, capacity=2))
+    assert (round(sent, 1), round(answered, 1)) == (4.0, 2.0)
+    # Half of them refused, the others served at their pace.
+    some = outcomes(rate=4, capacity=100)
+    refused = [Outcome(Slo(1, 1), each.arrival, ok=False) for each in some[::2]]
+    assert fell_behind(some[1::2] + refused) is None
+    assert fell_behind([Outcome(Slo(1, 1), 0.0, at, at, 2) for at in range(20)])[0] == math.inf
+
+
+def test_the_warning_says_what_to_try(capsys):
+    client._warn_if_behind(outcomes(rate=8, capacity=2))
+    err = capsys.readouterr().err
+    assert re.match(r"warning: 8\.\d requests/s were sent, and 2 requests/s answered: ", err)
+    assert "Try --rate=1.8, " in err
 
 
 def test_workload_prints_its_summary():

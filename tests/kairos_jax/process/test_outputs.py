@@ -62,3 +62,12 @@ def test_each_binary_looks_first(tmp_path, binary, flag, arguments):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert done.stderr == f"error: --{flag}={path}: {tmp_path}/file is not a folder\n"
+
+
+def test_a_disk_that_fills_is_told_in_one_line():
+    program = (
+        "from kairos_jax.process import command\n"
+        "command.run(lambda argv: open('/dev/full', 'w', 1).write('x\\n'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: a file: No space left on device\n")
