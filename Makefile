@@ -59,7 +59,8 @@ setup: $(INSTALLED)
 
 $(INSTALLED): requirements.lock pyproject.toml
 	$(if $(PROBLEM),$(error $(PROBLEM): name another, make PYTHON=/path/to/python3.12))
-	$(PYTHON) -m venv --clear $(VENV)
+	@# One of this Python is brought up to date in place: programs that run from it go on.
+	$(BIN)/python$(VERSION) -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@# Compiled now: where PYTHONDONTWRITEBYTECODE is set, each process else compiles JAX anew, for 3 s.
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock

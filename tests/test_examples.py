@@ -1,13 +1,17 @@
-"""Every file of `examples/` runs, on a tiny model, and prints what its page says."""
+"""Every file of `examples/` and every command of the README runs, on a tiny model, and prints what
+its page says.
+"""
 
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import documents
 import fakes
 import processes
 import pytest
@@ -46,9 +50,13 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(site, model):
+def profile(site):
+    return f"--profile={site['XDG_CACHE_HOME']}/profile.json"
+
+
+@pytest.fixture(scope="module")
+def server(site, model, profile):
     """Where a server listens: (HTTP, gRPC)."""
-    profile = f"--profile={site['XDG_CACHE_HOME']}/profile.json"
     process = processes.Process("serve", profile, env=site, model=str(model))
     try:
         line = process.line("ready", 120)
@@ -96,11 +104,10 @@ def test_a_stream_over_grpc(site, server):
     assert re.search(r"FINISH_REASON_(LENGTH|STOP): TTFT \d+\.\d+ s, met: (True|False)\n$", said)
 
 
-def test_a_batch_without_a_server(site, model, tmp_path):
+def test_a_batch_without_a_server(site, model, profile, tmp_path):
     (tmp_path / "prompts.txt").write_text("Once upon a time\nhi\n")
     given = ("--config=tests/support/tiny_config.py", f"--model={model}", "--max_tokens=5")
     files = (f"--input={tmp_path}/prompts.txt", f"--output={tmp_path}/answers.jsonl")
-    profile = f"--profile={site['XDG_CACHE_HOME']}/profile.json"
     assert python(site, "offline_batch.py", *given, *files, profile).startswith("2 prompts in ")
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == ["Once upon a time", "hi"]
@@ -131,3 +138,163 @@ def test_the_notebook(site, tmp_path):
     curves = json.loads(done.stdout.replace("'", '"'))
     assert all(len(curve) == 6 and 0 <= min(curve) <= 100 for curve in curves.values())
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+# The README. A command of it is named by how it begins.
+
+
+def readme(start, replaced=None):
+    """The words of the README's one command that begins so. replaced: parts of it, by what they
+    stand for here.
+    """
+    (command,) = (each for each in documents.of_page("README.md") if each.startswith(start))
+    for old, new in (replaced or {}).items():
+        assert old in command
+        command = command.replace(old, str(new))
+    return runnable(command)
+
+
+def runnable(command):
+    first, *rest = documents.words(command)
+    return [sys.executable, "-m", "kairos_jax", *rest] if first == "kairos" else [first, *rest]
+
+
+PLAIN = "kairos serve PATH_OR_ID"
+MADE = ["make demo", "make test", "make serve", "make sweep", "make paper"]
+
+
+def test_every_command_of_the_readme_is_tested():
+    tested = re.findall(r'readme\(\s*"(.*?)(?<!\\)"[,)]', Path(__file__).read_text())
+    tested = [start.replace(r"\"", '"') for start in tested] + [PLAIN, *MADE]
+    for command in documents.of_page("README.md"):
+        assert any(command.startswith(start) for start in tested), command
+
+
+def test_curl_of_the_readme(site, server):
+    if not shutil.which("curl"):
+        pytest.skip("needs curl")
+    answer = json.loads(run(site, *readme("curl localhost", {"localhost:8000": server[0]})))
+    assert answer["usage"]["completion_tokens"] <= 32
+
+
+def test_the_openai_package_of_the_readme(site, server):
+    pytest.importorskip("openai", reason="needs the openai package")
+    page = (ROOT / "README.md").read_text()
+    (source,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert "localhost:8000" in source
+    program = source.replace("localhost:8000", server[0]) + "print(answer.usage.completion_tokens)"
+    assert 0 < int(run(site, sys.executable, "-c", program)) <= 64
+
+
+def test_the_client_of_the_readme(site, server):
+    at = f"--address={server[1]}"
+    assert run(site, *readme("kairos client --prompt="), at).strip()
+    # At a rate that keeps the test short.
+    replayed = readme("kairos client --trace=", {"--rate=2 ": "--rate=50 "})
+    assert "kairos_plus + kairos_plus" in " ".join(run(site, *replayed, at).split())
+
+
+class Started:
+    """A command that serves. said: the line that told that it is ready."""
+
+    def __init__(self, site, *command, folder=ROOT):
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=folder, env=site, stdout=pipe, text=True)
+        self.said = next(line for line in self._process.stdout if line.startswith("ready"))
+
+    @property
+    def address(self):
+        """Of its gRPC API."""
+        return self.said.split()[-1]
+
+    def stop(self):
+        """By Ctrl-C. Returns the exit code."""
+        self._process.send_signal(signal.SIGINT)
+        return self._process.wait(60)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._process.kill()
+        self._process.communicate()
+
+
+def ask(site, server):
+    command = ["-m", "kairos_jax", "client", f"--address={server.address}", "--prompt=hi"]
+    return run(site, sys.executable, *command, "--max_tokens=3")
+
+
+def test_a_server_of_ones_own_model(site, model, profile, tmp_path):
+    small = ("--config.max_context=128", "--config.decode.max_batch=2")
+    write = readme("kairos serve PATH_OR_ID --dump_config=", {"PATH_OR_ID": model})
+    here = {"cwd": tmp_path, "env": site, "text": True, "timeout": 120}
+    done = subprocess.run([*write, *small], **here, stdout=subprocess.PIPE)
+    assert "wrote mine.py: edit it, and serve it with --config=mine.py" in done.stdout
+    command = readme("kairos serve --config=mine.py")
+    with Started(site, *command, "--port=0", profile, folder=tmp_path) as server:
+        assert ask(site, server).strip()
+        assert server.stop() == 0
+
+
+def test_a_server_without_a_config_and_the_journal_of_it(site, model, profile, tmp_path):
+    small = ("--config.max_context=128", "--config.decode.max_batch=2")
+    said = tmp_path / "journal.jsonl"
+    assert PLAIN in documents.of_page("README.md")
+    command = runnable(PLAIN.replace("PATH_OR_ID", str(model)))
+    here = ("--port=0", f"--journal={said}", *small, profile)
+    with Started(site, *command, *here) as server:
+        client = [sys.executable, "-m", "kairos_jax", "client", f"--address={server.address}"]
+        answer = json.loads(run(site, *client, "--prompt=hi", "--max_tokens=3", "--output=json"))
+        assert server.stop() == 0
+    names = {"FILE": said, "REQUEST_ID": answer["request_id"], "--profile=profile.json": profile}
+    timeline = run(site, *readme("kairos journal --journal=FILE", names))
+    assert "arrived: 2 prompt tokens" in timeline
+    assert "with 3 tokens" in timeline
+
+
+def test_converting_and_measuring_of_the_readme(site, model, tmp_path):
+    names = {"PATH_OR_ID": model, "checkpoints/mine": tmp_path / "mine"}
+    run(site, *readme("kairos convert --source=PATH_OR_ID", names))
+    names = {"smollm2_135m_cpu": "tests/support/tiny_config.py", "profile.json": tmp_path / "p"}
+    run(site, *readme("kairos profile --config=", names), f"--model={tmp_path / 'mine'}")
+    assert json.loads((tmp_path / "p").read_text())["source"] == "measured"
+
+
+def test_roles_of_the_readme(site, model, profile):
+    config, common = {"FILE": "tests/support/tiny_config.py"}, (f"--model={model}", profile)
+    prefill = readme("kairos prefill --config=FILE", config | {"50061": "0"})
+    decode = readme("kairos decode --config=FILE", config | {"50062": "0"})
+    with Started(site, *prefill, *common) as first, Started(site, *decode, *common) as second:
+        places = {"HOST:50061": first.address, "HOST:50062": second.address}
+        router = readme("kairos router --config=FILE", config | places)
+        with Started(site, *router, common[0], "--port=0") as front:
+            assert ask(site, front).strip()
+            assert front.stop() == 0
+
+
+def test_simulations_of_the_readme(site):
+    one = readme("kairos simulate --profile=llama3_8b_h100_roofline --trace=synthetic --rate=30")
+    assert "attained %" in run(site, *one, "--num_requests=100")
+    advise = readme(
+        "kairos simulate --profile=llama3_8b_h100_roofline --trace=synthetic --advise",
+        {"--devices=4": "--devices=2"},
+    )
+    assert "1 prefill + 1 decode" in run(site, *advise, "--num_requests=100")
+
+
+@pytest.mark.parametrize("command", MADE)
+def test_make_knows_the_targets_of_the_readme(command):
+    assert any(each.startswith(command) for each in documents.of_page("README.md"))
+    assert documents.of_make(command.split()[1]) or command == "make test"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "output"), [("sweep", "out/sweep"), ("paper", "out/paper")])
+def test_what_make_simulates(site, tmp_path, target, output):
+    (command,) = documents.of_make(target)
+    assert f"--output={output}" in command
+    command = command.replace(output, str(tmp_path))
+    command = re.sub(r"--trace=\S*/\S*", "--trace=synthetic", command)
+    assert run(site, *runnable(command)).strip()
+    assert (tmp_path / "report.html").exists()

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import documents
 import pytest
 
 from kairos_jax.__main__ import COMMANDS
+from kairos_jax.config.keys import config_keys
 
 PACKAGE = Path(__file__).parents[2] / "kairos_jax"
 LIGHT = "import sys; from kairos_jax.__main__ import main; code = main()"
@@ -75,6 +77,8 @@ def test_a_command_is_the_binary_with_its_flags():
     assert done.stderr == same.stderr
 
 
+SHOWN = documents.everywhere()
+KEYS = {each.name for each in config_keys()}
 OFTEN = ("serve", "client", "config", "simulate")
 HELPED = [pytest.param(each, marks=() if each in OFTEN else pytest.mark.slow) for each in COMMANDS]
 
@@ -87,8 +91,20 @@ def test_help_is_of_the_binary_alone(name):
     assert f"\n  kairos {name}" in done.stdout  # an example
     for foreign in ("absl", "--verbosity", "--pdb", "--flagfile", "--undefok", "--jax_"):
         assert foreign not in done.stdout
+    for command in SHOWN:
+        if documents.words(command)[:2] == ["kairos", name]:
+            for flag in documents.flags(command):
+                key = flag.removeprefix("config.")
+                assert (
+                    key in KEYS if key != flag else re.search(rf"--(\[no\])?{flag}\b", done.stdout)
+                )
     takes_model = name not in ("client", "config", "convert", "simulate", "journal", "paper")
     assert ("[MODEL]" in done.stdout) == takes_model
+
+
+def test_the_commands_that_documents_show_are_found():
+    shown = {documents.words(command)[1] for command in SHOWN if command.startswith("kairos ")}
+    assert shown == set(COMMANDS)
 
 
 def test_helpfull_has_the_flags_of_libraries_too():
