@@ -1,6 +1,7 @@
 """Ends a stream whose other side has stopped."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -16,6 +17,18 @@ class Heartbeat:
     def __init__(self, period_s: float, limit_s: float):
         self.period_s, self.limit_s = period_s, limit_s
         self._silent_s = 0.0
+        self._asleep_since, self._stalled_at = time.monotonic(), -math.inf
+
+    @property
+    def stalled(self) -> bool:
+        """Whether this process itself stood still for the limit, now or less than the limit ago:
+        the other side may have given it up for that.
+        """
+        now = time.monotonic()
+        return (
+            max(now - self._asleep_since, 0.0) > self.limit_s
+            or now - self._stalled_at < self.limit_s
+        )
 
     def heard(self) -> None:
         """Something came."""
@@ -27,9 +40,13 @@ class Heartbeat:
         """
         while self._silent_s < self.limit_s:
             beat()
-            begun = time.monotonic()
+            self._asleep_since = time.monotonic()
             await asyncio.sleep(self.period_s)
-            self._silent_s += min(time.monotonic() - begun, 2 * self.period_s)
+            now = time.monotonic()
+            slept_s, self._asleep_since = now - self._asleep_since, now
+            if slept_s > self.limit_s:
+                self._stalled_at = now
+            self._silent_s += min(slept_s, 2 * self.period_s)
         raise TimeoutError(f"nothing came from it for {self.limit_s:g} s")
 
 

@@ -124,9 +124,9 @@ class Dispatch:
             peer.cancel(stream.request.id)
         stream.peers = []
 
-    def lose(self, peer: Peer, reason: str, alive: bool) -> None:
+    def lose(self, peer: Peer, reason: str, alive: bool, failed: bool = True) -> None:
         """Does without a worker; its requests go on elsewhere. alive: it is still to be told what
-        to forget.
+        to forget. failed: it counts among the failures that a request may survive.
         """
         self.fleet.remove(peer, reason)
         for stream in [each for each in self.streams.values() if peer in each.peers]:
@@ -136,7 +136,7 @@ class Dispatch:
             stream.peers.remove(peer)
             # Where its KV was being fetched from the lost one, the fetch will tell how it ended.
             if not goes_on:
-                stream.num_lost += 1
+                stream.num_lost += failed
                 self._recover(stream, reason, "handed_back" if peer.draining else "worker_lost")
 
     def on_event(self, event: Event) -> None:
@@ -174,6 +174,10 @@ class Dispatch:
                 peer.update(summary, num_received, self.fleet.clock())
             case Draining():
                 self.fleet.drains(peer)
+            case Died(stood_still=True):
+                # No failure of its own, nor of a request that it had.
+                reason = f"the router stood still, and {peer.noun} gave it up"
+                self.lose(peer, reason, alive=False, failed=False)
             case Died(_, error, aboard):
                 reason = f"{peer.noun} failed: {_words(error)}"
                 if not peer.draining:

@@ -214,6 +214,7 @@ class _Link:
         self.linked: Linked | None = None
         self.status: Status | None = None
         self._aboard: tuple[str, ...] | None = None  # see Died
+        self._heartbeat = Heartbeat(links.heartbeat_s, links.hang_s)
         self._links, self._role, self._address = links, role, address
         self._outbox: asyncio.Queue[Message | Ping] = asyncio.Queue()
         self._refused: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -277,22 +278,21 @@ class _Link:
         return linked
 
     async def _go_on(self, call: Any, linked: Linked) -> None:
-        heartbeat = Heartbeat(self._links.heartbeat_s, self._links.hang_s)
         await first_of(
-            self._listen(call, linked, heartbeat),
+            self._listen(call, linked),
             self._speak(call),
-            heartbeat.lost(lambda: self._outbox.put_nowait(Ping())),
+            self._heartbeat.lost(lambda: self._outbox.put_nowait(Ping())),
             self._until_refused(),
         )
 
     async def _until_refused(self) -> None:
         await self._refused
 
-    async def _listen(self, call: Any, linked: Linked, heartbeat: Heartbeat) -> None:
+    async def _listen(self, call: Any, linked: Linked) -> None:
         """Passes events on to the router until there are no more."""
         links = self._links
         while (said := await call.read()) is not EOF:
-            heartbeat.heard()
+            self._heartbeat.heard()
             match codec.decode(said, Sender(links.clock(), linked.id, self._role)):
                 case Pong(status):
                     self.status = status
@@ -319,7 +319,9 @@ class _Link:
         if self.linked is not None:
             self._links.left(self)
             self._links.part(self.linked.id)
-            self._links.router.emit(Died(self.linked.id, error, self._aboard))
+            stood_still = self._aboard is None and self._heartbeat.stalled
+            died = Died(self.linked.id, error, self._aboard, stood_still)
+            self._links.router.emit(died)
 
 
 async def _read(call: Any) -> pb.FromWorker:

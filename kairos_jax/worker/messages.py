@@ -153,12 +153,14 @@ class Draining:
 class Died:
     """The step loop has ended by an error; nothing on this instance will go on. aboard: the
     requests of the step that raised it, none if no step did; None where the instance was lost
-    before it could say.
+    before it could say. stood_still: it was lost since this router itself did, for so long that
+    workers gave it up.
     """
 
     instance: str
     error: BaseException
     aboard: tuple[str, ...] | None = None
+    stood_still: bool = False
 
 
 @dataclass(frozen=True, slots=True)

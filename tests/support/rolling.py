@@ -49,12 +49,19 @@ async def rolling_restart(cluster: Cluster, in_flight: int = 24) -> Restart:
         first, front = await router()
         await front.expect(asks)
         expected, going = front, True
+        reached = asyncio.Condition()
+        sent: dict[int, Faults] = {}  # by client: where its request is on the way to
 
         async def one_after_the_other(number: int) -> None:
             rng = random.Random(number)
             while going:
                 ask = rng.choice(asks)
-                (answer,) = await Load(front.stub, [ask], 100).done()
+                load, sent[number] = Load(front.stub, [ask], 100), front
+                await load.until(lambda answers: bool(answers[0].tokens or answers[0].code))
+                async with reached:
+                    del sent[number]
+                    reached.notify_all()
+                (answer,) = await load.done()
                 result.num_requests += 1
                 if answer.code is grpc.StatusCode.OK:
                     result.tokens_wrong += expected.num_wrong([ask], [answer])
@@ -67,8 +74,11 @@ async def rolling_restart(cluster: Cluster, in_flight: int = 24) -> Restart:
             for worker in cluster.all_workers:
                 await _end(worker, result)
                 await _serving(await asyncio.to_thread(cluster.replace, worker))
-            # The second takes all new requests, as behind a load balancer, and the first ends.
-            _, front = await router()
+            # The second takes all new requests, as behind a load balancer. The first ends once what
+            # was on its way there has arrived, for which deploy/ gives it time by a `preStop`.
+            before, (_, front) = front, await router()
+            async with reached:
+                await reached.wait_for(lambda: before not in sent.values())
             await _end(first, result)
         finally:
             going = False

@@ -50,6 +50,32 @@ def test_a_stall_of_ones_own_is_no_silence_of_the_other(monkeypatch):
     assert len(beats) == 4
 
 
+def test_a_stall_of_ones_own_is_known_for_as_long_as_it_may_matter(monkeypatch):
+    now, naps = 0.0, [0.25, 0.3, 100.0, 0.25, 1.0, 1.0]
+    known = []
+
+    async def sleep(seconds):
+        nonlocal now
+        for part in (0.1, 0.9):  # looked at amid the nap, and when it is over
+            now += part * naps[0]
+            known.append(heartbeat.stalled)
+        naps.pop(0)
+
+    monkeypatch.setattr("kairos_jax.net.heartbeat.time.monotonic", lambda: now)
+    monkeypatch.setattr("kairos_jax.net.heartbeat.asyncio.sleep", sleep)
+    heartbeat = Heartbeat(0.25, 2.0)
+
+    def beat():
+        heartbeat.heard()
+        if not naps:
+            raise EOFError
+
+    with pytest.raises(EOFError):
+        asyncio.run(heartbeat.lost(beat))
+    # The long one shows as soon as it is longer than the limit, and until the limit after it.
+    assert known == [*[False] * 4, *[True] * 7, False]
+
+
 def test_first_of_ends_the_others_and_raises_what_ended_it():
     ended = []
 

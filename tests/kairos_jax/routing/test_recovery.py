@@ -295,6 +295,20 @@ async def test_kv_given_back_is_dropped_where_nobody_decodes():
 
 
 @in_loop
+async def test_workers_that_gave_up_a_router_that_stood_still_count_against_nobody():
+    """However many: the cause is neither a worker nor a request."""
+    played = Played("p0", "d0")
+    stream = played.router.submit(asked())
+    for count in range(2 * dispatch.MAX_RECOVERIES):
+        played.join(f"p{count + 1}")
+        error = ConnectionError("reset")
+        await played.say(Died(f"p{count}", error, None, stood_still=True))
+        again = played.read(f"p{count + 1}").request
+        assert again.prompt == PROMPT
+    assert (stream.num_lost, stream.aboard) == (0, set())
+
+
+@in_loop
 async def test_without_another_of_its_role_a_stream_fails_at_once():
     for lost in ("p0", "d0"):
         played = Played("p0", "d0")
