@@ -6,7 +6,7 @@ Dimension letters: R rows, Q queries a row, M pages of a row's table, P pages in
 G tokens a page, L layers, K kv heads, H head dim, T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -126,8 +126,8 @@ class Layout:
         position = jnp.asarray(step.start)[:, None] + queries
         table = jnp.asarray(step.page_table)
         page = jnp.take_along_axis(table, position // page_size, axis=1, mode="clip")
-        # Past the end of the pool: the scatter drops what points there.
-        page = jnp.where(queries < jnp.asarray(step.count)[:, None], page, num_pages).reshape(-1)
+        real = (queries < jnp.asarray(step.count)[:, None]).reshape(-1)
+        page = _or_past(page.reshape(-1), real, num_pages)
         at = {"p": page, "g": (position % page_size).reshape(-1)}
         return self._scatter(layer, at, "tkh", *(x.reshape(-1, *x.shape[2:]) for x in (k, v)))
 
@@ -135,6 +135,8 @@ class Layout:
         """The layer with M whole pages replaced; ids outside of the pool are dropped. A pool that
         has several of each head (`Rules.kv_copies`) gets it as often.
         """
+        num_pages = self._size("p", layer)
+        pages = _or_past(pages, (pages >= 0) & (pages < num_pages), num_pages)
         copies = self._size("k", layer) // self._parts // wire.shape[1]
         wire = jnp.repeat(wire, copies, axis=1)
         paged = wire.reshape(pages.shape[0], -1, *wire.shape[1:])
@@ -145,10 +147,33 @@ class Layout:
     ) -> tuple[Float[Array, "*R T K H"], Float[Array, "*R T K H"]]:
         """Keys and values of the pages' tokens, in order, T = M * G; heads as wide as they lie."""
 
+        def take(array: Array, axis: int) -> Array:
+            return jnp.take(array, pages.reshape(-1), axis=axis, mode="clip")
+
+        return self._tokens(layer, take, pages.shape)
+
+    def read(
+        self, layer: Layer, pages: Int[Array, "M"]
+    ) -> tuple[Float[Array, "T K H"], Float[Array, "T K H"]]:
+        """As `gather`, of a few pages: by slices, since for a gather XLA for TPU brings the whole
+        pool into fast memory, or lays it out anew.
+        """
+
+        def take(array: Array, axis: int) -> Array:
+            slices = [jax.lax.dynamic_slice_in_dim(array, page, 1, axis) for page in pages]
+            return jnp.concatenate(slices, axis)
+
+        return self._tokens(layer, take, pages.shape)
+
+    def _tokens(
+        self, layer: Layer, take: Callable[[Array, int], Array], shape: tuple[int, ...]
+    ) -> tuple[Array, Array]:
+        """Keys and values of the pages that `take` takes of an array. shape: of the pages."""
+
         def one(order: str, array: Array) -> Array:
-            taken = jnp.take(array, pages.reshape(-1), axis=order.index("p"), mode="clip")
+            taken = take(array, order.index("p"))
             paged = taken.transpose([order.index(letter) for letter in "pgkh"])
-            return paged.reshape(*pages.shape[:-1], -1, *paged.shape[2:])
+            return paged.reshape(*shape[:-1], -1, *paged.shape[2:])
 
         parts = [one(order, array) for order, array in zip(self.arrays, layer, strict=True)]
         if isinstance(self.arrays, Interleaved):
@@ -175,7 +200,7 @@ class Layout:
         return type(self.arrays)(*(_put(*each, at, dims) for each in parts))
 
 
-def allocate(
+def abstract(
     config: ModelConfig,
     layout: Layout,
     num_pages: int,
@@ -183,17 +208,29 @@ def allocate(
     dtype: DTypeLike,
     sharding: Layer | None = None,
 ) -> Cache:
-    """A zeroed pool for every layer; `sharding` as `Layout.shardings` gives it.
+    """The pool of every layer, as shapes; `sharding` as `Layout.shardings` gives it.
 
     Raises:
         ValueError: as `Layout.zeros`.
     """
+    layer = jax.eval_shape(lambda: layout.zeros(config, num_pages, page_size, dtype))
+    if sharding is not None:
+        layer = type(layer)(
+            *(
+                jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=how)
+                for leaf, how in zip(layer, sharding, strict=True)
+            )
+        )
+    return (layer,) * config.num_layers
+
+
+def allocate(pool: Cache) -> Cache:
+    """A pool like that of `abstract`, zeroed."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, pool)
 
     def zeros() -> Cache:
-        layers = range(config.num_layers)
-        return tuple(layout.zeros(config, num_pages, page_size, dtype) for _ in layers)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), pool)
 
-    shardings = None if sharding is None else (sharding,) * config.num_layers
     return jax.jit(zeros, out_shardings=shardings)()
 
 
@@ -205,7 +242,7 @@ def read_pages(
     """
 
     def one_layer(layer: Layer) -> Array:
-        both = jnp.stack(layout.gather(layer, pages), axis=2)
+        both = jnp.stack(layout.read(layer, pages), axis=2)
         return both[:, :: both.shape[1] // config.num_kv_heads, :, : config.head_dim]
 
     return jnp.stack([one_layer(layer) for layer in cache])
@@ -226,15 +263,32 @@ def pad_heads(x: Float[Array, "... H"], head_dim: int) -> Float[Array, "... H2"]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, head_dim - x.shape[-1])])
 
 
+def _or_past(pages: Int[Array, "T"], real: Array, num_pages: int) -> Int[Array, "T"]:
+    """The pages, or where one is not real a place past the pool, which a scatter drops: another one
+    for each, since the scatter is told that no two places are the same.
+    """
+    past = num_pages + jnp.arange(pages.shape[0], dtype=jnp.int32)
+    return jnp.where(real, pages, past)
+
+
 def _put(array: Array, order: str, values: Array, at: Mapping[str, Array], dims: str) -> Array:
-    """The array, whose dimensions are `order`, with values, whose are `dims`, at these indices."""
-    index = tuple(at.get(letter, slice(None)) for letter in order)
-    if len(at) > 1:
+    """The array, whose dimensions are `order`, with values, whose are `dims`, at these indices, no
+    two of which are the same.
+
+    Told so, XLA for GPU stores the values; else it stores bfloat16 by compare and swap, one by one.
+    """
+    index: list[Any] = [at.get(letter, slice(None)) for letter in order]
+    if len(at) > 1 and order[0] == "k":
+        # By heads too: a scatter over all heads at once has XLA for TPU lay the pool out anew.
+        heads = jnp.arange(array.shape[0], dtype=jnp.int32)[:, None]
+        index = [heads, *(each[None] for each in index[1:-1]), slice(None)]
+        order = "kth"
+    elif len(at) > 1:
         # As NumPy has it: what two indices pick stays in their place if they are neighbours, and
         # comes first if they are not.
         first, last = sorted(order.index(letter) for letter in at)
         others = [letter for letter in order if letter not in at]
         others.insert(first if last == first + 1 else 0, "t")
         order = "".join(others)
-    values = values.transpose([dims.index(letter) for letter in order])
-    return array.at[index].set(values.astype(array.dtype), mode="drop")
+    values = values.transpose([dims.index(letter) for letter in order]).astype(array.dtype)
+    return array.at[tuple(index)].set(values, mode="drop", unique_indices=True)

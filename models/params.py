@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -15,6 +15,7 @@ from models.config import ModelConfig
 from models.ops import Kernels
 from models.sharding import Rules
 from models.transformer import Params, Transformer, path_of, weights_of
+from models.weights import Weight
 
 
 def abstract_params(
@@ -57,33 +58,78 @@ def pack_config(
 ) -> ModelConfig:
     """The config of weights that `pack` gave."""
     kv_heads = config.num_kv_heads * rules.kv_copies(mesh, config.num_kv_heads)
-    tied = config.tie_embeddings and kernels.pack is None
+    tied = config.tie_embeddings and not kernels.unties
     return dataclasses.replace(config, num_kv_heads=kv_heads, tie_embeddings=tied)
+
+
+def abstract_packed(
+    config: ModelConfig,
+    dtype: DTypeLike,
+    kernels: Kernels,
+    mesh: Mesh | AbstractMesh,
+    rules: Rules,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `pack` gives: shape, dtype and sharding of every weight, by path.
+
+    Raises:
+        ValueError: as `abstract_params`.
+    """
+    wide = pack_config(config, kernels, mesh, rules)
+    shapes = abstract_params(wide, dtype, mesh, rules)
+    if kernels.pack is None:
+        return shapes
+    for path, weight in weights_of(wide).items():
+        if (sharding := _packed_sharding(weight, mesh, rules)) is not None:
+            form = jax.eval_shape(functools.partial(_packed, kernels, weight), shapes[path])
+            if len(form.shape) != 2:
+                sharding = NamedSharding(mesh, PartitionSpec())
+            shapes[path] = jax.ShapeDtypeStruct(form.shape, form.dtype, sharding=sharding)
+    return shapes
 
 
 def pack(
     config: ModelConfig, params: Params, kernels: Kernels, mesh: Mesh, rules: Rules
 ) -> dict[str, Array]:
-    """The weights as `forward` takes them with these kernels on this mesh: the same, unless there
-    are to be copies of kv heads (`Rules.kv_copies`), or the kernels pack weights. A head that is
-    tied to the embedding is then a weight of its own.
+    """The weights as `forward` takes them with these kernels on this mesh: with copies of kv heads
+    where the mesh needs them (`Rules.kv_copies`), and in the form that the kernels pack weights
+    into. A head that is tied to the embedding may become a weight of its own.
     """
     packed = dict(params) | _copied_heads(config, params, mesh, rules)
     if kernels.pack is None:
         return packed
-    as_packed = kernels.pack
+    wide = pack_config(config, kernels, mesh, rules)
+    if kernels.unties and config.tie_embeddings:
+        packed["head"] = packed["embed"].T
+    wanted = abstract_packed(config, params["embed"].dtype, kernels, mesh, rules)
 
-    @functools.partial(jax.jit, static_argnums=1)  # one program a shape, and not an operation
-    def one(w: Array, inputs: int) -> Array:
-        return as_packed(w.reshape(math.prod(w.shape[:inputs]), -1))
+    @functools.cache  # one program a form, and not one for each weight
+    def program(num_inputs: int, sharding: NamedSharding):
+        how = functools.partial(_packed, kernels)
+        return jax.jit(how, static_argnums=0, out_shardings=sharding)
 
-    num_inputs = {path: weight.num_inputs for path, weight in weights_of(config).items()}
-    if config.tie_embeddings:
-        packed["head"], num_inputs["head"] = packed["embed"].T, 1
-    for path, inputs in num_inputs.items():
-        if inputs:
-            packed[path] = one(packed[path], inputs)
+    for path, weight in weights_of(wide).items():
+        if _packed_sharding(weight, mesh, rules) is not None:
+            form = dataclasses.replace(weight, path="", hugging_face="", gguf="")
+            packed[path] = program(weight.num_inputs, wanted[path].sharding)(form, packed[path])
     return packed
+
+
+def _packed(kernels: Kernels, weight: Weight, w: Array) -> Array:
+    assert kernels.pack is not None
+    return kernels.pack(w.reshape(math.prod(w.shape[: weight.num_inputs]), -1))
+
+
+def _packed_sharding(
+    weight: Weight, mesh: Mesh | AbstractMesh, rules: Rules
+) -> NamedSharding | None:
+    """Of the weight as a matrix of inputs and outputs. None for what is not packed: no factor of a
+    product, or split along a dimension that is not the first of those that become one.
+    """
+    spec = rules.spec(weight.axes)
+    inputs, outputs = spec[: weight.num_inputs], spec[weight.num_inputs :]
+    if not inputs or any(part is not None for part in (*inputs[1:], *outputs[1:])):
+        return None
+    return NamedSharding(mesh, PartitionSpec(inputs[0], outputs[0]))
 
 
 def _copied_heads(

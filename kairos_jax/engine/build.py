@@ -10,7 +10,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kairos_jax.config import ServerConfig
-from kairos_jax.engine.engine import JaxEngine, Shapes
+from kairos_jax.engine.engine import JaxEngine
+from kairos_jax.engine.functions import Shapes
 from kairos_jax.engine.model import Model
 from kairos_jax.engine.programs import Programs
 from kairos_jax.process.cache import NotPrivate, cache_or_temporary, private_cache_dir, say_unusable

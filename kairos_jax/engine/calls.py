@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from models import sampling
@@ -68,10 +67,12 @@ class Read(NamedTuple):
 
 
 class Write(NamedTuple):
-    """A call that writes one block into the pool. Ids past the pool are dropped."""
+    """A call that writes one block into the pool. Ids past the pool are dropped. block: an array,
+    or its shape where the call is only described.
+    """
 
     pages: np.ndarray
-    block: jax.Array
+    block: Any
 
 
 Call = Step | Score | Read | Write

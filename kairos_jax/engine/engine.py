@@ -4,36 +4,32 @@ An engine owns its weights and its page pool on one mesh. One thread drives it. 
 processes, each has an engine, and all of them run the same calls (kairos_jax.engine.followers).
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from kairos_jax.engine import calls
 from kairos_jax.engine.calls import Call, Read, Row, Score, Step, Token, Write
+from kairos_jax.engine.functions import BLOCK_PAGES, Functions, Shapes
 from kairos_jax.engine.programs import Programs
-from models import kv_cache, sampling
+from models import kv_cache
 from models.config import ModelConfig
-from models.ops import KERNELS, on_mesh
-from models.params import pack, pack_config
+from models.ops import KERNELS
+from models.params import pack
 from models.sharding import Rules
-from models.transformer import Params, all_finite, hidden_states, last_states, logits
-from schedulers.ledger.instance import Limits, Role
+from models.transformer import Params
+from schedulers.ledger.instance import Limits
 from schedulers.ledger.request import Seq
 
 KV = Sequence[jax.Array]
-"""Pages in wire form: blocks of `BLOCK_PAGES` pages (models.kv_cache.read_pages), the last padded.
-
-Blocks of one size, so that one compiled gather and one scatter serve prompts of every length.
+"""Pages in wire form: blocks of `BLOCK_PAGES` pages (models.kv_cache.read_pages), the last one
+padded.
 """
-
-BLOCK_PAGES = 4
 
 
 class Engine(Protocol):
@@ -68,45 +64,6 @@ class Engine(Protocol):
         ...
 
 
-def bucket_sizes(limit: int) -> tuple[int, ...]:
-    """1, 2, 4, 6, 8, 12, 16, 24, ... up to and including `limit`: padding wastes a third at most
-    from 4 on, for two compilations a doubling.
-    """
-    sizes = {1, 2, limit}
-    size = 4
-    while size < limit:
-        sizes |= {size, size + size // 2}
-        size *= 2
-    return tuple(sorted(size for size in sizes if size <= limit))
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """The (rows, tokens a row) shapes that an engine compiles.
-
-    Prefill cuts each chunk into rows of `row_tokens`, decode has a row a sequence.
-    """
-
-    row_tokens: int
-    prefill_rows: tuple[int, ...]
-    decode_rows: tuple[int, ...]
-
-    @classmethod
-    def for_role(cls, role: Role, limits: Limits, row_tokens: int) -> "Shapes":
-        rows = -(-limits.max_chunk // row_tokens)
-        # Small chunks are not padded further: a row of prompt costs as much as many decode steps.
-        few = range(1, min(rows, 8) + 1)
-        return cls(
-            row_tokens,
-            tuple(sorted({*few, *bucket_sizes(rows)})) if role is not Role.DECODE else (),
-            bucket_sizes(limits.max_batch) if role is not Role.PREFILL else (),
-        )
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        yield from ((rows, self.row_tokens) for rows in self.prefill_rows)
-        yield from ((rows, 1) for rows in self.decode_rows)
-
-
 class JaxEngine:
     """The engine of one instance: its weights, its page pool and its compiled steps.
 
@@ -131,57 +88,13 @@ class JaxEngine:
     ):
         self.config, self.mesh, self.limits, self.shapes = config, mesh, limits, shapes
         self.kernels = kernels
-        packed_config = pack_config(config, KERNELS[kernels], mesh, rules)
+        self._functions = Functions(config, mesh, rules, limits, shapes, dtype, kernels)
         self.params = params if packed else pack(config, params, KERNELS[kernels], mesh, rules)
-        on_this_mesh = on_mesh(KERNELS[kernels], packed_config, mesh, rules)
-        layout = on_this_mesh.layout
-        layer_sharding = layout.shardings(packed_config, mesh, rules)
-        cache_sharding = (layer_sharding,) * config.num_layers
-        wire_rules = rules.without_copies(mesh, config.num_kv_heads)
-        wire_sharding = NamedSharding(mesh, wire_rules.spec((None, None, "kv_heads", None, None)))
-        tokens = BLOCK_PAGES * limits.page_size
-        shape = (config.num_layers, tokens, config.num_kv_heads, 2, config.head_dim)
         # One block in wire form, as it lies on this mesh.
-        self.block = jax.ShapeDtypeStruct(shape, dtype, sharding=wire_sharding)
-        self._cache = kv_cache.allocate(
-            packed_config, layout, limits.num_pages, limits.page_size, dtype, layer_sharding
-        )
-        self._table_pages = limits.pages_for(limits.max_context)
-        replicated = NamedSharding(mesh, PartitionSpec())
-
-        def head(params, hidden):
-            # Whole on every device: the filters look at the vocabulary 32 times over.
-            whole = logits(packed_config, params, hidden, on_this_mesh)
-            return jax.lax.with_sharding_constraint(whole, replicated)
-
-        def step(params, cache, rows):
-            inputs, how = calls.unpack(rows, self._table_pages)
-            hidden, cache = hidden_states(packed_config, params, cache, inputs, on_this_mesh)
-            with jax.named_scope("sample"):
-                last = head(params, last_states(hidden, inputs))
-                return cache, hidden, sampling.sample(last, how, all_finite(hidden, inputs))
-
-        def score(params, hidden, targets):
-            return sampling.score(functools.partial(head, params), hidden, targets)
-
-        def read(cache, pages):
-            return kv_cache.read_pages(config, layout, cache, pages)
-
-        def write(cache, pages, kv):
-            return kv_cache.write_pages(layout, cache, pages, kv)
-
-        # Functions of this engine's own: JAX keeps one cache of programs for each function, which
-        # `num_compiled` looks at. The pool is donated, so that a step writes the pages where they
-        # are: 88 against 540 ms at batch 16.
-        shardings = cache_sharding, replicated, replicated
-        self._step = jax.jit(step, donate_argnums=1, out_shardings=shardings)
-        # Compiled when it is first asked for: few ever ask, and without the layers it is soon done.
-        self._score = jax.jit(score, out_shardings=replicated)
-        self._hidden: jax.Array | None = None  # of the last step, for `_score`
-        # What leaves a mesh that spans processes must be whole on the devices of one of them.
-        read_sharding = replicated if mesh.is_multi_process else wire_sharding
-        self._read = jax.jit(read, out_shardings=read_sharding)
-        self._write = jax.jit(write, donate_argnums=0, out_shardings=cache_sharding)
+        self.block = self._functions.block
+        self._cache = kv_cache.allocate(self._functions.pool)
+        self._table_pages = self._functions.table_pages
+        self._hidden: jax.Array | None = None  # of the last step, for `Score`
         self._programs = programs
         # Where programs are kept: by name and shape, each for arguments of just one kind.
         self._kept: dict[tuple[str, tuple[int, ...]], Any] = {}
@@ -195,8 +108,7 @@ class JaxEngine:
     @property
     def num_compiled(self) -> int:
         """Programs compiled so far; it stays where it is after `warm_up`."""
-        programs: tuple[Any, ...] = (self._step, self._score, self._read, self._write)
-        return len(self._kept) + sum(program._cache_size() for program in programs)
+        return len(self._kept) + self._functions.num_compiled
 
     def warm_up(self, progress: Callable[[str], None] = lambda what: None) -> None:
         """Compiles every shape, by a run of each over padding rows alone. Where programs are kept
@@ -274,21 +186,11 @@ class JaxEngine:
         """What runs this call, and its arguments: a jitted function, or, where programs are kept,
         what it is compiled to for these.
         """
-        match call:
-            case Step(rows):
-                name, function, shape = "step", self._step, rows.shape
-                args = self.params, self._cache, rows
-            case Score(targets):
-                name, function, shape = "score", self._score, targets.shape
-                args = self.params, self._hidden, targets
-            case Read(pages):
-                name, function, shape = "read", self._read, pages.shape
-                args = self._cache, pages
-            case Write(pages, block):
-                name, function, shape = "write", self._write, pages.shape
-                args = self._cache, pages, block
+        cache, hidden = self._cache, self._hidden
+        name, function, args = self._functions.of(call, self.params, cache, hidden)
         if self._programs is None:
             return function, args
+        shape = call[0].shape
         if (name, shape) not in self._kept:
             self._kept[name, shape] = self._programs.compiled(name, function, *args)
         return self._kept[name, shape], args

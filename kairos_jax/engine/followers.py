@@ -36,7 +36,8 @@ from jax.experimental import multihost_utils
 from kairos_jax.engine.calls import Call, Read, Score, Step, Write
 from kairos_jax.engine.connection import Connection, Frame, Kind
 from kairos_jax.engine.devices import Processes, agree
-from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine
+from kairos_jax.engine.engine import JaxEngine
+from kairos_jax.engine.functions import BLOCK_PAGES
 from kairos_jax.net.address import split_address
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ import jax
 
 from kairos_jax import __version__
 from kairos_jax.config import ServerConfig
-from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine
+from kairos_jax.engine.engine import JaxEngine
+from kairos_jax.engine.functions import BLOCK_PAGES
 from kairos_jax.engine.model import Model
 from kairos_jax.engine.profile_file import read
 from kairos_jax.process.cache import NotPrivate, cache_dir, private_cache_dir, say_unusable

@@ -35,7 +35,7 @@ _ROOT = Path(__file__).parents[2]
 # Whatever a program is made by.
 _SOURCES = (
     *("models/**/*.py", "models/**/*.cc"),
-    *("kairos_jax/engine/engine.py", "kairos_jax/engine/calls.py", "kairos_jax/engine/programs.py"),
+    *(f"kairos_jax/engine/{name}.py" for name in ("engine", "functions", "calls", "programs")),
 )
 _SETTINGS = ("JAX_", "XLA_")
 _KEPT_DAYS = 30.0

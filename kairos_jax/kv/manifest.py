@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from kairos_jax.engine.engine import BLOCK_PAGES
+from kairos_jax.engine.functions import BLOCK_PAGES
 from kairos_jax.kv.transport import Ticket
 from kairos_jax.rpc import kv_pb2 as pb
 from models.config import ModelConfig

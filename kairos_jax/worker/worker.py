@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kairos_jax.engine.calls import Token, wants_prompt_logprobs
-from kairos_jax.engine.engine import BLOCK_PAGES, KV, Engine
+from kairos_jax.engine.engine import KV, Engine
+from kairos_jax.engine.functions import BLOCK_PAGES
 from kairos_jax.kv.transport import KVTransport, Ticket
 from kairos_jax.process.logs import of_request
 from kairos_jax.worker.messages import (

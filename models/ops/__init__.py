@@ -12,7 +12,7 @@ from models.config import ModelConfig
 from models.kv_cache import Layout
 from models.ops import attention_cpu, attention_gpu, attention_tpu, native
 from models.ops.attention import LAYOUT, Attention, reference
-from models.ops.linear import Linear
+from models.ops.linear import Linear, as_matrix
 from models.ops.linear import linear as xla_linear
 from models.sharding import Rules
 
@@ -29,15 +29,17 @@ class Kernels(NamedTuple):
     """What a backend does its own way.
 
     attention: takes a pool in this layout. pack: brings a weight [I, O] into the form that `linear`
-    takes; None: as it is. contexts: how `attention` reads them in a decode step. takes: whether the
-    kernels compute with a dtype, head dim and page size; what they do not take they leave to XLA
-    (`attention_cpu`), which reads contexts padded.
+    takes; None: weights stay as they were declared. unties: a head that is tied to the embedding is
+    packed as a weight of its own. contexts: how `attention` reads them in a decode step. takes:
+    whether the kernels compute with a dtype, head dim and page size; what they do not take they
+    leave to XLA (`attention_cpu`), which reads contexts padded.
     """
 
     attention: Attention
     layout: Layout = LAYOUT
     linear: Linear = xla_linear
     pack: Callable[[Float[Array, "I O"]], Float[Array, "..."]] | None = None
+    unties: bool = False
     contexts: Contexts = "padded"
     takes: Callable[[DTypeLike, int, int], bool] = _all
 
@@ -54,12 +56,19 @@ KERNELS = {
         native.attention,
         linear=native.linear,
         pack=native.pack,
+        unties=True,
         contexts="ragged",
         takes=native.takes,
     ),
-    "gpu": Kernels(attention_gpu.attention, attention_gpu.LAYOUT, contexts="ragged"),
-    "tpu": Kernels(attention_tpu.attention, attention_tpu.LAYOUT, contexts="ragged"),
-    "tpu_ragged": Kernels(attention_tpu.ragged, attention_tpu.RAGGED_LAYOUT, contexts="ragged"),
+    "gpu": Kernels(
+        attention_gpu.attention, attention_gpu.LAYOUT, pack=as_matrix, contexts="ragged"
+    ),
+    "tpu": Kernels(
+        attention_tpu.attention, attention_tpu.LAYOUT, pack=as_matrix, contexts="ragged"
+    ),
+    "tpu_ragged": Kernels(
+        attention_tpu.ragged, attention_tpu.RAGGED_LAYOUT, pack=as_matrix, contexts="ragged"
+    ),
 }
 
 

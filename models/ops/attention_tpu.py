@@ -28,6 +28,7 @@ RAGGED_LAYOUT = Layout(Interleaved("pgkh"), (_LANES,), _PAGE_SIZES)
 
 # Tokens that the decode kernel brings into fast memory at a time: 128 KiB of keys of one head.
 _BLOCK_TOKENS = 512
+_RAGGED_BLOCK_TOKENS, _RAGGED_BLOCK_QUERIES = 1024, 64
 
 
 def attention(
@@ -142,7 +143,9 @@ def ragged(
     rows, queries, heads, head_dim = q.shape
     num_pages, page_size, _, width = layer.kv.shape
     table = jnp.pad(step.page_table, ((0, 0), (0, -(-queries // page_size))))
-    out = (kernel or _ragged_kernel())(
+    if kernel is None:
+        kernel = _ragged_kernel(rows * queries, table.shape[1], page_size)
+    out = kernel(
         pad_heads(q, width).reshape(-1, heads, width),
         layer.kv,
         step.start + queries,
@@ -154,7 +157,14 @@ def ragged(
     return out.reshape(rows, queries, heads, width)[..., :head_dim], layer
 
 
-def _ragged_kernel() -> Callable[..., Any]:
+def _ragged_kernel(tokens: int, table_pages: int, page_size: int) -> Callable[..., Any]:
+    """With blocks of queries and of keys that fit into a core's 16 MB of fast memory: what the
+    kernel itself chooses for some sizes takes more than there is.
+    """
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-    return ragged_paged_attention
+    return functools.partial(
+        ragged_paged_attention,
+        num_kv_pages_per_block=min(table_pages, max(1, _RAGGED_BLOCK_TOKENS // page_size)),
+        num_queries_per_block=min(tokens, _RAGGED_BLOCK_QUERIES),
+    )

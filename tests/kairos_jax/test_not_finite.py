@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from http_fakes import of, says
 
-from kairos_jax.engine.engine import JaxEngine, Shapes
+from kairos_jax.engine.engine import JaxEngine
+from kairos_jax.engine.functions import Shapes
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.observe.metrics import Metrics
 from kairos_jax.routing.router import Router

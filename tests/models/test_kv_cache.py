@@ -19,7 +19,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUTS.values())
 
 def filled(layout, num_pages, wire, config=CONFIG):
     """A pool with these tokens on its first pages."""
-    cache = kv_cache.allocate(config, layout, num_pages, PAGE, wire.dtype)
+    cache = kv_cache.allocate(kv_cache.abstract(config, layout, num_pages, PAGE, wire.dtype))
     return kv_cache.write_pages(layout, cache, jnp.arange(wire.shape[1] // PAGE), wire)
 
 
@@ -46,7 +46,7 @@ def test_pages_survive_the_wire_into_other_pages(source, target):
     assert read.shape == (LAYERS, 4 * PAGE, KV, 2, HEAD)
     # The wire is token-major: token 3 of page 1 is token 16 + 3 of what was read.
     np.testing.assert_array_equal(read[:, PAGE + 3], sent[:, PAGE + 3])
-    empty = kv_cache.allocate(thrice, target, 9, PAGE, jnp.bfloat16)
+    empty = kv_cache.allocate(kv_cache.abstract(thrice, target, 9, PAGE, jnp.bfloat16))
     written = kv_cache.write_pages(target, empty, np.array([7, 2, 9, 9]), read)
     back = kv_cache.read_pages(CONFIG, target, written, np.arange(9))
     back = np.asarray(back).reshape(LAYERS, 9, PAGE, KV, 2, HEAD)

@@ -18,7 +18,8 @@ from kairos_jax.api.server import Server
 from kairos_jax.api.validator import Validator
 from kairos_jax.config import DecodeConfig, PrefillConfig, ServerConfig, SloConfig
 from kairos_jax.engine.calls import PromptLogprobs, Token, wants_prompt_logprobs
-from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine
+from kairos_jax.engine.engine import JaxEngine
+from kairos_jax.engine.functions import BLOCK_PAGES
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.observe.metrics import Metrics
 from kairos_jax.routing.router import Router

@@ -17,8 +17,9 @@ import traceback
 import numpy as np
 
 from kairos_jax.engine.devices import Processes, connect, start_jax
-from kairos_jax.engine.engine import JaxEngine, Shapes
+from kairos_jax.engine.engine import JaxEngine
 from kairos_jax.engine.followers import follow, lead
+from kairos_jax.engine.functions import Shapes
 from models.checkpoint import open_checkpoint
 from models.sampling import SamplingParams
 from models.sharding import Rules, make_mesh
@@ -130,7 +131,7 @@ def main(address, count, id, directory, deadline_s):
     for line in sys.stdin:
         print(json.dumps(obey(engine, line)), flush=True)
     # But for what waits until it is asked for.
-    assert engine.num_compiled - engine._score._cache_size() == compiled
+    assert engine.num_compiled - engine._functions._score._cache_size() == compiled
     leader.close()
     print(json.dumps("closed"), flush=True)
     os._exit(0)

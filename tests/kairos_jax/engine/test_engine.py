@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from kairos_jax.engine.calls import PromptLogprobs
-from kairos_jax.engine.engine import BLOCK_PAGES, JaxEngine, Shapes, bucket_sizes
+from kairos_jax.engine.engine import JaxEngine
+from kairos_jax.engine.functions import BLOCK_PAGES, Shapes, bucket_sizes
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.worker.page_keys import page_keys
 from models import kv_cache, transformer
@@ -215,7 +216,7 @@ def scored(tiny_llama):
     checkpoint, kernels = open_checkpoint(tiny_llama), KERNELS["reference"]
     config = checkpoint.config
     params = checkpoint.load(make_mesh(jax.devices()[:1]), Rules(), "float32")
-    cache = kv_cache.allocate(config, kernels.layout, 8, 8, "float32")
+    cache = kv_cache.allocate(kv_cache.abstract(config, kernels.layout, 8, 8, "float32"))
     count = np.array([len(prompt)], np.int32)
     table = np.arange(8, dtype=np.int32)[None]
     step = StepInput(np.array([prompt], np.int32), 0 * count, count, table)

@@ -7,7 +7,8 @@ import fakes
 import jax
 import pytest
 
-from kairos_jax.engine.engine import JaxEngine, Shapes
+from kairos_jax.engine.engine import JaxEngine
+from kairos_jax.engine.functions import Shapes
 from kairos_jax.process.hub import DEFAULT_MODEL, PACKAGED_MODELS, cached_path
 from models.checkpoint import open_checkpoint
 from models.sharding import Rules, make_mesh

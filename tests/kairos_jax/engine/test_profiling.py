@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kairos_jax.engine import profiling
-from kairos_jax.engine.engine import Shapes
+from kairos_jax.engine.functions import Shapes
 from kairos_jax.engine.profile_file import read
 from models.ops import KERNELS
 from schedulers.cost import CostModel

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from kairos_jax.engine.engine import JaxEngine, Shapes
+from kairos_jax.engine.engine import JaxEngine
+from kairos_jax.engine.functions import Shapes
 from kairos_jax.engine.programs import Programs, sources
 from kairos_jax.process.cache import NotPrivate
 from models.checkpoint import open_checkpoint

@@ -8,7 +8,8 @@ import jax
 import pytest
 from fleet import COST, Counted, Fleet, asked, in_loop
 
-from kairos_jax.engine.engine import JaxEngine, Shapes
+from kairos_jax.engine.engine import JaxEngine
+from kairos_jax.engine.functions import Shapes
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.routing import dispatch
 from kairos_jax.routing.router import Router

@@ -8,7 +8,7 @@ import pytest
 from fleet import COST, asked
 from kv_nodes import FACTS, KINDS, nodes, same, sharding, some_kv
 
-from kairos_jax.engine.engine import BLOCK_PAGES
+from kairos_jax.engine.functions import BLOCK_PAGES
 from kairos_jax.kv.manifest import Facts
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.routing.router import Router

@@ -1,0 +1,187 @@
+"""Compiles what the engines of a config would run, for devices that are not here, and looks at it."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from kairos_jax.config import ServerConfig
+from kairos_jax.config.chips import Chip
+from kairos_jax.engine.calls import Call, Read, Score, Step, Write
+from kairos_jax.engine.functions import Functions, Shapes
+from kairos_jax.lab import hlo
+from kairos_jax.process.command import UsageError
+from models.config import ModelConfig
+from models.sharding import make_mesh
+from schedulers.ledger.instance import Role
+
+# Smaller arrays are moved for nothing that matters.
+_LEAST_BYTES = 1 << 20
+_DTYPES = {"bfloat16": "bf16", "float32": "f32", "float16": "f16", "int32": "s32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one device. arguments: weights and pool, for the most part. temporaries: beside
+    them, at most. peak: of all at once.
+    """
+
+    arguments: int
+    temporaries: int
+    peak: int
+
+
+@dataclass(slots=True)
+class Built:
+    """A program that was compiled, or not. faults: what it does that it should not, in words.
+    error: of the compiler; the fields after it are then as they were.
+    """
+
+    role: Role
+    name: str
+    layers: int
+    error: str = ""
+    lower_s: float = 0.0
+    compile_s: float = 0.0
+    memory: Memory = Memory(0, 0, 0)
+    program: hlo.Program = field(default_factory=hlo.Program)
+    bytes_accessed: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+def functions_of(
+    config: ServerConfig, model: ModelConfig, role: Role, devices: Sequence[Any], kernels: str
+) -> Functions:
+    """Those of an engine of this role on these devices. Raises UsageError."""
+    limits = config.limits(role)
+    shapes = Shapes.for_role(role, limits, config.prefill.row_tokens)
+    mesh = make_mesh(devices)
+    try:
+        return Functions(model, mesh, config.rules, limits, shapes, config.dtype, kernels)
+    except ValueError as error:
+        raise UsageError(f"kernels {kernels}: {error}") from error
+
+
+def name_of(call: Call, shapes: Shapes) -> str:
+    """Of a program, for people."""
+    match call:
+        case Step(rows):
+            size = rows.shape[0]
+            of_prompts = rows.shape[1] >= shapes.row_tokens + 10 and shapes.prefill_rows
+            return f"prefill {size} x {shapes.row_tokens}" if of_prompts else f"decode {size}"
+        case Score(targets):
+            return f"score {targets.shape[0]} x {targets.shape[1]}"
+        case Read():
+            return "read pages"
+        case Write():
+            return "write pages"
+
+
+def build(
+    role: Role, model: ModelConfig, functions: Functions, few_layers: Functions, chip: Chip
+) -> Iterator[Built]:
+    """Compiles all programs: the largest prefill and decode step, and what moves pages, with all
+    layers; others, which differ from them in size alone, with those of `few_layers`.
+    """
+    steps = list(functions.shapes)
+    largest = {max((s for s in steps if (s[1] == 1) == one), default=None) for one in (True, False)}
+    small = iter(few_layers.described())
+    for call, _, function, arguments in functions.described():
+        few_call, _, few_function, few_arguments = next(small)
+        of, layers = functions, model.num_layers
+        if isinstance(call, Step) and _size(call, functions) not in largest:
+            call, function, arguments, of = few_call, few_function, few_arguments, few_layers
+            layers = len(of.pool)
+        yield _built(
+            Built(role, name_of(call, of.shapes), layers), call, function, arguments, of, chip
+        )
+
+
+def _size(call: Step, functions: Functions) -> tuple[int, int]:
+    rows, width = call.rows.shape
+    queries = functions.shapes.row_tokens
+    return rows, queries if width == _width(functions, queries) else 1
+
+
+def _width(functions: Functions, queries: int) -> int:
+    from kairos_jax.engine import calls
+
+    return calls.padding(1, queries, functions.table_pages).rows.shape[1]
+
+
+def _built(
+    built: Built, call: Call, function: Any, arguments: Any, functions: Functions, chip: Chip
+) -> Built:
+    begun = time.perf_counter()
+    try:
+        lowered = function.trace(*arguments).lower()
+        built.lower_s = time.perf_counter() - begun
+        begun = time.perf_counter()
+        compiled = lowered.compile()
+        built.compile_s = time.perf_counter() - begun
+    except Exception as error:  # whatever a compiler raises is what is to be told
+        built.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        built.faults.append(f"does not compile: {built.error[:300]}")
+        return built
+    said = compiled.memory_analysis()
+    if said is not None:
+        peak = getattr(said, "peak_memory_in_bytes", 0)
+        built.memory = Memory(said.argument_size_in_bytes, said.temp_size_in_bytes, peak)
+    costs = compiled.cost_analysis() or {}
+    built.bytes_accessed = costs.get("bytes accessed", 0.0)
+    built.program = hlo.read(compiled.as_text())
+    built.faults += faults_of(built.program, call, functions)
+    if not isinstance(call, Read | Write | Score) and built.memory.peak > chip.memory:
+        built.faults.append(
+            f"takes {built.memory.peak / 1e9:.1f} GB of the {chip.memory / 1e9:.1f} GB there are"
+        )
+    return built
+
+
+def faults_of(program: hlo.Program, call: Call, functions: Functions) -> list[str]:
+    """What a program of these functions does that it should not, in words."""
+    faults, layers = [], len(functions.pool)
+    pool = _shards(jax.tree.leaves(functions.pool))
+    if isinstance(call, Step | Write):
+        arrays = len(jax.tree.leaves(functions.pool))
+        if program.aliased < arrays:
+            faults.append(f"{arrays - program.aliased} arrays of the pool are not written in place")
+    if copied := program.moved(pool):
+        faults.append(f"the pool is copied or laid out anew {copied} times")
+    weights = {path: w for path, w in functions.params.items() if _bytes(w) >= _LEAST_BYTES}
+    split = {_bytes(w) for w in weights.values() if w.sharding.shard_shape(w.shape) != w.shape}
+    if gathered := program.gathers(split):
+        faults.append(f"{gathered} weights are gathered")
+    if moved := program.moved(_shards(weights.values()) - pool):
+        faults.append(f"{moved} weights are copied or laid out anew")
+    several = functions.mesh.size > 1
+    sums = sum(n for what, n in program.collectives.items() if what.startswith("all-reduce "))
+    others = sum(program.collectives.values()) - sums
+    expected = 2 * layers + 1 if several and isinstance(call, Step) else 0
+    if sums > expected:
+        faults.append(f"{sums} all-reduces where {expected} do")
+    allowed = 1 if several and isinstance(call, Step | Score) else 0
+    if others > allowed:
+        faults.append(f"{others} other collectives where {allowed} does")
+    return faults
+
+
+def _shards(arrays: Any) -> set[hlo.Shape]:
+    """The shapes on one device of those that are not small."""
+    return {
+        hlo.Shape(_DTYPES[str(a.dtype)], tuple(a.sharding.shard_shape(a.shape)))
+        for a in arrays
+        if _bytes(a) >= _LEAST_BYTES
+    }
+
+
+def _bytes(array: Any) -> int:
+    return array.size * array.dtype.itemsize
+
+
+def with_layers(model: ModelConfig, count: int) -> ModelConfig:
+    """The same with fewer layers."""
+    return dataclasses.replace(model, num_layers=min(count, model.num_layers))
