@@ -12,18 +12,22 @@ import jax
 import pytest
 
 from kairos_jax.process.cache import cache_dir
-from models.ops import KERNELS, attention_gpu, attention_tpu, native
+from models.ops import KERNELS, attention_gpu, attention_tpu, attention_triton, native
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Those for accelerators, by the same names, where there are none.
-INTERPRETED = {"gpu": attention_gpu.attention, "tpu": attention_tpu.attention}
-for name, attention in INTERPRETED.items():
-    here = functools.partial(attention, interpret=True)
-    KERNELS[name] = KERNELS[name]._replace(attention=here)
-# Not that of tpu_ragged, which does not run here: see tests/models/ops/test_accelerators.py.
-RUN_HERE = [name for name in KERNELS if name not in ("tpu", "tpu_ragged")]
+HERE = {
+    "gpu": functools.partial(attention_gpu.attention, cudnn=False),
+    "gpu_triton": functools.partial(attention_triton.attention, interpret=True),
+    "tpu": functools.partial(attention_tpu.attention, interpret=True),
+}
+for name, attention in HERE.items():
+    KERNELS[name] = KERNELS[name]._replace(attention=attention)
+# Not those that need arrays of their own, or do not run here: see
+# tests/models/ops/test_accelerators.py.
+RUN_HERE = [name for name in KERNELS if name not in ("tpu", "tpu_ragged", "gpu_hopper")]
 RUN_HERE.append(pytest.param("tpu", marks=pytest.mark.slow))
 
 

@@ -25,6 +25,8 @@ from schedulers.ledger.instance import Role
 
 log = logging.getLogger(__name__)
 
+_HOPPER = "9.0"  # the compute capability of H100, H200 and GH200
+
 
 def build_engines(
     config: ServerConfig, model: Model, devices: Sequence[Any], progress: Progress
@@ -152,8 +154,15 @@ def choose_kernels(config: ServerConfig, devices: Sequence[Any]) -> str:
         UsageError: the config names some that cannot be had.
     """
     asked, platform = config.kernels, devices[0].platform
-    if asked == "auto" and platform in ("gpu", "tpu"):
-        return platform
+    if asked == "auto" and platform == "gpu":
+        return "gpu_hopper" if _is_hopper(devices[0]) else "gpu"
+    if asked == "auto" and platform == "tpu":
+        return "tpu"
+    if asked == "gpu_hopper" and platform == "gpu" and not _is_hopper(devices[0]):
+        raise UsageError(
+            f"config.kernels=gpu_hopper needs GPUs of compute capability {_HOPPER}, got "
+            f"{devices[0].device_kind}"
+        )
     for kind in ("gpu", "tpu"):
         if asked.startswith(kind) and platform != kind:
             raise UsageError(f"config.kernels={asked} needs devices of {kind}, got {platform}")
@@ -177,6 +186,10 @@ def choose_kernels(config: ServerConfig, devices: Sequence[Any]) -> str:
         log.warning(text, error, extra=ONCE)
         return "cpu"
     return "native"
+
+
+def _is_hopper(device: Any) -> bool:
+    return str(getattr(device, "compute_capability", "")) == _HOPPER
 
 
 def warm_up(engine: JaxEngine, name: str, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""Compiles what the engines of a config would run, for devices that are not here, and looks at it."""
+"""Compiles what the engines of a config would run, for devices that are not here."""
 
 import dataclasses
 import time

@@ -1,7 +1,7 @@
 """Devices that are not here, described well enough for their compilers.
 
-The compiler of a TPU comes with the package libtpu, that of an NVIDIA GPU with jax-cuda12-plugin and
-jax-cuda12-pjrt; neither needs a device or a driver. Both in one process do not go together.
+The compiler of a TPU comes with the package libtpu, that of an NVIDIA GPU with jax-cuda12-plugin
+and jax-cuda12-pjrt; neither needs a device or a driver. Both in one process do not go together.
 
 JAX asks the device at hand in a few places what it is compiling for. There is none, so those places
 are told here, by names that JAX keeps to itself: one that is gone is an error, not passed over.

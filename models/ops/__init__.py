@@ -10,7 +10,14 @@ from jaxtyping import Array, Float
 
 from models.config import ModelConfig
 from models.kv_cache import Layout
-from models.ops import attention_cpu, attention_gpu, attention_tpu, native
+from models.ops import (
+    attention_cpu,
+    attention_gpu,
+    attention_hopper,
+    attention_tpu,
+    attention_triton,
+    native,
+)
 from models.ops.attention import LAYOUT, Attention, reference
 from models.ops.linear import Linear, as_matrix
 from models.ops.linear import linear as xla_linear
@@ -60,8 +67,16 @@ KERNELS = {
         contexts="ragged",
         takes=native.takes,
     ),
-    "gpu": Kernels(
-        attention_gpu.attention, attention_gpu.LAYOUT, pack=as_matrix, contexts="ragged"
+    "gpu": Kernels(attention_gpu.attention, attention_gpu.LAYOUT, pack=as_matrix),
+    "gpu_hopper": Kernels(
+        attention_hopper.attention,
+        attention_hopper.LAYOUT,
+        pack=as_matrix,
+        contexts="ragged",
+        takes=attention_hopper.takes,
+    ),
+    "gpu_triton": Kernels(
+        attention_triton.attention, attention_triton.LAYOUT, pack=as_matrix, contexts="ragged"
     ),
     "tpu": Kernels(
         attention_tpu.attention, attention_tpu.LAYOUT, pack=as_matrix, contexts="ragged"

@@ -88,12 +88,13 @@ def over_pages(
     As many as the longest row needs, out of six sizes: none, which is a prompt's first row, and a
     sixteenth, an eighth, ..., all of the page table, in multiples of `granule` tokens.
     """
-    page_size, head = layer.v.shape[-2:]
+    sizes = dict(zip(layout.arrays[-1], layer.v.shape, strict=True))
+    page_size, head = sizes["g"], sizes["h"]
     k, v = pad_heads(k, head), pad_heads(v, head)
     unit = math.lcm(page_size, granule) // page_size
     units = -(-step.page_table.shape[1] // unit)
-    sizes = [0, *sorted({unit * -(-units // part) for part in (16, 8, 4, 2, 1)})]
-    table = jnp.pad(step.page_table, ((0, 0), (0, sizes[-1] - step.page_table.shape[1])))
+    counts = [0, *sorted({unit * -(-units // part) for part in (16, 8, 4, 2, 1)})]
+    table = jnp.pad(step.page_table, ((0, 0), (0, counts[-1] - step.page_table.shape[1])))
 
     def part(pages: int) -> Array:
         if not pages:
@@ -104,5 +105,5 @@ def over_pages(
         return attend(q, keys, values, pages * page_size)
 
     longest = jnp.max(jnp.where(step.count > 0, step.start, 0))
-    index = jnp.searchsorted(jnp.asarray(sizes), -(-longest // page_size))
-    return jax.lax.switch(index, [functools.partial(part, pages) for pages in sizes])
+    index = jnp.searchsorted(jnp.asarray(counts), -(-longest // page_size))
+    return jax.lax.switch(index, [functools.partial(part, pages) for pages in counts])

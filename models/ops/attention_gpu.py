@@ -1,33 +1,22 @@
-"""Paged attention for GPU: JAX's paged Pallas kernel for decode, cuDNN for prefill.
+"""Paged attention for GPU by XLA and cuDNN: the pages of each row are gathered, and attended to.
 
-Not yet run on a GPU: only in interpret mode, against the plain softmax of the tests. Dimension
-letters as in `models.ops.attention`.
+What every GPU takes, and what the kernels for some of them leave: it moves three times the bytes
+that a kernel reads which takes pages where they lie. Compiled for an H100, and run on CPU in the
+tests; not yet run on a GPU. Dimension letters as in `models.ops.attention`.
 """
 
 import functools
-import warnings
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.kv_cache import LayerCache, Layout, StepInput, pad_heads
+from models.kv_cache import LayerCache, Layout, StepInput
 from models.ops.attention import over_pages
 
-# The kernel's blocks are powers of two, of 16 at least.
-LAYOUT = Layout(
-    LayerCache(k="kpgh", v="kpgh"),
-    head_dims=(16, 32, 64, 128, 256),
-    page_sizes=(16, 32, 64, 128),
-)
-
-# Tokens that one iteration of the kernel loads: with 256 of head dim 128, keys, values and the next
-# ones would not fit into a multiprocessor's shared memory.
-_BLOCK_TOKENS = 128
-# Programs that keep a large GPU busy, two for each of 132 multiprocessors; below that, the pages of
-# a sequence are split among several, 16 at most.
-_PROGRAMS, _MAX_SPLITS = 264, 16
+# A token's keys lie together: what is gathered comes in pieces that are as large as can be, and no
+# kernel for GPU has the pool laid out anew.
+LAYOUT = Layout(LayerCache(k="pgkh", v="pgkh"))
 
 
 def attention(
@@ -37,78 +26,53 @@ def attention(
     layer: LayerCache,
     step: StepInput,
     *,
-    interpret: bool = False,
+    cudnn: bool = True,
 ) -> tuple[Float[Array, "R Q N H"], LayerCache]:
     """Appends k and v to the layer's pages and attends. See `models.ops.attention.Attention`.
 
-    interpret: run where there is no GPU, slowly.
+    cudnn: False where there is none.
     """
     layer = LAYOUT.append(k, v, layer, step)
-    scale = q.shape[-1] ** -0.5
-    wide = pad_heads(q, layer.k.shape[-1])
-    if q.shape[1] == 1:
-        out = _decode(wide[:, 0] * scale, layer, step, interpret)[:, None]
-    else:
-        attend = functools.partial(_prefill, step, scale, interpret)
-        out = over_pages(attend, LAYOUT, wide, k, v, layer, step)
-    return out[..., : q.shape[-1]], layer
+    return gathered(LAYOUT, q, k, v, layer, step, cudnn), layer
 
 
-def _decode(
-    q: Float[Array, "R N H"], layer: LayerCache, step: StepInput, interpret: bool
-) -> Float[Array, "R N H"]:
-    rows, pages = step.page_table.shape
-    kv, num_pages, page_size, _ = layer.k.shape
-    block = min(_BLOCK_TOKENS // page_size, _power_of_two(pages))
-    wanted = min(_MAX_SPLITS, -(-_PROGRAMS // (rows * kv)), -(-pages // block))
-    splits = _power_of_two(wanted)
-    # A whole number of blocks for every split.
-    table = jnp.pad(step.page_table, ((0, 0), (0, -pages % (block * splits))))
-    return _kernel()(
-        q,
-        layer.k,
-        layer.v,
-        # The kernel reads what entries past a sequence's last page point to, if not for long.
-        jnp.clip(table, 0, num_pages - 1),
-        step.start + step.count,
-        pages_per_compute_block=block,
-        k_splits=splits,
-        interpret=interpret,
-    )
+def gathered(
+    layout: Layout,
+    q: Float[Array, "R Q N H"],
+    k: Float[Array, "R Q K H"],
+    v: Float[Array, "R Q K H"],
+    layer: LayerCache,
+    step: StepInput,
+    cudnn: bool = True,
+) -> Float[Array, "R Q N H"]:
+    """Attention over a pool of any layout, k and v appended to it before. cudnn: by cuDNN, if
+    it takes these arrays.
+    """
+    head = q.shape[-1]
+    width = layer.v.shape[layout.arrays[-1].index("h")]
+    wide = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, width - head)))
+    attend = functools.partial(_attend, step, head**-0.5, cudnn)
+    return over_pages(attend, layout, wide, k, v, layer, step)[..., :head]
 
 
-def _power_of_two(number: int) -> int:
-    """The least that is no smaller."""
-    return 1 << (number - 1).bit_length()
-
-
-@functools.cache
-def _kernel() -> Callable[..., Array]:
-    # Not at the top: servers on other platforms need not wait for it. JAX from 0.12 on says that it
-    # will go, and names no other that takes pages.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
-    return paged_attention
-
-
-def _prefill(
+def _attend(
     step: StepInput,
     scale: float,
-    interpret: bool,
+    cudnn: bool,
     q: Float[Array, "R Q N H"],
     k: Float[Array, "R T K H"],
     v: Float[Array, "R T K H"],
     earlier: int,
 ) -> Float[Array, "R Q N H"]:
     """See `models.ops.attention.Attend`. cuDNN takes no float32, and heads of 128 at most."""
-    cudnn = not interpret and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
+    cudnn = cudnn and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
     mask = None
     if earlier:
         slots = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, :]
         queries = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :, None]
         own = (slots >= earlier) & (slots - earlier <= queries)
         mask = ((slots < step.start[:, None, None]) & (slots < earlier) | own)[:, None]
+
     return jax.nn.dot_product_attention(
         q,
         k,

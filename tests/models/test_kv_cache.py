@@ -93,7 +93,7 @@ def test_pages_are_gathered_in_the_order_of_the_table(layout):
         assert not got[..., HEAD:].any()
 
 
-@pytest.mark.parametrize("name", ["gpu", "tpu", "tpu_ragged"])
+@pytest.mark.parametrize("name", ["gpu_triton", "tpu", "tpu_ragged"])
 def test_what_kernels_cannot_take_is_refused(name):
     layout = KERNELS[name].layout
     with pytest.raises(ValueError, match=r"page_size must be one of 16, 32, 64, 128.*, got 48"):

@@ -61,6 +61,7 @@ def cases(directory):
     [
         *itertools.product(["llama", "mistral", "qwen2", "qwen3"], [1, 2], ["reference"]),
         ("llama", 2, "gpu"),
+        ("llama", 2, "gpu_triton"),
     ],
 )
 def test_greedy_tokens_are_those_of_transformers(golden, family, num_devices, kernels):

@@ -176,11 +176,20 @@ def test_every_live_decision_replays_equal(config):
 
 
 def test_the_platform_chooses_the_kernels_unless_the_config_does():
-    def chosen(kernels, platform, count):
-        devices = [SimpleNamespace(platform=platform)] * count
+    def chosen(kernels, platform, count, capability="8.0"):
+        device = SimpleNamespace(
+            platform=platform, compute_capability=capability, device_kind="A100"
+        )
+        devices = [device] * count
         return choose_kernels(fakes.altered(kernels=kernels), devices)
 
     assert chosen("auto", "gpu", 1) == chosen("auto", "gpu", 8) == "gpu"
+    assert chosen("auto", "gpu", 1, "9.0") == chosen("gpu_hopper", "gpu", 1, "9.0") == "gpu_hopper"
+    assert chosen("gpu_triton", "gpu", 1, "9.0") == "gpu_triton"
+    with pytest.raises(
+        UsageError, match=r"gpu_hopper needs GPUs of compute capability 9\.0, got A"
+    ):
+        chosen("gpu_hopper", "gpu", 1)
     assert chosen("auto", "tpu", 4) == "tpu"
     assert chosen("tpu_ragged", "tpu", 4) == "tpu_ragged"
     assert chosen("auto", "cpu", 2) == "cpu"
