@@ -35,7 +35,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(VERSION)
 
 .PHONY: help setup model demo agreement bench-accelerator serve cluster sweep paper test slow fuzz \
-  clients lint lock proto clean
+  clients aot lint lock proto clean
 
 help:
 	@echo "make demo   serve one workload under three schedulers; report in out/demo/report.html"
@@ -49,6 +49,7 @@ help:
 	@echo "make slow   the tests of several processes, which take minutes"
 	@echo "make fuzz   $(FUZZ) malformed and hostile requests to a server, of SEED=$(SEED)"
 	@echo "make clients  programs of others against the server: openai, vllm bench, lm-eval, ..."
+	@echo "make aot    compile the configs' programs for TPU and GPU, without either; out/aot"
 	@echo "make setup  the environment alone, in $(VENV)"
 	@echo "make lint   ruff, pyright, import-linter"
 	@echo "make model  fetch the default model into the user's cache"
@@ -110,6 +111,10 @@ fuzz: setup
 # Each program is installed once, in out/clients, from PyPI.
 clients: setup model
 	$(BIN)/python -m pytest -m slow tests/clients
+
+# The compilers of TPUs and GPUs are installed once, in out/aot, from PyPI: 400 MB.
+aot: setup
+	$(BIN)/python benchmarks/aot.py
 
 lint: setup
 	$(BIN)/ruff check .

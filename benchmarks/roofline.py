@@ -34,6 +34,7 @@ from kairos_jax.engine.build import build_engine, choose_kernels, load_weights
 from kairos_jax.engine.devices import start_jax
 from kairos_jax.engine.engine import JaxEngine
 from kairos_jax.engine.model import Model
+from kairos_jax.lab.shapes import SHAPES
 from kairos_jax.process import launch
 from kairos_jax.process.hub import resolve_model
 from kairos_jax.process.progress import bars
@@ -43,16 +44,6 @@ from models.params import abstract_params
 from models.sharding import Rules
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Request, Seq, Slo
-
-MODEL_SHAPES = {
-    "tiny": ModelConfig("llama", 512, 64, 2, 4, 2, 16, 128, tie_embeddings=True),
-    "smollm2_135m": ModelConfig(
-        *("llama", 49152, 576, 30, 9, 3, 64, 1536), 1e5, tie_embeddings=True, max_context=8192
-    ),
-    "llama3_8b": ModelConfig(
-        *("llama", 128256, 4096, 32, 32, 8, 128, 14336), 5e5, max_context=8192
-    ),
-}
 
 # What each round of a measurement lasts at least.
 _ROUND_S = 0.2
@@ -110,7 +101,7 @@ def measure(config: ServerConfig) -> dict[str, Any]:
     result["ceilings"] = ceilings = _ceilings(values.mib or mib, values.matmul or size)
     say("weights")
     named = values.model_shape
-    shape = MODEL_SHAPES[named] if named else open_checkpoint(resolve_model(config.model)).config
+    shape = SHAPES[named] if named else open_checkpoint(resolve_model(config.model)).config
     model = Model(RandomCheckpoint(shape), None)
     with bars() as progress:
         params = load_weights(config, model, "random", devices, progress)
@@ -283,7 +274,7 @@ def main(argv: list[str]) -> None:
 def define_flags() -> None:
     """All flags, the config's among them."""
     launch.define_config_flag()
-    flags.DEFINE_enum("model_shape", None, list(MODEL_SHAPES), "Sizes, instead of the model's.")
+    flags.DEFINE_enum("model_shape", None, list(SHAPES), "Sizes, instead of the model's.")
     flags.DEFINE_list("batches", ["1", "16", "64"], "decode: sequences.")
     flags.DEFINE_list("contexts", ["200", "1024"], "decode: tokens of each.")
     flags.DEFINE_list("prompts", ["128", "512", "2048"], "prefill: tokens.")

@@ -4,7 +4,8 @@
 
 gpu1: one GPU of 80 GB, one instance that prefills and decodes. gpu4, gpu8: so many of them, half
 prefill and half decode instances of one GPU each. v5e8, v6e8: a slice of eight chips of 16 or
-32 GB, half of it for decode as one mesh. `make bench-accelerator` measures the steps of one device.
+32 GB, half of it for decode as one mesh. `kairos plan` reckons what they need and compiles their
+steps; `make bench-accelerator` measures the steps of one device.
 
 Not yet run. Expect by arithmetic, of one H100: 4.8 ms to read the weights, 128 KiB of KV a token,
 and pools, weights and parked KV within the three quarters of memory that JAX takes by default
@@ -37,6 +38,7 @@ def get_config(layout: str = "gpu1") -> ConfigDict:
             "model": "meta-llama/Llama-3.1-8B-Instruct",
             "dtype": "bfloat16",
             "kernels": "auto",
+            "chip": {"g": "h100", "v": layout[:3]}[layout[0]],
             "rules": {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"},
             "max_context": 8192,
             "max_tokens": 2048,

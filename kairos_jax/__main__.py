@@ -11,7 +11,7 @@ from kairos_jax.process import early
 COMMANDS = (
     *("serve", "client", "demo", "config"),
     *("cluster", "router", "prefill", "decode"),
-    *("profile", "convert"),
+    *("profile", "convert", "plan"),
     *("simulate", "sweep", "journal", "paper", "agreement"),
 )
 

@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+from kairos_jax.config.chips import CHIPS
 from models.ops import KERNELS
 from models.sharding import MESH_AXES, Rules
 from schedulers.ledger.instance import Limits, Role
@@ -155,6 +156,13 @@ class ServerConfig:
             choices=("", *MESH_AXES),
         ),
     ] = field(default_factory=Rules)
+    chip: Annotated[
+        str,
+        Key(
+            "Accelerator that the sizes are for: `kairos plan` reckons with it. Empty: none.",
+            choices=("", *CHIPS),
+        ),
+    ] = ""
     max_context: Annotated[
         int,
         Key("Tokens of prompt and output together, at most.", least=1, limits="1 to the model's"),

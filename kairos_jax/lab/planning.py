@@ -1,0 +1,278 @@
+"""What a deployment needs of its chips, and how long its steps would take, by shapes alone.
+
+A step takes the longer of two times: its operations at the chip's peak, and the bytes it moves at
+the chip's bandwidth, each at the share of it that is reached in practice. The time of collectives,
+and what the host adds, come on top.
+"""
+
+import dataclasses
+import datetime
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from kairos_jax import __version__
+from kairos_jax.config import ConfigError, ServerConfig
+from kairos_jax.config.chips import Chip
+from kairos_jax.engine.functions import bucket_sizes
+from kairos_jax.process.command import UsageError
+from models import kv_cache
+from models.config import ModelConfig
+from models.ops import KERNELS
+from models.params import abstract_packed, pack_config
+from models.sharding import MESH_AXES
+from schedulers import fitting
+from schedulers.ledger.instance import Role
+
+# Beside weights and pool, until a compiler says more: activations and logits.
+_TEMPORARIES = 256 << 20
+_LATENCY_S = 5e-6  # of a collective, however small
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How much of what a chip states is reached in practice, and what the host adds to each step,
+    in seconds. Assumptions, to be set by what was measured.
+    """
+
+    bandwidth: float = 0.8
+    flops: float = 0.6
+    link: float = 0.7
+    host_s: float = 1e-3
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bandwidth:.0%} of bandwidth, {self.flops:.0%} of operations, {self.link:.0%} "
+            f"of links, {1e3 * self.host_s:g} ms of the host a step"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes of each device of an instance. token: the KV of one token. temporaries: an estimate,
+    unless a compiler said.
+    """
+
+    role: Role
+    devices: int
+    weights: int
+    pool: int
+    parked: int
+    token: float
+    temporaries: int = _TEMPORARIES
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.pool + self.parked + self.temporaries
+
+    def most_tokens(self, memory: int, page_size: int) -> int:
+        """The largest pool that fits, in whole pages."""
+        room = memory - self.weights - self.parked - self.temporaries
+        return max(math.floor(room / self.token / page_size) * page_size, 0)
+
+
+def kernels_of(config: ServerConfig, chip: Chip) -> str:
+    """The kernels that the config gets on such chips. Raises ConfigError."""
+    if config.kernels == "auto":
+        return "gpu_hopper" if chip.platform == "gpu" else chip.platform
+    if not config.kernels.startswith(chip.platform) and config.kernels != "reference":
+        raise ConfigError(
+            f"config.kernels must be auto or kernels for a {chip.platform}, got {config.kernels!r}"
+        )
+    return config.kernels
+
+
+def needs_of(config: ServerConfig, model: ModelConfig, role: Role, chip: Chip) -> Needs:
+    """Raises UsageError: the model cannot be split so, or the kernels do not take it."""
+    devices, limits, rules = config.devices(role), config.limits(role), config.rules
+    if devices > chip.most:
+        part = "decode" if role is Role.DECODE else "prefill"
+        raise UsageError(
+            f"config.{part}.devices must be at most {chip.most}, which a host of {chip.title} has, "
+            f"got {devices}"
+        )
+    name = kernels_of(config, chip)
+    kernels = KERNELS[name]
+    mesh = AbstractMesh((devices,), MESH_AXES, axis_types=(AxisType.Auto,))
+    try:
+        packed = pack_config(model, kernels, mesh, rules)
+        weights = abstract_packed(model, config.dtype, kernels, mesh, rules).values()
+        shardings = kernels.layout.shardings(packed, mesh, rules)
+        sizes = limits.num_pages, limits.page_size
+        pool = kv_cache.abstract(packed, kernels.layout, *sizes, config.dtype, shardings)
+    except ValueError as error:
+        raise UsageError(f"kernels {name}: {error}") from error
+    of_pool = sum(map(_on_device, jax.tree.leaves(pool)))
+    token = of_pool / (limits.num_pages * limits.page_size)
+    parked = limits.parked_tokens if math.isfinite(limits.parked_tokens) else 0
+    return Needs(
+        role, devices, sum(map(_on_device, weights)), of_pool, math.ceil(token * parked), token
+    )
+
+
+def check_fits(config: ServerConfig, needs: Needs, chip: Chip) -> None:
+    """Raises ConfigError with the arithmetic."""
+    if needs.total <= chip.memory:
+        return
+    part = "prefill" if needs.role is Role.PREFILL else "decode"
+    table = getattr(config, part)
+    most = needs.most_tokens(chip.memory, config.page_size)
+    parts = {
+        "weights": needs.weights,
+        f"{table.kv_tokens} tokens of KV": needs.pool,
+        "parked KV": needs.parked,
+        "temporaries": needs.temporaries,
+    }
+    said = " + ".join(f"{size / 1e9:.1f} GB of {what}" for what, size in parts.items() if size)
+    raise ConfigError(
+        f"config.{part}.kv_tokens must be at most {most}, got {table.kv_tokens}: {said} make "
+        f"{needs.total / 1e9:.1f} GB, and a {chip.title} gives {chip.memory / 1e9:.1f} GB"
+    )
+
+
+def _on_device(array: Any) -> int:
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Times of steps of one role. `limit_s`: of a chip that reaches all that it states, and of a
+    host that adds nothing.
+    """
+
+    model: ModelConfig
+    config: ServerConfig
+    needs: Needs
+    chip: Chip
+    shares: Shares
+
+    def decode_s(self, batch: int, context: int) -> float:
+        """A step of so many sequences of that context."""
+        return self._seconds(*self._decode(batch, context), self.shares)
+
+    def prefill_s(self, tokens: int, computed: int = 0) -> float:
+        """A step of so many tokens of one prompt, after those computed before."""
+        return self._seconds(*self._prefill(tokens, computed), self.shares)
+
+    def decode_limit_s(self, batch: int, context: int) -> float:
+        """As `decode_s`, by what the chip states."""
+        return self._seconds(*self._decode(batch, context), Shares(1, 1, 1, 0))
+
+    def prefill_limit_s(self, tokens: int, computed: int = 0) -> float:
+        """As `prefill_s`, by what the chip states."""
+        return self._seconds(*self._prefill(tokens, computed), Shares(1, 1, 1, 0))
+
+    def _decode(self, batch: int, context: int) -> tuple[float, float, int]:
+        """Operations, bytes, and tokens of a step."""
+        attention = 4 * batch * context * self._head_numbers()
+        operations = 2 * batch * (self._products() + self._head()) + attention
+        moved = self._read() + batch * (context + 1) * self.needs.token
+        return operations, moved, batch
+
+    def _prefill(self, tokens: int, computed: int) -> tuple[float, float, int]:
+        seen = tokens * computed + tokens * (tokens + 1) / 2
+        operations = 2 * tokens * self._products() + 2 * self._head()
+        operations += 4 * seen * self._head_numbers()
+        return operations, self._read() + (tokens + computed) * self.needs.token, tokens
+
+    def _products(self) -> float:
+        """Weights of the layers' products, on one device."""
+        model = self.model
+        heads = 2 * model.num_heads + 2 * model.num_kv_heads
+        of_layer = model.hidden_size * (heads * model.head_dim + 3 * model.mlp_size)
+        return model.num_layers * of_layer / self.needs.devices
+
+    def _head(self) -> float:
+        return self.model.hidden_size * self.model.vocab_size / self.needs.devices
+
+    def _head_numbers(self) -> float:
+        """Numbers of all q heads of all layers, on one device."""
+        model = self.model
+        return model.num_layers * model.num_heads * model.head_dim / self.needs.devices
+
+    def _read(self) -> float:
+        """Bytes of the weights that every step reads: of an embedding that is not the head too, a
+        few rows.
+        """
+        return (self._products() + self._head()) * self._itemsize()
+
+    def _itemsize(self) -> int:
+        return 2 if self.config.dtype == "bfloat16" else 4
+
+    def _seconds(self, operations: float, moved: float, tokens: int, shares: Shares) -> float:
+        chip = self.chip
+        computing = operations / (chip.flops[self.config.dtype] * shares.flops)
+        moving = moved / (chip.bandwidth * shares.bandwidth)
+        return max(computing, moving) + self._collectives_s(tokens, shares.link) + shares.host_s
+
+    def _collectives_s(self, tokens: int, share: float) -> float:
+        """Two sums a layer and one of the embedding, and the logits made whole."""
+        devices, model = self.needs.devices, self.model
+        if devices == 1:
+            return 0.0
+        sums = 2 * model.num_layers + 1
+        around = (devices - 1) / devices
+        summed = 2 * around * tokens * model.hidden_size * self._itemsize()
+        gathered = around * min(tokens, self.config.decode.max_batch) * model.vocab_size * 4
+        return (sums * summed + gathered) / (self.chip.link * share) + (sums + 1) * _LATENCY_S
+
+
+def predict(
+    config: ServerConfig,
+    model: ModelConfig,
+    needs: Mapping[Role, Needs],
+    chip: Chip,
+    shares: Shares,
+) -> dict[str, Any]:
+    """A profile of step times (DESIGN: "Profile file") that were not measured."""
+    samples: dict[str, Any] = {}
+    first, last = config.roles[0], config.roles[-1]
+    prefill, decode = (
+        Prediction(model, config, needs[role], chip, shares) for role in (first, last)
+    )
+    chunks = list(_up_to(config.prefill.max_chunk, least=config.prefill.row_tokens))
+    longest = config.max_context
+    samples["prefill"] = [
+        (tokens, computed, prefill.prefill_s(tokens, computed))
+        for tokens, computed in itertools.product(chunks, (0, longest // 4, longest // 2))
+    ]
+    samples["decode"] = [
+        (batch, context, decode.decode_s(batch, context))
+        for batch, context in itertools.product(
+            _up_to(config.decode.max_batch), (64, longest // 8, longest // 4)
+        )
+    ]
+    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    token *= 2 if config.dtype == "bfloat16" else 4
+    rate = chip.link * shares.link
+    samples["transfer"] = [(n, 2 * shares.host_s + n * token / rate) for n in (256, 1024, 4096)]
+    kernels = KERNELS[kernels_of(config, chip)]
+    fitted = fitting.fit(
+        **samples,
+        form=kernels.contexts_of(config.dtype, model.head_dim, config.page_size),
+        row_tokens=config.prefill.row_tokens,
+    )
+    return {
+        "name": f"{config.name} on {chip.title}, {config.layout}, predicted",
+        "model": config.model,
+        "platform": chip.platform,
+        "device": chip.title,
+        "devices": {"prefill": needs[first].devices, "decode": needs[last].devices},
+        "dtype": config.dtype,
+        "source": "predicted",
+        "assumed": dataclasses.asdict(shares),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"kairos_jax": __version__, "jax": jax.__version__},
+        **fitted,
+        "kv_capacity_tokens": config.decode.kv_tokens,
+        "samples": samples,
+    }
+
+
+def _up_to(limit: int, least: int = 1) -> Iterable[int]:
+    return (size for size in bucket_sizes(limit) if size >= min(least, limit))
