@@ -11,6 +11,7 @@ The policies and the ledger are those of the live server. Times are seconds, len
 import contextlib
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -85,7 +86,8 @@ def define_flags(values: flags.FlagValues) -> None:
     number("bias", 0.0, "The policies take times for (1 + bias) times what they are.")
     integer("seed", 0, "Of noise, classes, Poisson and synthetic workloads.")
     boolean("advise", False, "Compare all layouts of --devices instead: which holds which rate.")
-    integer("devices", 8, "With --advise: devices, one an instance.", 2)
+    integer("devices", 8, "With --advise: devices of all instances.", 2)
+    number("chip_hour", None, "With --advise: price of a device an hour, to tell costs.", 0.0)
     string("journal", None, "File to write every decision to, a line of JSON each.")
     string("explain", None, "Print why this request waited: its number in the trace, from 0.")
     string("perfetto", None, "File to write the run to, for ui.perfetto.dev.")
@@ -151,7 +153,7 @@ def workload_of(values: Any, num_synthetic: int = NUM_SYNTHETIC) -> list[Arrival
 
 def simulated(values: Any) -> dict[str, Any]:
     """Runs what the flags describe; returns what --output=json prints. Raises UsageError."""
-    _refuse(values, ("devices",), "--{} goes with --advise")
+    _refuse(values, ("devices", "chip_hour"), "--{} goes with --advise")
     scenario, arrivals = scenario_of(values), workload_of(values)
     try:
         simulation = build(scenario, arrivals)
@@ -224,7 +226,15 @@ def advised(values: Any) -> dict[str, Any]:
     begin = time.perf_counter()
     with bars() as progress:
         show = partial(progress, "simulate")
-        answer = advise(scenario, arrivals, values.devices, show, load_s=load_s)
+        answer = advise(
+            scenario, arrivals, values.devices, show, load_s=load_s, of_instance=_sizes(values)
+        )
+    if values.chip_hour is not None:
+        tokens = statistics.fmean(each.num_output for each in arrivals)
+        for each in answer["ranking"]:
+            a_second = values.chip_hour * values.devices / 3600
+            cost = 1e6 * a_second / (each["rate"] * tokens) if each["rate"] else None
+            each["cost_of_million_tokens"] = cost
     return {
         **answer,
         "target_attainment": TARGET,
@@ -233,6 +243,20 @@ def advised(values: Any) -> dict[str, Any]:
         "wall_s": time.perf_counter() - begin,
         "settings": _settings(values),
     }
+
+
+def _sizes(values: Any) -> tuple[int, int]:
+    """Devices of a prefill and of a decode instance, where the profile says. Raises UsageError."""
+    said = profile_file.read(values.profile).get("devices", {})
+    sizes = said.get("prefill", 1), said.get("decode", 1)
+    if any(type(size) is not int or size < 1 for size in sizes):
+        raise UsageError(f"profile {values.profile}: devices must be whole numbers, got {said}")
+    if values.devices < sum(sizes):
+        raise UsageError(
+            f"--devices must be at least {sum(sizes)}: by the profile, a prefill instance takes "
+            f"{sizes[0]} and a decode instance {sizes[1]}, got {values.devices}"
+        )
+    return sizes
 
 
 def _rate(arrivals: list[Arrival]) -> float | None:

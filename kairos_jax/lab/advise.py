@@ -37,14 +37,25 @@ LOAD_S = 60.0
 conversation trace 12 s find a rate that is a third too high, 45 s one that is 6 % too high.
 """
 
+Sizes = tuple[int, int]
 
-def layouts(scenario: Scenario, devices: int) -> list[Scenario]:
-    """The scenario on each layout of so many devices, one an instance."""
+
+def layouts(scenario: Scenario, devices: int, of_instance: Sizes = (1, 1)) -> list[Scenario]:
+    """The scenario on each layout that takes all of so many devices.
+
+    of_instance: devices of a prefill and of a decode instance. Instances that do both are there
+    only where these are alike.
+    """
+    of_prefill, of_decode = of_instance
     split = [
-        replace(scenario, colocated=0, num_prefill=count, num_decode=devices - count)
-        for count in range(1, devices)
+        replace(scenario, colocated=0, num_prefill=count, num_decode=rest // of_decode)
+        for count in range(1, devices // of_prefill + 1)
+        if (rest := devices - count * of_prefill) > 0 and rest % of_decode == 0
     ]
-    return [replace(scenario, colocated=devices, num_prefill=0, num_decode=0), *split]
+    if of_prefill == of_decode and devices % of_prefill == 0:
+        both = replace(scenario, colocated=devices // of_prefill, num_prefill=0, num_decode=0)
+        return [both, *split]
+    return split
 
 
 def advise(
@@ -54,13 +65,14 @@ def advise(
     progress: Callable[[int, int], object] = lambda done, total: None,
     workers: int | None = None,
     load_s: float = math.inf,
+    of_instance: Sizes = (1, 1),
 ) -> dict[str, Any]:
     """Searches each layout for its highest rate at TARGET.
 
     Args:
         scenario: all but the layout.
         arrivals: in which order and bursts requests come; their rate is changed.
-        devices: one an instance.
+        devices: of all instances; of_instance: see `layouts`.
         progress: called with the simulations done, and to do at most.
         workers: processes; None: one for each core.
         load_s: a layout is simulated with the first of the arrivals, as many as come in so many
@@ -72,7 +84,7 @@ def advise(
         of rate and e2e attainment.
     """
     searches = []
-    for each in layouts(scenario, devices):
+    for each in layouts(scenario, devices, of_instance):
         rate = guess(each, arrivals)
         searches.append(_Search(each, math.ceil(min(load_s * rate, len(arrivals))), rate))
     arrivals = arrivals[: max(search.num_requests for search in searches)]
@@ -218,7 +230,10 @@ def _answer(ranking: Sequence[_Search], devices: int) -> str:
         f"{best.scenario.layout} holds the highest rate at {TARGET:g} % attainment: "
         f"{best.rate:.3g} requests/s"
     )
-    rival = next(s for s in ranking if bool(s.scenario.colocated) != colocated)
+    others = [s for s in ranking if bool(s.scenario.colocated) != colocated] or ranking[1:]
+    if not others:
+        return text + "."
+    rival = others[0]
     text += f", against {rival.rate:.3g} of {rival.scenario.layout}"
     if best.rate - rival.rate <= RESOLUTION * best.rate:
         text += ", which is no difference at this resolution"

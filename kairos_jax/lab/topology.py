@@ -67,6 +67,7 @@ def prepare() -> None:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no lock on a device
     for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
         os.environ.setdefault(name, "3")
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # what kernels take: see ahead.spills
     # Autotuning runs kernels.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()

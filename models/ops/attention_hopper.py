@@ -31,8 +31,9 @@ LAYOUT = Layout(LayerCache(k="pgkh", v="pgkh"), (*_HEAD_DIMS, 192, 256, 512))
 
 # Rows of the product that a warpgroup computes.
 _ROWS = 64
-# Pages that are on their way, or being computed with.
-_STAGES = 4
+# Bytes of keys and values that are on their way, or being computed with: of the 227 KiB of a
+# multiprocessor's shared memory, queries and results take up to 48 KiB more.
+_STAGED, _MOST_STAGES = 128 << 10, 4
 # Blocks that keep an H100 busy, two for each of 132 multiprocessors; below that, the pages of a
 # sequence are split among several, 16 at most.
 _BLOCKS, _MAX_SPLITS = 264, 16
@@ -89,19 +90,22 @@ def paged_blocks(
     counts: Int[Array, "B"],
     *,
     splits: int = 1,
-    stages: int = _STAGES,
+    stages: int | None = None,
     interpret: Any = None,
 ) -> Float[Array, "B W N H"]:
     """Attention of blocks of up to W consecutive tokens of one sequence, over its pages.
 
     q: scaled. rows: whose page table is each block's. starts: positions of the blocks' first
     tokens. counts: tokens that are real; a block of none gives zeros. splits: among how many
-    programs a sequence's pages are divided, whose results are merged afterwards.
+    programs a sequence's pages are divided, whose results are merged afterwards. stages: pages on
+    their way; None: as many as suit.
     """
     blocks, width, heads, head = q.shape
     num_pages, page_size, kv, _ = layer.k.shape
     group = 1 << (heads // kv - 1).bit_length()  # that of the kernel divides its rows
     tokens = _ROWS // group
+    of_page = 2 * page_size * head * q.dtype.itemsize
+    stages = stages or min(_MOST_STAGES, _STAGED // of_page)
     grouped = q.reshape(blocks, width, kv, heads // kv, head)
     more = ((0, 0), (0, tokens - width), (0, 0), (0, group - heads // kv), (0, 0))
     packed = jnp.pad(grouped, more).swapaxes(1, 2).reshape(blocks, kv, _ROWS, head)

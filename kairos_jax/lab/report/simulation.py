@@ -52,10 +52,14 @@ def _run_lines(answer: Mapping[str, Any]) -> Iterator[str]:
 
 def advice_text(answer: Mapping[str, Any]) -> str:
     """A comparison of layouts, and what to make of it."""
-    lines = [f"{'layout':24} requests/s   % attained at requests/s"]
-    for each in answer["ranking"]:
+    costs = [each.get("cost_of_million_tokens") for each in answer["ranking"]]
+    priced = any(cost is not None for cost in costs)
+    head = "   a million output tokens" if priced else ""
+    lines = [f"{'layout':24} requests/s{head}   % attained at requests/s"]
+    for each, cost in zip(answer["ranking"], costs, strict=True):
         curve = "  ".join(f"{percent:.0f} at {rate:.3g}" for rate, percent in each["curve"])
-        lines.append(f"{each['layout']:24} {each['rate']:10.3g}   {curve}")
+        price = f"   {'-' if cost is None else f'{cost:.3g}':>23}" if priced else ""
+        lines.append(f"{each['layout']:24} {each['rate']:10.3g}{price}   {curve}")
     lines += [
         "",
         answer["answer"],

@@ -46,6 +46,31 @@ def test_layouts_are_all_colocated_and_every_split():
     ]
 
 
+def test_layouts_of_instances_of_several_devices():
+    def named(*arguments):
+        return [each.layout for each in layouts(SCENARIO, *arguments)]
+
+    assert named(8, (1, 4)) == ["4 prefill + 1 decode"]
+    assert named(8, (4, 4)) == ["2 colocated", "1 prefill + 1 decode"]
+    assert named(8, (2, 4)) == ["2 prefill + 1 decode"]
+    assert named(4, (1, 2)) == ["2 prefill + 1 decode"]
+
+
+def test_instances_and_prices_come_from_profile_and_flag(tmp_path):
+    profile = read("llama3_8b_h100_roofline") | {"devices": {"prefill": 1, "decode": 2}}
+    (tmp_path / "p.json").write_text(json.dumps(profile))
+    given = [f"--profile={tmp_path}/p.json", "--devices=4", "--num_requests=20", "--chip_hour=3"]
+    done = subprocess.run([*COMMAND, *given, "--output=json"], capture_output=True, text=True)
+    (row,) = json.loads(done.stdout)["ranking"]
+    assert row["layout"] == "2 prefill + 1 decode"
+    tokens = sum(each.num_output for each in synthetic(20, 1.0, 0)) / 20
+    cost = 1e6 * (4 * 3 / 3600) / (row["rate"] * tokens)
+    assert row["cost_of_million_tokens"] == pytest.approx(cost)
+    done = subprocess.run([*COMMAND, *given[:1], "--devices=2"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --devices must be at least 3: by the profile, ")
+
+
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.02, 4.0])
 def test_the_rate_is_found_however_wrong_the_guess(monkeypatch, factor):
     asked = holds(monkeypatch, lambda scenario: factor * guess(scenario, ARRIVALS))
