@@ -12,7 +12,7 @@ PROFILE ?=
 SWEEP ?= --simulated --profile=llama3_8b_h100_roofline --trace=synthetic --ttft=1 --tpot=0.025 \
   --rates=10,20,25,30,35,40 --layouts=2:1,3xcolocated
 # Of `make bench-accelerator`: config, sizes of the random weights, any other flags of the benchmark.
-BENCH ?= --config=configs/llama3_8b.py:gpu1 --model_shape=llama3_8b
+BENCH ?= --config=llama3_8b:gpu1
 # Of `make fuzz`: how many requests, and the seed that makes them.
 FUZZ ?= 100000
 SEED ?= 0
@@ -44,7 +44,7 @@ help:
 	@echo "make sweep  simulated: layouts, loads and policies; report in out/sweep/report.html"
 	@echo "make paper  the paper's four claims on a trace (TRACE=FILE); tables in out/paper"
 	@echo "make agreement  the simulator against the live engine, at five loads: six minutes"
-	@echo "make bench-accelerator  steps beside the limits of the GPU or TPU here: out/roofline.json"
+	@echo "make bench-accelerator  correctness and speed on the GPU or TPU here: out/accelerator.json"
 	@echo "make test   lint and the whole default test suite"
 	@echo "make slow   the tests of several processes, which take minutes"
 	@echo "make fuzz   $(FUZZ) malformed and hostile requests to a server, of SEED=$(SEED)"
@@ -79,11 +79,7 @@ agreement: setup
 	  --output=out/agreement
 
 bench-accelerator: setup
-	@mkdir -p out
-	$(BIN)/python benchmarks/roofline.py $(BENCH) --config.kernels=auto --output=json \
-	  > out/roofline.json.part
-	@mv out/roofline.json.part out/roofline.json
-	@cat out/roofline.json
+	$(BIN)/python benchmarks/accelerator.py $(BENCH)
 
 serve: setup
 	@$(BIN)/python -m kairos_jax.serve --config=$(CONFIG) --port=$(PORT)

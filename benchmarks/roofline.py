@@ -98,7 +98,7 @@ def measure(config: ServerConfig) -> dict[str, Any]:
     }
     say("ceilings")
     mib, size = (256, 2048) if devices[0].platform == "cpu" else (4096, 8192)
-    result["ceilings"] = ceilings = _ceilings(values.mib or mib, values.matmul or size)
+    result["ceilings"] = limits = ceilings(values.mib or mib, values.matmul or size)
     say("weights")
     named = values.model_shape
     shape = SHAPES[named] if named else open_checkpoint(resolve_model(config.model)).config
@@ -106,10 +106,10 @@ def measure(config: ServerConfig) -> dict[str, Any]:
     with bars() as progress:
         params = load_weights(config, model, "random", devices, progress)
     engine = build_engine(config, model, Role.BOTH, devices, params)
-    bandwidth = len(devices) * ceilings["bandwidth"] * 1e9
-    peak = len(devices) * ceilings["matmul"][config.dtype]["median"] * 1e12
-    result["decode"] = [_decode(engine, *point, bandwidth) for point in decodes]
-    result["prefill"] = [_prefill(engine, tokens, peak) for tokens in prefills]
+    bandwidth = len(devices) * limits["bandwidth"] * 1e9
+    peak = len(devices) * limits["matmul"][config.dtype]["median"] * 1e12
+    result["decode"] = [decode(engine, *point, bandwidth) for point in decodes]
+    result["prefill"] = [prefill(engine, tokens, peak) for tokens in prefills]
     return result
 
 
@@ -135,7 +135,7 @@ def _sized(
 # What the device allows.
 
 
-def _ceilings(mib: int, size: int) -> dict[str, Any]:
+def ceilings(mib: int, size: int) -> dict[str, Any]:
     """GB/s of each way to read memory, the median of the best, and TFLOP/s of products."""
     num_bytes = mib << 20
     x = jnp.ones((num_bytes // 16384, 4096), jnp.float32)
@@ -180,25 +180,25 @@ def _times(
 # What the engine makes of it.
 
 
-def _decode(engine: JaxEngine, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
+def decode(engine: JaxEngine, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
     say(f"decode {batch} x {context}")
     config, itemsize = engine.config, engine.block.dtype.itemsize
     # Of an embedding that is not the head too, a few rows are read.
     weights = config.num_layers * _per_layer(config) + config.hidden_size * config.vocab_size
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     limit_s = itemsize * (weights + batch * (context + 1) * per_token) / bandwidth
-    work = [(_seq(engine, index, context, 1), 1) for index in range(batch)]
+    work = [(sequence(engine, index, context, 1), 1) for index in range(batch)]
     return {"batch": batch, "context": context} | _against(engine, work, limit_s)
 
 
-def _prefill(engine: JaxEngine, tokens: int, peak: float) -> dict[str, Any]:
+def prefill(engine: JaxEngine, tokens: int, peak: float) -> dict[str, Any]:
     say(f"prefill {tokens}")
     config = engine.config
     products = 2 * tokens * config.num_layers * _per_layer(config)
     attention = 2 * tokens * tokens * config.num_layers * config.num_heads * config.head_dim
     head = 2 * config.hidden_size * config.vocab_size
     limit_s = (products + attention + head) / peak
-    work = [(_seq(engine, 0, 0, tokens), tokens)]
+    work = [(sequence(engine, 0, 0, tokens), tokens)]
     row = _against(engine, work, limit_s)
     tokens_per_s = round(1e3 * tokens / row["engine_ms"]["median"], 1)
     return {"tokens": tokens, "tokens_per_s": tokens_per_s} | row
@@ -235,7 +235,7 @@ def _against(engine: JaxEngine, work: Sequence[tuple[Seq, int]], limit_s: float)
     }
 
 
-def _seq(engine: JaxEngine, index: int, computed: int, tokens: int) -> Seq:
+def sequence(engine: JaxEngine, index: int, computed: int, tokens: int) -> Seq:
     slo, length = Slo(1.0, 1.0), computed + tokens
     seq = Seq(Request(str(index), 0.0, [1] * length, 1, slo), computed=computed)
     pages = engine.limits.pages_for(length)

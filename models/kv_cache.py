@@ -67,12 +67,14 @@ class Layout:
 
     arrays: the order of each array's dimensions: p pages, g tokens of a page, k heads, h head dim.
     head_dims, page_sizes: what the kernels take, ascending; (): all. Heads are padded with zeros to
-    the next of head_dims.
+    the next of head_dims. kv_heads: how many a device may have, or a multiple of the last; (): any
+    number.
     """
 
     arrays: Layer
     head_dims: tuple[int, ...] = ()
     page_sizes: tuple[int, ...] = ()
+    kv_heads: tuple[int, ...] = ()
 
     def head_dim(self, head_dim: int) -> int:
         """What a head of this size takes in the pool.
@@ -91,8 +93,18 @@ class Layout:
         """Those of a layer's arrays.
 
         Raises:
-            ValueError: the kv heads cannot be split as the rules ask.
+            ValueError: the kv heads cannot be split as the rules ask, or the kernels do not take as
+                many as each device then has.
         """
+        heads = config.num_kv_heads
+        sharding = rules.sharding(mesh, ("kv_heads",), (heads,))
+        (each,) = sharding.shard_shape((heads,))
+        if self.kv_heads and each not in self.kv_heads and each % self.kv_heads[-1]:
+            few = ", ".join(map(str, self.kv_heads[:-1]))
+            raise ValueError(
+                f"the kv heads of a device must be {few} or a multiple of {self.kv_heads[-1]} for "
+                f"these kernels, got {each}"
+            )
 
         def one(letters: str):
             axes = tuple("kv_heads" if letter == "k" else None for letter in letters)

@@ -283,6 +283,10 @@ def test_simulations_of_the_readme(site):
     assert "1 prefill + 1 decode" in run(site, *advise, "--num_requests=100")
 
 
+def test_the_plan_of_the_readme(site):
+    assert "TPU v5e: 1 x 4 prefill + 1 x 4 decode" in run(site, *readme("kairos plan --config="))
+
+
 @pytest.mark.parametrize("command", MADE)
 def test_make_knows_the_targets_of_the_readme(command):
     assert any(each.startswith(command) for each in documents.of_page("README.md"))

@@ -24,7 +24,7 @@ from models.ops.attention import over_pages
 _LANES = 128
 _PAGE_SIZES = (16, 32, 64, 128, 256)
 LAYOUT = Layout(LayerCache(k="kpgh", v="kpgh"), (_LANES, 2 * _LANES), _PAGE_SIZES)
-RAGGED_LAYOUT = Layout(Interleaved("pgkh"), (_LANES,), _PAGE_SIZES)
+RAGGED_LAYOUT = Layout(Interleaved("pgkh"), (_LANES,), _PAGE_SIZES, (1, 2, 4, 8))
 
 # Tokens that the decode kernel brings into fast memory at a time: 128 KiB of keys of one head.
 _BLOCK_TOKENS = 512

@@ -88,6 +88,23 @@ def test_roofline(environment):
         assert row["engine_share"] == pytest.approx(share, abs=1e-3)
 
 
+def test_the_first_run_on_an_accelerator(environment, tmp_path):
+    """On a CPU, which has all parts too."""
+    output = tmp_path / "accelerator.json"
+    given = (CONFIG, MODEL, "--model_shape=tiny", "--rounds=1", "--seconds=1")
+    command = [sys.executable, "benchmarks/accelerator.py", *given, f"--output={output}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=220
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    told = json.loads(output.read_text())
+    assert {"kernels", "golden", "steps", "trace", "profile", "serving"} <= told.keys()
+    assert all(row["good"] for row in [*told["kernels"], *told["golden"]])
+    assert all(row["same"] == row["tokens"] for row in told["golden"] if row["dtype"] == "float32")
+    assert told["profile"]["profile"]["source"] == "measured"
+    assert told["serving"]["live"].keys() == {"ttft", "tpot", "e2e"}
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not VLLM, reason="needs vLLM: KAIROS_VLLM_PYTHON=PATH of a Python that has it")
 def test_beside_vllm(environment):

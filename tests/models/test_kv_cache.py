@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from models import kv_cache
 from models.config import ModelConfig
 from models.kv_cache import StepInput
 from models.ops import KERNELS
+from models.sharding import Rules, make_mesh
 
 LAYERS, KV, PAGE, HEAD = 3, 2, 16, 24
 CONFIG = ModelConfig("llama", 8, 8, LAYERS, KV, KV, HEAD, 8)
@@ -91,6 +93,18 @@ def test_pages_are_gathered_in_the_order_of_the_table(layout):
         want = paged[table, :, :, side].reshape(2, 2 * PAGE, KV, HEAD)
         np.testing.assert_array_equal(got[..., :HEAD], want)
         assert not got[..., HEAD:].any()
+
+
+def test_kv_heads_that_do_not_tile_are_refused_when_the_pool_is_made():
+    ragged, rules = KERNELS["tpu_ragged"].layout, Rules()
+    for heads, devices, good in ((3, 1, False), (6, 2, False), (12, 3, True), (24, 1, True)):
+        config = dataclasses.replace(CONFIG, num_heads=24, num_kv_heads=heads)
+        mesh = make_mesh(jax.devices()[:devices])
+        if good:
+            ragged.shardings(config, mesh, rules)
+            continue
+        with pytest.raises(ValueError, match=r"must be 1, 2, 4 or a multiple of 8 .*, got 3"):
+            ragged.shardings(config, mesh, rules)
 
 
 @pytest.mark.parametrize("name", ["gpu_triton", "tpu", "tpu_ragged"])
