@@ -165,6 +165,7 @@ def test_its_streams_go_on_elsewhere_when_it_loses_a_process(site, expected, los
 
     code, detected_s, recovered_s = asyncio.run(run())
     print(f"{lost} {sign.name}: detected in {detected_s:.2f} s, next token in {recovered_s:.2f} s")
+    print(left.errors())
     # Of one that is killed the connections end; one that is stopped is silent.
     assert detected_s < BOUND_S + (DEADLINE_S if sign == signal.SIGSTOP else 0.0)
     assert code not in (0, 2)
