@@ -239,13 +239,13 @@ def test_silence_may_last_longer_while_a_shape_is_compiled():
 
 def test_the_time_for_compiling_ends_with_it_and_not_with_the_next_sign_of_life():
     """A process that is lost right after its first known call is not waited for by the minute."""
-    with connection_to(0.05, 60.0) as (end, _):
-        with concurrent.futures.ThreadPoolExecutor(1) as threads:
-            heard = threads.submit(next, iter(end), None)
-            for _ in range(2):
-                end.send(connection.Frame(connection.Kind.READ))
-            with pytest.raises(TimeoutError, match=r"sign of life for 0\.05 s"):
-                heard.result(30)
+    threads = concurrent.futures.ThreadPoolExecutor(1)
+    with threads, connection_to(0.05, 60.0) as (end, _):
+        heard = threads.submit(next, iter(end), None)
+        for _ in range(2):
+            end.send(connection.Frame(connection.Kind.READ))
+        with pytest.raises(TimeoutError, match=r"sign of life for 0\.05 s"):
+            heard.result(30)
 
 
 class StuckEngine:
