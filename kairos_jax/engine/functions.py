@@ -112,11 +112,8 @@ class Functions:
         tokens = BLOCK_PAGES * limits.page_size
         shape = (config.num_layers, tokens, config.num_kv_heads, 2, config.head_dim)
         self.block = jax.ShapeDtypeStruct(shape, dtype, sharding=wire_sharding)
-        self._hidden = functools.partial(
-            jax.ShapeDtypeStruct, dtype=dtype, sharding=NamedSharding(mesh, PartitionSpec())
-        )
-        self._width = config.hidden_size
         self.table_pages = limits.pages_for(limits.max_context)
+        self._hidden_size, self._dtype = config.hidden_size, dtype
         replicated = NamedSharding(mesh, PartitionSpec())
         split = NamedSharding(mesh, rules.spec((None, "vocab")))
 
@@ -189,6 +186,8 @@ class Functions:
         if scored:  # of the largest chunk alone: for others it is the same
             made.append(Score(np.zeros(scored, np.int32)))
         made += [Read(pages), Write(pages, self.block)]
-        hidden = self._hidden((*(scored or (1, 1)), self._width))
+        shape = (*(scored or (1, 1)), self._hidden_size)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        hidden = jax.ShapeDtypeStruct(shape, self._dtype, sharding=whole)
         for call in made:
             yield call, *self.of(call, self.params, self.pool, hidden)

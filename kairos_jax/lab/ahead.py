@@ -70,13 +70,12 @@ def functions_of(
         raise UsageError(f"kernels {kernels}: {error}") from error
 
 
-def name_of(call: Call, shapes: Shapes) -> str:
-    """Of a program, for people."""
+def name_of(call: Call, size: tuple[int, int] | None) -> str:
+    """Of a program, for people. size: of a step, its rows and the tokens of one."""
     match call:
-        case Step(rows):
-            size = rows.shape[0]
-            of_prompts = rows.shape[1] >= shapes.row_tokens + 10 and shapes.prefill_rows
-            return f"prefill {size} x {shapes.row_tokens}" if of_prompts else f"decode {size}"
+        case Step():
+            assert size
+            return f"decode {size[0]}" if size[1] == 1 else f"prefill {size[0]} x {size[1]}"
         case Score(targets):
             return f"score {targets.shape[0]} x {targets.shape[1]}"
         case Read():
@@ -91,30 +90,18 @@ def build(
     """Compiles all programs: the largest prefill and decode step, and what moves pages, with all
     layers; others, which differ from them in size alone, with those of `few_layers`.
     """
-    steps = list(functions.shapes)
-    largest = {max((s for s in steps if (s[1] == 1) == one), default=None) for one in (True, False)}
-    small = iter(few_layers.described())
-    for call, _, function, arguments in functions.described():
-        few_call, _, few_function, few_arguments = next(small)
+    sizes = list(functions.shapes)
+    ones, others = ([size for size in sizes if (size[1] == 1) == one] for one in (True, False))
+    largest = {max(each) for each in (ones, others) if each}
+    small = list(few_layers.described())
+    for index, (call, _, function, arguments) in enumerate(functions.described()):
         of, layers = functions, model.num_layers
-        if isinstance(call, Step) and _size(call, functions) not in largest:
-            call, function, arguments, of = few_call, few_function, few_arguments, few_layers
-            layers = len(of.pool)
-        yield _built(
-            Built(role, name_of(call, of.shapes), layers), call, function, arguments, of, chip
-        )
-
-
-def _size(call: Step, functions: Functions) -> tuple[int, int]:
-    rows, width = call.rows.shape
-    queries = functions.shapes.row_tokens
-    return rows, queries if width == _width(functions, queries) else 1
-
-
-def _width(functions: Functions, queries: int) -> int:
-    from kairos_jax.engine import calls
-
-    return calls.padding(1, queries, functions.table_pages).rows.shape[1]
+        size = sizes[index] if index < len(sizes) else None  # a step of each size comes first
+        if size and size not in largest:
+            call, _, function, arguments = small[index]
+            of, layers = few_layers, len(few_layers.pool)
+        built = Built(role, name_of(call, size), layers)
+        yield _built(built, call, function, arguments, of, chip)
 
 
 def _built(

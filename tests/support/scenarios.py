@@ -130,12 +130,23 @@ class Faults:
         """As all of a burst have, more than a batch holds."""
         return await self._decode_killed_in_burst(48)
 
+    async def _fullest(self, role: str) -> tuple[Process, dict[str, int]]:
+        """The worker with the most requests, and what it holds; waits until one has any."""
+        while True:
+            workers = self.cluster.workers[role]
+            states = [await asyncio.to_thread(each.state) for each in workers]
+            victim, had = max(
+                zip(workers, states, strict=True), key=lambda pair: pair[1]["requests"]
+            )
+            if had["requests"]:
+                return victim, had
+
     async def _decode_killed_in_burst(self, num_first: int) -> Row:
         asks = some_asks(48, (100, 300), (60, 90))
         await self.expect(asks)
-        victim, load = self.cluster.workers["decode"][0], self.load(asks)
+        load = self.load(asks)
         await load.until(lambda answers: sum(bool(each.tokens) for each in answers) >= num_first)
-        had = await asyncio.to_thread(victim.state)
+        victim, had = await self._fullest("decode")
         at = victim.send(signal.SIGKILL)
         lost_at = await self.lost_at(victim, at)
         answers = await load.done()

@@ -489,3 +489,20 @@ def test_streams_go_on_after_nothing_went_over_their_links_for_a_while(who_notic
 
 
 _SIDES = ("router", "workers")
+
+
+def test_a_link_that_ends_by_an_error_is_told(logged):
+    """None ends unheard: a fault of ours would leave its worker unused for ever."""
+
+    async def main():
+        async def fail():
+            raise RuntimeError("a fault of ours")
+
+        task = asyncio.ensure_future(fail())
+        task.add_done_callback(links._on_end)
+        ended = asyncio.ensure_future(asyncio.sleep(0))
+        ended.add_done_callback(links._on_end)
+        await asyncio.wait([task, ended])
+        assert len(await logged(1, "a link to a worker has ended by an error")) == 1
+
+    run(main())
