@@ -505,4 +505,4 @@ def test_a_link_that_ends_by_an_error_is_told(logged):
         await asyncio.wait([task, ended])
         assert len(await logged(1, "a link to a worker has ended by an error")) == 1
 
-    run(main())
+    run(main)
