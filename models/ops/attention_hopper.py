@@ -202,7 +202,7 @@ def _kernel(
             def scores_in(ref):
                 if not real:
                     return _product(q_s[...], k_s[slot].T)
-                plgpu.wgmma(ref, q_s, plgpu.transpose_ref(k_s.at[slot], (1, 0)))
+                plgpu.wgmma(ref, q_s, k_s.at[slot].transpose((1, 0)))
                 return ref[...]
 
             scores = pl.run_scoped(scores_in, plgpu.ACC((_ROWS, page_size), jnp.float32))

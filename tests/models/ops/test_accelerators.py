@@ -130,6 +130,8 @@ def test_ragged_attention_by_the_reference_that_comes_with_its_kernel(queries):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+# JAX 0.12 says so of `gpu_triton`, which is there for older ones.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("attention", "layout", "platform", "target", "rows", "queries"),
