@@ -130,8 +130,6 @@ def test_ragged_attention_by_the_reference_that_comes_with_its_kernel(queries):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-# JAX 0.12 says so of `gpu_triton`, which is there for older ones.
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("attention", "layout", "platform", "target", "rows", "queries"),
@@ -147,7 +145,9 @@ def test_ragged_attention_by_the_reference_that_comes_with_its_kernel(queries):
 def test_the_kernels_lower_for_their_platform(
     shape, attention, layout, platform, target, rows, queries
 ):
-    """As far as JAX goes: no compiler of the platform has seen the result."""
+    """As far as JAX goes; `make aot` has the compilers of the platforms see the results."""
+    if target == "triton" and jax.__version_info__ >= (0, 12):
+        pytest.skip("JAX 0.12 asks a GPU that is there; these kernels are for older versions")
     heads, kv, head = SHAPES[shape]
     zeros, of = KERNELS[layout].layout.zeros, jax.ShapeDtypeStruct
     layer = jax.eval_shape(lambda: zeros(described(heads, kv, head), 256, 64, jnp.bfloat16))
