@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from kairos_jax.config import ConfigError, ServerConfig
 from kairos_jax.config.chips import CHIPS, Chip
@@ -95,6 +97,14 @@ def compiled(
     return built
 
 
+def _table(name: str, *numbers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    table.add_column(name)
+    for head in numbers:
+        table.add_column(head, justify="right")
+    return table
+
+
 def _gb(size: float) -> str:
     return f"{size / 1e9:.2f}"
 
@@ -103,13 +113,8 @@ def show_memory(
     console: Console, config: ServerConfig, chip: Chip, needs: Sequence[Needs], known: bool
 ) -> None:
     """By part, of one device of each role."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    heads = ("GB of a device", "weights", "pool", "parked KV", "temporaries", "sum", "free")
-    for head in (*heads, "largest kv_tokens"):
-        table.add_column(head, justify="left" if head == heads[0] else "right")
+    heads = ("weights", "pool", "parked KV", "temporaries", "sum", "free", "largest kv_tokens")
+    table = _table("GB of a device", *heads)
     for each in needs:
         sizes = (each.weights, each.pool, each.parked, each.temporaries, each.total)
         most = each.most_tokens(chip.memory, config.page_size)
@@ -123,14 +128,8 @@ def show_memory(
 
 def show_steps(console: Console, decode: Prediction, prefill: Prediction) -> None:
     """Predicted times beside the chip's limits."""
-    from rich import box
-    from rich.table import Table
-
     config = decode.config
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column("step")
-    for head in ("predicted ms", "limit ms", "of limit"):
-        table.add_column(head, justify="right")
+    table = _table("step", "predicted ms", "limit ms", "of limit")
     most, context = config.decode.max_batch, min(1024, config.max_context // 2)
     rows = [
         (f"decode {b} x {context}", decode.decode_s(b, context), decode.decode_limit_s(b, context))
@@ -148,13 +147,7 @@ def show_steps(console: Console, decode: Prediction, prefill: Prediction) -> Non
 
 def show_programs(console: Console, built: Sequence[Any]) -> None:
     """What the compiler made, and what is wrong with it."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column("program")
-    for head in ("layers", "compile s", "temporaries GB", "collectives"):
-        table.add_column(head, justify="right")
+    table = _table("program", "layers", "compile s", "temporaries GB", "collectives")
     table.add_column("faults", overflow="fold")
     for each in built:
         table.add_row(

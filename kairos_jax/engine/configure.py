@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.sharding import AbstractMesh, AxisType
 
@@ -17,6 +16,7 @@ from kairos_jax.config import ServerConfig
 from kairos_jax.engine.devices import find_devices
 from kairos_jax.process import hub, launch
 from kairos_jax.process.command import UsageError
+from models import kv_cache
 from models.checkpoint import open_checkpoint
 from models.config import ModelConfig
 from models.ops import KERNELS
@@ -116,7 +116,7 @@ def suggest(
         room /= prefills if colocated else prefills + decodes
     kernels = "cpu" if machine.platform == "cpu" else machine.platform
     try:
-        of_weights, of_token = _bytes(model, dtype, mesh, kernels, page)
+        of_weights, of_token = device_bytes(model, dtype, mesh, kernels, page)
     except ValueError as error:
         raise UsageError(f"{name} on meshes of {mesh} devices: {error}") from error
     tokens = (room - of_weights) / of_token
@@ -165,7 +165,7 @@ def _mesh_size(name: str, model: ModelConfig, machine: Machine, dtype: str) -> i
         return 1
     for size in itertools.takewhile(lambda n: n <= machine.devices, (2**i for i in range(16))):
         try:
-            of_weights, _ = _bytes(model, dtype, size, machine.platform, 64)
+            of_weights, _ = device_bytes(model, dtype, size, machine.platform, 64)
         except ValueError:  # the heads do not divide
             continue
         if of_weights <= _MOST_WEIGHTS * _ACCELERATOR.share * machine.memory:
@@ -174,33 +174,38 @@ def _mesh_size(name: str, model: ModelConfig, machine: Machine, dtype: str) -> i
 
 
 def _too_large(name: str, model: ModelConfig, machine: Machine, dtype: str) -> UsageError:
-    needed, _ = _bytes(model, dtype, 1, "cpu", 64)
+    needed, _ = device_bytes(model, dtype, 1, "cpu", 64)
     return UsageError(
         f"{name} does not fit: its weights take {needed / 2**30:.1f} GiB as {dtype}, and there is "
         f"{machine}; give a smaller model, another --config.dtype, or a --config of your own"
     )
 
 
-def _bytes(
-    model: ModelConfig, dtype: str, devices: int, kernels: str, page_size: int
-) -> tuple[float, float]:
-    """What the weights and the KV of one token take of each device of a mesh. Raises ValueError:
-    the model cannot be split over so many.
+def device_bytes(
+    model: ModelConfig,
+    dtype: str,
+    devices: int,
+    kernels: str,
+    page_size: int,
+    rules: Rules | None = None,
+) -> tuple[int, float]:
+    """What the weights and the KV of one token take of each device of a mesh. kernels: by name.
+
+    Raises:
+        ValueError: the model cannot be split over so many, or the kernels do not take it.
     """
-    rules = Rules()
+    rules, own = rules or Rules(), KERNELS[kernels]
     mesh = AbstractMesh((devices,), MESH_AXES, axis_types=(AxisType.Auto,))
-    model = pack_config(model, KERNELS[kernels], mesh, rules)
-    weights = abstract_params(model, dtype, mesh, rules).values()
-    layout = KERNELS[kernels].layout
-    layer = jax.eval_shape(lambda: layout.zeros(model, _PAGES, page_size, jnp.dtype(dtype)))
-    shardings = layout.shardings(model, mesh, rules)
-    of_layer = sum(_of_shard(each, how) for each, how in zip(layer, shardings, strict=True))
-    of_weights = sum(_of_shard(each, each.sharding) for each in weights)
-    return of_weights, model.num_layers * of_layer / (_PAGES * page_size)
+    packed = pack_config(model, own, mesh, rules)
+    weights = abstract_params(packed, dtype, mesh, rules).values()
+    shardings = own.layout.shardings(packed, mesh, rules)
+    pool = kv_cache.abstract(packed, own.layout, _PAGES, page_size, dtype, shardings)
+    of_pool = sum(map(_on_device, jax.tree.leaves(pool)))
+    return sum(map(_on_device, weights)), of_pool / (_PAGES * page_size)
 
 
-def _of_shard(array: Any, sharding: Any) -> int:
-    return math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
+def _on_device(array: Any) -> int:
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def _power_of_two(value: float) -> int:

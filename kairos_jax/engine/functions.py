@@ -180,7 +180,7 @@ class Functions:
     def described(self) -> Iterator[tuple[Call, str, Any, tuple[Any, ...]]]:
         """All programs: what calls each, its name, function and arguments, the arrays as shapes."""
         pages = np.zeros(BLOCK_PAGES, np.int32)
-        steps = [(rows, queries) for rows, queries in self.shapes]
+        steps = list(self.shapes)
         made: list[Call] = [calls.padding(*size, self.table_pages) for size in steps]
         scored = max((size for size in steps if size[1] > 1), default=None)
         if scored:  # of the largest chunk alone: for others it is the same

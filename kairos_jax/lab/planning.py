@@ -14,18 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
 
 from kairos_jax import __version__
 from kairos_jax.config import ConfigError, ServerConfig
 from kairos_jax.config.chips import Chip
+from kairos_jax.engine.configure import device_bytes
 from kairos_jax.engine.functions import bucket_sizes
 from kairos_jax.process.command import UsageError
-from models import kv_cache
 from models.config import ModelConfig
 from models.ops import KERNELS
-from models.params import abstract_packed, pack_config
-from models.sharding import MESH_AXES
 from schedulers import fitting
 from schedulers.ledger.instance import Role
 
@@ -89,7 +86,7 @@ def kernels_of(config: ServerConfig, chip: Chip) -> str:
 
 def needs_of(config: ServerConfig, model: ModelConfig, role: Role, chip: Chip) -> Needs:
     """Raises UsageError: the model cannot be split so, or the kernels do not take it."""
-    devices, limits, rules = config.devices(role), config.limits(role), config.rules
+    devices, limits = config.devices(role), config.limits(role)
     if devices > chip.most:
         part = "decode" if role is Role.DECODE else "prefill"
         raise UsageError(
@@ -97,22 +94,15 @@ def needs_of(config: ServerConfig, model: ModelConfig, role: Role, chip: Chip) -
             f"got {devices}"
         )
     name = kernels_of(config, chip)
-    kernels = KERNELS[name]
-    mesh = AbstractMesh((devices,), MESH_AXES, axis_types=(AxisType.Auto,))
     try:
-        packed = pack_config(model, kernels, mesh, rules)
-        weights = abstract_packed(model, config.dtype, kernels, mesh, rules).values()
-        shardings = kernels.layout.shardings(packed, mesh, rules)
-        sizes = limits.num_pages, limits.page_size
-        pool = kv_cache.abstract(packed, kernels.layout, *sizes, config.dtype, shardings)
+        weights, token = device_bytes(
+            model, config.dtype, devices, name, config.page_size, config.rules
+        )
     except ValueError as error:
         raise UsageError(f"kernels {name}: {error}") from error
-    of_pool = sum(map(_on_device, jax.tree.leaves(pool)))
-    token = of_pool / (limits.num_pages * limits.page_size)
+    pool = round(token * limits.num_pages * limits.page_size)
     parked = limits.parked_tokens if math.isfinite(limits.parked_tokens) else 0
-    return Needs(
-        role, devices, sum(map(_on_device, weights)), of_pool, math.ceil(token * parked), token
-    )
+    return Needs(role, devices, weights, pool, math.ceil(token * parked), token)
 
 
 def check_fits(config: ServerConfig, needs: Needs, chip: Chip) -> None:
@@ -133,10 +123,6 @@ def check_fits(config: ServerConfig, needs: Needs, chip: Chip) -> None:
         f"config.{part}.kv_tokens must be at most {most}, got {table.kv_tokens}: {said} make "
         f"{needs.total / 1e9:.1f} GB, and a {chip.title} gives {chip.memory / 1e9:.1f} GB"
     )
-
-
-def _on_device(array: Any) -> int:
-    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.kv_cache import LayerCache, Layout, StepInput
+from models.kv_cache import LayerCache, Layout, StepInput, pad_heads
 from models.ops.attention import over_pages
 
 # A token's keys lie together: what is gathered comes in pieces that are as large as can be, and no
@@ -50,7 +50,7 @@ def gathered(
     """
     head = q.shape[-1]
     width = layer.v.shape[layout.arrays[-1].index("h")]
-    wide = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, width - head)))
+    wide = pad_heads(q, width)
     attend = functools.partial(_attend, step, head**-0.5, cudnn)
     return over_pages(attend, layout, wide, k, v, layer, step)[..., :head]
 

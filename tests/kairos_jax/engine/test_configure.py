@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from kairos_jax.config import ServerConfig
-from kairos_jax.engine.configure import Machine, _bytes, _host_memory, suggest
+from kairos_jax.engine.configure import Machine, _host_memory, device_bytes, suggest
 from kairos_jax.process.command import UsageError
 from models.config import ModelConfig
 from schedulers.ledger.instance import Role
@@ -51,7 +51,7 @@ def test_the_layout_goes_by_devices_and_model_and_fits(model, machine, layout):
     used = 0
     for role in config.roles:
         size, kernels = config.devices(role), machine.platform
-        weights, token = _bytes(model, config.dtype, size, kernels, config.page_size)
+        weights, token = device_bytes(model, config.dtype, size, kernels, config.page_size)
         held = config.prefill.kv_tokens + config.prefill.parked_tokens
         if role is not Role.PREFILL:
             held = config.decode.kv_tokens
