@@ -30,7 +30,7 @@ from figures import say, table, where
 
 from kairos_jax.config import ServerConfig
 from kairos_jax.config.chips import CHIPS
-from kairos_jax.engine import profiling
+from kairos_jax.engine import calls, profiling
 from kairos_jax.engine.build import build_engines, choose_kernels
 from kairos_jax.engine.devices import start_jax
 from kairos_jax.engine.engine import JaxEngine
@@ -58,6 +58,12 @@ GOLDEN = Path(__file__).parents[1] / "tests/golden"
 TOLERANCE = 0.03
 # Heads, kv heads and head dim.
 HEADS = {"llama3_8b": (32, 8, 128), "smollm2_135m": (9, 3, 64)}
+# Tokens of each sequence.
+STEPS = {
+    "decode": [1] * 8,
+    "chunks": [64, 100, 1, 7, 128, 33],
+    "mixed": [1, 1, 200, 1, 1, 50, 1, 1],
+}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -71,14 +77,14 @@ def names_for(config: ServerConfig, devices: Sequence[Any]) -> list[str]:
 
 
 def check_kernels(names: Sequence[str]) -> list[dict[str, Any]]:
-    """The largest error of each, decode and prefill."""
+    """The largest error of each, of decode, of chunks, and of both beside each other."""
     rows = []
     for name in names:
         for heads, sizes in HEADS.items():
-            for queries in (1, 64):
-                row = {"kernels": name, "heads": heads, "queries": queries}
+            for step, counts in STEPS.items():
+                row = {"kernels": name, "heads": heads, "step": step}
                 try:
-                    row["error"] = round(_error(name, *sizes, queries), 5)
+                    row["error"] = round(_error(name, *sizes, counts), 5)
                     row["good"] = row["error"] < TOLERANCE
                 except Exception as error:  # others may do
                     row |= {"good": False, "failed": _words(error)}
@@ -86,36 +92,45 @@ def check_kernels(names: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _error(name: str, heads: int, kv: int, head: int, queries: int) -> float:
-    rng, rows, page, pages = np.random.default_rng(0), 8, 64, 20
+def _error(name: str, heads: int, kv: int, head: int, counts: Sequence[int]) -> float:
+    rng, page, pages, sequences = np.random.default_rng(0), 64, 20, len(counts)
     config = ModelConfig("llama", 8, 8, 1, heads, kv, head, 8)
 
     def normal(*shape: int) -> Any:
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
-    start = rng.integers(0, page * pages - queries, rows)
-    start[:4] = (0, page - 1, page, 2 * page)
-    count = np.full(rows, queries)
-    count[-1] = 0
-    step = StepInput(
-        jnp.zeros((rows, queries), jnp.int32),
-        jnp.asarray(start, jnp.int32),
-        jnp.asarray(count, jnp.int32),
-        jnp.asarray(rng.permutation(rows * pages).reshape(rows, pages), jnp.int32),
-    )
-    wire = normal(rows * pages * page, kv, 2, head)
-    q, k, v = (normal(rows, queries, n, head) for n in (heads, kv, kv))
+    before = rng.integers(0, page * pages - max(counts), sequences)
+    before[:4] = (0, page - 1, page, 2 * page)
+    limits = Limits(sequences, sum(counts), page * pages, page, sequences * pages)
+    step = example(counts, before, rng.permutation(sequences * pages).reshape(-1, pages), limits)
+    wire = normal(sequences * pages * page, kv, 2, head)
+    q, k, v = (normal(step.tokens.shape[0], n, head) for n in (heads, kv, kv))
 
     def run(kernels: Any, dtype: Any) -> np.ndarray:
-        layer = kernels.layout.zeros(config, rows * pages, page, dtype)
-        layer = kernels.layout.write(layer, jnp.arange(rows * pages), wire.astype(dtype))
+        layer = kernels.layout.zeros(config, sequences * pages, page, dtype)
+        layer = kernels.layout.write(layer, jnp.arange(sequences * pages), wire.astype(dtype))
         out, _ = jax.jit(kernels.attention)(*(x.astype(dtype) for x in (q, k, v)), layer, step)
         return np.asarray(out, np.float32)
 
     exact = run(KERNELS["reference"], jnp.float32)
     got = run(KERNELS[name], jnp.float32 if name in ("cpu", "native") else jnp.bfloat16)
-    real = count > 0
-    return float(np.abs(got[real] - exact[real]).max())
+    real = sum(counts)
+    return float(np.abs(got[:real] - exact[:real]).max())
+
+
+def example(
+    counts: Sequence[int], before: Sequence[int], pages: np.ndarray, limits: Limits
+) -> StepInput:
+    """A step of so many tokens of each sequence, after those before, and a little padding."""
+    parts = []
+    for count, start, held in zip(counts, before, pages, strict=True):
+        request = Request("", 0.0, [0] * int(start + count), 1, Slo(1.0, 1.0))
+        seq = Seq(request, computed=int(start))
+        seq.pages = held.tolist()
+        parts.append(calls.Part(seq, int(start), count, False))
+    size = sum(counts) + 3, len(counts) + (max(counts) > 1)
+    inputs, _ = calls.unpack(*calls.step(parts, *size, limits))
+    return jax.tree.map(jnp.asarray, inputs)
 
 
 def check_golden(names: Sequence[str], device: Any) -> list[dict[str, Any]]:
@@ -142,7 +157,7 @@ def _same(name: str, family: str, dtype: str, device: Any) -> tuple[int, int]:
     checkpoint = open_checkpoint(GOLDEN / family)
     limits = Limits(max_batch=1, max_chunk=64, max_context=256, page_size=64, num_pages=8)
     mesh, rules = make_mesh([device]), Rules()
-    shapes = Shapes.for_role(Role.BOTH, limits, row_tokens=64)
+    shapes = Shapes.for_role(Role.BOTH, limits, name)
     params = checkpoint.load(mesh, rules, dtype)
     engine = JaxEngine(checkpoint.config, params, mesh, rules, limits, shapes, dtype, name)
     same = total = 0
@@ -177,16 +192,17 @@ def check_steps(
     """Ceilings, and decode and prefill beside them."""
     small = devices[0].platform == "cpu"
     ceilings = roofline.ceilings(*((64, 512) if small else (4096, 8192)))
-    bandwidth = len(devices) * ceilings["bandwidth"] * 1e9
-    peak = len(devices) * ceilings["matmul"][config.dtype]["median"] * 1e12
     most = config.decode.max_batch
     contexts = sorted({min(tokens, config.max_context - 2) for tokens in (200, 1024)})
     points = [(b, c) for c in contexts for b in sorted({1, max(most // 4, 1), most})]
     prompts = sorted({min(tokens, config.prefill.max_chunk) for tokens in (128, 512, 2048)})
+    first, last = (
+        roofline.prediction(each, config, ceilings) for each in (engines[0], engines[-1])
+    )
     return {
         "ceilings": ceilings,
-        "decode": [roofline.decode(engines[-1], *point, bandwidth) for point in points],
-        "prefill": [roofline.prefill(engines[0], tokens, peak) for tokens in prompts],
+        "decode": [roofline.decode(engines[-1], *point, last) for point in points],
+        "prefill": [roofline.prefill(engines[0], tokens, first) for tokens in prompts],
     }
 
 

@@ -4,9 +4,11 @@
 
 Ceilings: memory bandwidth (the best of a copy, a sum and a product with a vector) and the peak of a
 product of two large matrices, in float32 and bfloat16. Then the engine's own steps, with random
-weights made on the device: decode beside the time to read weights and KV once at that bandwidth,
-prefill beside the time of its arithmetic at that peak. The config says dtype, kernels and sizes of
-pages and rows (--config.KEY=VALUE); how many tokens there is room for follows from what is asked.
+weights made on the device, beside what `kairos plan` says of a chip with those ceilings: the limit,
+which is the longer of its operations at that peak and its bytes at that bandwidth, and the
+prediction, at the shares of both that are assumed of chips that are not here. The config says
+dtype, kernels and the size of pages (--config.KEY=VALUE); how many tokens there is room for follows
+from what is asked.
 
 Each step is timed twice: as a worker runs it (`engine`: arrays made on the host, the compiled step,
 tokens read back), and as the same compiled calls one after the other without a wait (`device`). The
@@ -30,10 +32,13 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from kairos_jax.config import ServerConfig
+from kairos_jax.config.chips import Chip
 from kairos_jax.engine.build import build_engine, choose_kernels, load_weights
+from kairos_jax.engine.configure import device_bytes
 from kairos_jax.engine.devices import start_jax
 from kairos_jax.engine.engine import JaxEngine
 from kairos_jax.engine.model import Model
+from kairos_jax.lab.planning import Needs, Prediction, Shares
 from kairos_jax.lab.shapes import SHAPES
 from kairos_jax.process import launch
 from kairos_jax.process.hub import resolve_model
@@ -94,7 +99,6 @@ def measure(config: ServerConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "kernels": choose_kernels(config, devices),
         "page_size": config.page_size,
-        "row_tokens": config.prefill.row_tokens,
     }
     say("ceilings")
     mib, size = (256, 2048) if devices[0].platform == "cpu" else (4096, 8192)
@@ -106,28 +110,45 @@ def measure(config: ServerConfig) -> dict[str, Any]:
     with bars() as progress:
         params = load_weights(config, model, "random", devices, progress)
     engine = build_engine(config, model, Role.BOTH, devices, params)
-    bandwidth = len(devices) * limits["bandwidth"] * 1e9
-    peak = len(devices) * limits["matmul"][config.dtype]["median"] * 1e12
-    result["decode"] = [decode(engine, *point, bandwidth) for point in decodes]
-    result["prefill"] = [prefill(engine, tokens, peak) for tokens in prefills]
+    ahead = prediction(engine, config, limits)
+    result["assumed"] = str(ahead.shares)
+    result["decode"] = [decode(engine, *point, ahead) for point in decodes]
+    result["prefill"] = [prefill(engine, tokens, ahead) for tokens in prefills]
     return result
+
+
+def prediction(engine: JaxEngine, config: ServerConfig, ceilings: dict[str, Any]) -> Prediction:
+    """What `kairos plan` says of the engine's steps, with the ceilings of a device in place of what
+    a vendor states.
+    """
+    device, count = engine.mesh.devices.flat[0], engine.mesh.size
+    peak = ceilings["matmul"][config.dtype]["median"] * 1e12
+    bandwidth = ceilings["bandwidth"] * 1e9
+    # What links add is not measured here.
+    platform: Any = device.platform
+    flops = {config.dtype: peak}
+    chip = Chip("here", device.device_kind, platform, 0, bandwidth, flops, math.inf, count)
+    weights, token = device_bytes(
+        engine.config, config.dtype, count, engine.kernels, config.page_size, config.rules
+    )
+    needs = Needs(Role.BOTH, count, weights, 0, 0, token)
+    return Prediction(engine.config, config, needs, chip, Shares())
 
 
 def _sized(
     config: ServerConfig, decodes: Sequence[tuple[int, int]], prefills: Sequence[int]
 ) -> ServerConfig:
     """One instance with room for all points, and a pool in which no two sequences share a page."""
-    page, row = config.page_size, config.prefill.row_tokens
+    page = config.page_size
     longest = max([context + 2 for _, context in decodes] + [tokens + 1 for tokens in prefills])
     pages = max(batch * -(-(context + 1) // page) for batch, context in decodes)
-    chunk = -(-max(prefills) // row) * row
     max_batch = max(batch for batch, _ in decodes)
     kv_tokens = page * max(pages, -(-longest // page))
     return replace(
         config,
         colocated=True,
         max_context=longest,
-        prefill=replace(config.prefill, instances=1, max_chunk=chunk),
+        prefill=replace(config.prefill, instances=1, max_chunk=max(prefills)),
         decode=replace(config.decode, max_batch=max_batch, kv_tokens=kv_tokens),
     )
 
@@ -180,37 +201,24 @@ def _times(
 # What the engine makes of it.
 
 
-def decode(engine: JaxEngine, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
+def decode(engine: JaxEngine, batch: int, context: int, ahead: Prediction) -> dict[str, Any]:
     say(f"decode {batch} x {context}")
-    config, itemsize = engine.config, engine.block.dtype.itemsize
-    # Of an embedding that is not the head too, a few rows are read.
-    weights = config.num_layers * _per_layer(config) + config.hidden_size * config.vocab_size
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    limit_s = itemsize * (weights + batch * (context + 1) * per_token) / bandwidth
     work = [(sequence(engine, index, context, 1), 1) for index in range(batch)]
-    return {"batch": batch, "context": context} | _against(engine, work, limit_s)
+    limit_s, plan_s = ahead.decode_limit_s(batch, context), ahead.decode_s(batch, context)
+    return {"batch": batch, "context": context} | _against(engine, work, limit_s, plan_s)
 
 
-def prefill(engine: JaxEngine, tokens: int, peak: float) -> dict[str, Any]:
+def prefill(engine: JaxEngine, tokens: int, ahead: Prediction) -> dict[str, Any]:
     say(f"prefill {tokens}")
-    config = engine.config
-    products = 2 * tokens * config.num_layers * _per_layer(config)
-    attention = 2 * tokens * tokens * config.num_layers * config.num_heads * config.head_dim
-    head = 2 * config.hidden_size * config.vocab_size
-    limit_s = (products + attention + head) / peak
     work = [(sequence(engine, 0, 0, tokens), tokens)]
-    row = _against(engine, work, limit_s)
+    row = _against(engine, work, ahead.prefill_limit_s(tokens), ahead.prefill_s(tokens))
     tokens_per_s = round(1e3 * tokens / row["engine_ms"]["median"], 1)
     return {"tokens": tokens, "tokens_per_s": tokens_per_s} | row
 
 
-def _per_layer(config: ModelConfig) -> int:
-    """Weights of a layer's products."""
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    return config.hidden_size * (heads * config.head_dim + 3 * config.mlp_size)
-
-
-def _against(engine: JaxEngine, work: Sequence[tuple[Seq, int]], limit_s: float) -> dict[str, Any]:
+def _against(
+    engine: JaxEngine, work: Sequence[tuple[Seq, int]], limit_s: float, plan_s: float
+) -> dict[str, Any]:
     """Times of a step, its shares of the limit, and what the engine adds to the device's time."""
     calls, run = [], engine.run
     engine.dispatch = lambda call: (calls.append(call), run(call))[1]
@@ -227,6 +235,7 @@ def _against(engine: JaxEngine, work: Sequence[tuple[Seq, int]], limit_s: float)
     assert device["median"]
     return {
         "limit_ms": round(1e3 * limit_s, 4),
+        "plan_ms": round(1e3 * plan_s, 4),
         "engine_ms": whole,
         "device_ms": device,
         "engine_share": round(1e3 * limit_s / whole["median"], 3),
@@ -254,20 +263,17 @@ def main(argv: list[str]) -> None:
     ceilings = result["ceilings"]
     print("GB/s: " + ", ".join(f"{k} {short(v)}" for k, v in ceilings["memory"].items()))
     print("TFLOP/s: " + ", ".join(f"{k} {short(v)}" for k, v in ceilings["matmul"].items()))
-    for part, sizes, limit in (
-        ("decode", ("batch", "context"), "bandwidth"),
-        ("prefill", ("tokens",), "peak"),
-    ):
+    for part, sizes in (("decode", ("batch", "context")), ("prefill", ("tokens",))):
         cells = [
             [
                 *(str(row[size]) for size in sizes),
                 *(short(row[key]) for key in ("engine_ms", "device_ms")),
-                f"{row['limit_ms']:.4g}",
+                *(f"{row[key]:.4g}" for key in ("limit_ms", "plan_ms")),
                 *(f"{row[key]:.1%}" for key in ("engine_share", "device_share", "engine_adds")),
             ]
             for row in result[part]
         ]
-        head = ("engine ms", "device ms", "limit ms", f"share of {limit}", "device's", "added")
+        head = ("engine ms", "device ms", "limit ms", "plan ms", "of limit", "device's", "added")
         print(f"\n{part}\n" + table([*sizes, *head], cells))
 
 

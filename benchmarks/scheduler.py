@@ -15,14 +15,14 @@ from collections.abc import Callable
 import numpy as np
 from absl import app, flags
 
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, StepCost, TransferCost
 from schedulers.ledger.instance import Batch, Instance, Limits, Policy, Role
 from schedulers.ledger.request import Request, Slo
 from schedulers.policies import decode, prefill
 
 COST = CostModel(
-    PrefillCost(5e-3, 32e-6, 0.66e-9),
-    DecodeCost(7e-3, 20e-6, 55e-9),
+    StepCost(5e-3, per_token_s=32e-6, per_pair_s=1.32e-9),
+    StepCost(7e-3, per_seq_s=20e-6, per_context_token_s=55e-9),
     TransferCost(2e-3, 5.2e-6),
     400_000,
 )

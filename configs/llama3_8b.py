@@ -50,8 +50,6 @@ def get_config(layout: str = "gpu1") -> ConfigDict:
                 "policy": "kairos_plus",
                 "parked_tokens": 32768,
                 "max_chunk": 2048,
-                # A prompt's first row has no earlier tokens to gather.
-                "row_tokens": 512,
                 "pack": math.inf,
                 "prefix_cache": True,
             },

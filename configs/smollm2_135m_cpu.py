@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
                 "kv_tokens": 16384,
                 "parked_tokens": 16384,
                 "max_chunk": 256,
-                "row_tokens": 32,
                 "pack": math.inf,
                 "prefix_cache": True,
             },

@@ -135,7 +135,7 @@ def show_steps(console: Console, decode: Prediction, prefill: Prediction) -> Non
         (f"decode {b} x {context}", decode.decode_s(b, context), decode.decode_limit_s(b, context))
         for b in sorted({1, max(most // 4, 1), most})
     ]
-    chunks = {config.prefill.row_tokens, config.prefill.max_chunk}
+    chunks = {max(config.prefill.max_chunk // 4, 1), config.prefill.max_chunk}
     rows += [
         (f"prefill {n} tokens", prefill.prefill_s(n), prefill.prefill_limit_s(n))
         for n in sorted(chunks)

@@ -2,8 +2,8 @@
 
 How a pool lies in memory is its backend's affair (`Layout`); on the wire all are alike.
 
-Dimension letters: R rows, Q queries a row, M pages of a row's table, P pages in the pool,
-G tokens a page, L layers, K kv heads, H head dim, T tokens.
+Dimension letters: T tokens, S sequences, M pages of a sequence's table, P pages in the pool,
+G tokens a page, L layers, K kv heads, H head dim.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,18 +24,44 @@ from models.sharding import Rules
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One step's work as rows of up to Q consecutive tokens of one sequence each.
+    """One step's work on a flat axis of tokens: those of a sequence lie together, in order.
 
-    A decode step has Q = 1 and a row a sequence. A prefill step cuts each chunk into rows of Q
-    tokens; every row carries its sequence's page table. Rows with count 0 are padding.
+    Decode (one token of each sequence), prefill, a chunk, and all of them beside each other are the
+    same to a step. Tokens past those of the last sequence are padding; so are sequences without
+    tokens, which come last.
     """
 
-    tokens: Int[Array | np.ndarray, "R Q"]
-    start: Int[Array | np.ndarray, "R"]  # position of the row's first token in its sequence
-    count: Int[Array | np.ndarray, "R"]  # how many of the row's Q tokens are real
-    page_table: Int[
-        Array | np.ndarray, "R M"
-    ]  # page ids; entries past the sequence's last page are ignored
+    tokens: Int[Array | np.ndarray, "T"]
+    positions: Int[Array | np.ndarray, "T"]  # of each token in its sequence
+    # Where in the pool the token's key and value go: page * G + offset. Those of padding are past
+    # the pool, and no two slots are the same.
+    slots: Int[Array | np.ndarray, "T"]
+    starts: Int[Array | np.ndarray, "S+1"]  # where each sequence's tokens start, and the last's end
+    contexts: Int[Array | np.ndarray, "S"]  # tokens of each sequence, those of this step included
+    pages: Int[Array | np.ndarray, "S M"]  # page ids; entries past a sequence's last are ignored
+
+    @property
+    def num_tokens(self) -> Any:
+        """How many of the tokens are real."""
+        return self.starts[-1]
+
+    @property
+    def num_sequences(self) -> Any:
+        """How many of the sequences are real."""
+        return jnp.sum(self.counts > 0, dtype=jnp.int32)
+
+    @property
+    def counts(self) -> Any:
+        """Tokens of each sequence in this step [S]."""
+        return self.starts[1:] - self.starts[:-1]
+
+    @property
+    def owners(self) -> Int[Array, "T"]:
+        """The sequence of each token; of padding the last."""
+        at = jnp.arange(self.tokens.shape[0], dtype=jnp.int32)
+        starts = jnp.asarray(self.starts)
+        owners = jnp.searchsorted(starts[1:], at, side="right", method="compare_all")
+        return jnp.minimum(owners, self.contexts.shape[0] - 1).astype(jnp.int32)
 
 
 class LayerCache(NamedTuple):
@@ -67,14 +93,12 @@ class Layout:
 
     arrays: the order of each array's dimensions: p pages, g tokens of a page, k heads, h head dim.
     head_dims, page_sizes: what the kernels take, ascending; (): all. Heads are padded with zeros to
-    the next of head_dims. kv_heads: how many a device may have, or a multiple of the last; (): any
-    number.
+    the next of head_dims.
     """
 
     arrays: Layer
     head_dims: tuple[int, ...] = ()
     page_sizes: tuple[int, ...] = ()
-    kv_heads: tuple[int, ...] = ()
 
     def head_dim(self, head_dim: int) -> int:
         """What a head of this size takes in the pool.
@@ -93,18 +117,8 @@ class Layout:
         """Those of a layer's arrays.
 
         Raises:
-            ValueError: the kv heads cannot be split as the rules ask, or the kernels do not take as
-                many as each device then has.
+            ValueError: the kv heads cannot be split as the rules ask.
         """
-        heads = config.num_kv_heads
-        sharding = rules.sharding(mesh, ("kv_heads",), (heads,))
-        (each,) = sharding.shard_shape((heads,))
-        if self.kv_heads and each not in self.kv_heads and each % self.kv_heads[-1]:
-            few = ", ".join(map(str, self.kv_heads[:-1]))
-            raise ValueError(
-                f"the kv heads of a device must be {few} or a multiple of {self.kv_heads[-1]} for "
-                f"these kernels, got {each}"
-            )
 
         def one(letters: str):
             axes = tuple("kv_heads" if letter == "k" else None for letter in letters)
@@ -130,18 +144,11 @@ class Layout:
         return type(self.arrays)(*(jnp.zeros(shape, dtype) for shape in shapes))
 
     def append(
-        self, k: Float[Array, "R Q K H"], v: Float[Array, "R Q K H"], layer: Layer, step: StepInput
+        self, k: Float[Array, "T K H"], v: Float[Array, "T K H"], layer: Layer, step: StepInput
     ) -> Any:
-        """The layer with a step's keys and values in; those of padding tokens are dropped."""
-        num_pages, page_size = self._size("p", layer), self._size("g", layer)
-        queries = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-        position = jnp.asarray(step.start)[:, None] + queries
-        table = jnp.asarray(step.page_table)
-        page = jnp.take_along_axis(table, position // page_size, axis=1, mode="clip")
-        real = (queries < jnp.asarray(step.count)[:, None]).reshape(-1)
-        page = _or_past(page.reshape(-1), real, num_pages)
-        at = {"p": page, "g": (position % page_size).reshape(-1)}
-        return self._scatter(layer, at, "tkh", *(x.reshape(-1, *x.shape[2:]) for x in (k, v)))
+        """The layer with a step's keys and values in; those of padding are dropped."""
+        page, offset = jnp.divmod(jnp.asarray(step.slots), self._size("g", layer))
+        return self._scatter(layer, {"p": page, "g": offset}, "tkh", k, v)
 
     def write(self, layer: Layer, pages: Int[Array, "M"], wire: Float[Array, "T K 2 H"]) -> Any:
         """The layer with M whole pages replaced; ids outside of the pool are dropped. A pool that
@@ -155,8 +162,8 @@ class Layout:
         return self._scatter(layer, {"p": pages}, "pgkh", paged[..., 0, :], paged[..., 1, :])
 
     def gather(
-        self, layer: Layer, pages: Int[Array, "*R M"]
-    ) -> tuple[Float[Array, "*R T K H"], Float[Array, "*R T K H"]]:
+        self, layer: Layer, pages: Int[Array, "*S M"]
+    ) -> tuple[Float[Array, "*S T K H"], Float[Array, "*S T K H"]]:
         """Keys and values of the pages' tokens, in order, T = M * G; heads as wide as they lie."""
 
         def take(array: Array, axis: int) -> Array:
@@ -290,12 +297,7 @@ def _put(array: Array, order: str, values: Array, at: Mapping[str, Array], dims:
     Told so, XLA for GPU stores the values; else it stores bfloat16 by compare and swap, one by one.
     """
     index: list[Any] = [at.get(letter, slice(None)) for letter in order]
-    if len(at) > 1 and order[0] == "k":
-        # By heads too: a scatter over all heads at once has XLA for TPU lay the pool out anew.
-        heads = jnp.arange(array.shape[0], dtype=jnp.int32)[:, None]
-        index = [heads, *(each[None] for each in index[1:-1]), slice(None)]
-        order = "kth"
-    elif len(at) > 1:
+    if len(at) > 1:
         # As NumPy has it: what two indices pick stays in their place if they are neighbours, and
         # comes first if they are not.
         first, last = sorted(order.index(letter) for letter in at)

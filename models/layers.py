@@ -1,6 +1,6 @@
 """The layers of a transformer of the Llama kind, each with the declarations of its weights.
 
-Dimension letters: R rows, Q queries a row, D hidden size, N q heads, K kv heads, H head dim,
+Dimension letters: T tokens, D hidden size, N q heads, K kv heads, H head dim,
 F mlp size. Weights lie as [in, out], for x @ W.
 """
 
@@ -18,8 +18,8 @@ from models.rope import Rope, rotate
 from models.weights import declare
 
 Attend = Callable[
-    [Float[Array, "R Q N H"], Float[Array, "R Q K H"], Float[Array, "R Q K H"]],
-    Float[Array, "R Q N H"],
+    [Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]],
+    Float[Array, "T N H"],
 ]
 
 
@@ -98,17 +98,17 @@ class Attention(nnx.Module):
             self.q_norm, self.k_norm = norm("q"), norm("k")
 
     def __call__(
-        self, x: Float[Array, "R Q D"], rope: Rope, attend: Attend, linear: Linear
-    ) -> Float[Array, "R Q D"]:
+        self, x: Float[Array, "T D"], rope: Rope, attend: Attend, linear: Linear
+    ) -> Float[Array, "T D"]:
         parts = zip((self.q, self.k, self.v), self.heads, strict=True)
         q, k, v = (linear(x, w[...], count, self.head_dim) for w, count in parts)
         if self.has_bias:
             biases = (self.q_bias, self.k_bias, self.v_bias)
-            q, k, v = (y + b[...][None, None] for y, b in zip((q, k, v), biases, strict=True))
+            q, k, v = (y + b[...][None] for y, b in zip((q, k, v), biases, strict=True))
         if self.has_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(rotate(q, rope), rotate(k, rope), v)
-        return linear(out.reshape(*x.shape[:2], -1), self.o[...], x.shape[-1])
+        return linear(out.reshape(x.shape[0], -1), self.o[...], x.shape[-1])
 
 
 class Mlp(nnx.Module):
@@ -132,7 +132,7 @@ class Mlp(nnx.Module):
         self.down = matrix("down", "mlp", "embed", config.mlp_size)
         self.size = config.mlp_size
 
-    def __call__(self, x: Float[Array, "R Q D"], linear: Linear) -> Float[Array, "R Q D"]:
+    def __call__(self, x: Float[Array, "T D"], linear: Linear) -> Float[Array, "T D"]:
         gate, up = linear(x, self.gate[...], self.size), linear(x, self.up[...], self.size)
         return linear(jax.nn.silu(gate) * up, self.down[...], x.shape[-1])
 
@@ -149,8 +149,8 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "R Q D"], rope: Rope, attend: Attend, linear: Linear
-    ) -> Float[Array, "R Q D"]:
+        self, x: Float[Array, "T D"], rope: Rope, attend: Attend, linear: Linear
+    ) -> Float[Array, "T D"]:
         with jax.named_scope("attention"):
             x = x + self.attention(self.attention_norm(x), rope, attend, linear)
         with jax.named_scope("mlp"):

@@ -1,6 +1,6 @@
 """Rotary positions: how fast each pair of a head's dimensions turns, and the turning.
 
-Dimension letters: R rows, Q queries a row, N heads, H head dim.
+Dimension letters: T tokens, N heads, H head dim.
 """
 
 from dataclasses import dataclass
@@ -61,20 +61,20 @@ def rope_frequencies(theta: float, head_dim: int, scaling: RopeScaling | None) -
     return keep * plain + (1 - keep) * stretched
 
 
-Rope = tuple[Float[Array, "R Q 1 H/2"], Float[Array, "R Q 1 H/2"]]
+Rope = tuple[Float[Array, "T 1 H/2"], Float[Array, "T 1 H/2"]]
 """Cosine and sine of each token's rope angles."""
 
 
-def rope_angles(frequencies: np.ndarray, positions: Int[Array, "R Q"]) -> Rope:
+def rope_angles(frequencies: np.ndarray, positions: Int[Array, "T"]) -> Rope:
     """Cosine and sine of position times frequency, in f32: bf16 cannot tell 4097 from 4096.
 
     frequencies: of `rope_frequencies`.
     """
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "R Q N H"], rope: Rope) -> Float[Array, "R Q N H"]:
+def rotate(x: Float[Array, "T N H"], rope: Rope) -> Float[Array, "T N H"]:
     """Rotates the pairs (i, i + H/2) of each head: the half-rotation form of Hugging Face."""
     cos, sin = rope
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -1,8 +1,9 @@
 """Sampling on the device. One packed array comes back, so that a step costs one copy to the host.
 
-Dimension letters: R rows, Q tokens a row, D hidden size, V vocabulary.
+Dimension letters: R rows, one for each sequence, T tokens, D hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 MAX_TOP_LOGPROBS = 20
 _PACKED = 2 + 2 * MAX_TOP_LOGPROBS
+# Tokens of a prompt that are scored at a time.
+_SCORED = 64
 # In place of a token where a row's numbers are not finite: there is nothing to sample from.
 INVALID = -1
 
@@ -88,26 +91,28 @@ def sample(
 
 
 def score(
-    head: Callable[[Float[Array, "Q D"]], Float[Array, "Q V"]],
-    hidden: Float[Array, "R Q D"],
-    targets: Int[Array | np.ndarray, "R Q"],
-) -> Int[Array, "R Q 42"]:
+    head: Callable[[Float[Array, "B D"]], Float[Array, "B V"]],
+    hidden: Float[Array, "T D"],
+    targets: Int[Array | np.ndarray, "T"],
+) -> Int[Array, "T 42"]:
     """Log-probabilities of given tokens, packed as `sample` packs those that it draws.
 
-    head: f32 logits after each token. One row at a time, so that the logits of no more than that
-    are there at once. Rows that have no target of 0 or more give zeros.
+    head: f32 logits after each token. A block of tokens at a time, so that the logits of no more
+    than those are there at once. Blocks that have no target of 0 or more give zeros.
     """
+    block = math.gcd(targets.shape[0], _SCORED)
 
-    def row(of):
+    def some(of):
         hidden, tokens = of
         return jax.lax.cond(
             jnp.any(tokens >= 0),
             lambda: _with_logprobs(head(hidden), tokens),
-            lambda: jnp.zeros((tokens.shape[0], _PACKED), jnp.int32),
+            lambda: jnp.zeros((block, _PACKED), jnp.int32),
         )
 
     with jax.named_scope("score"):
-        return jax.lax.map(row, (hidden, jnp.asarray(targets)))
+        blocks = hidden.reshape(-1, block, hidden.shape[1]), jnp.asarray(targets).reshape(-1, block)
+        return jax.lax.map(some, blocks).reshape(-1, _PACKED)
 
 
 def unpack(packed) -> Sampled:

@@ -1,6 +1,6 @@
 """The model that all families share: its layers, and one forward step.
 
-Dimension letters: R rows, Q queries a row, D hidden size, V vocabulary.
+Dimension letters: T tokens, S sequences, D hidden size, V vocabulary.
 """
 
 import dataclasses
@@ -62,17 +62,15 @@ class Transformer(nnx.Module):
 
     def hidden(
         self, cache: Cache, step: StepInput, kernels: Kernels
-    ) -> tuple[Float[Array, "R Q D"], Cache]:
+    ) -> tuple[Float[Array, "T D"], Cache]:
         """What the layers make of each token. They are unrolled: with a donated cache a scan over
         them took 105 ms where this takes 88 (SmolLM2-135M, batch 16, CPU).
         """
         with jax.named_scope("embed"):
             x = self.embed[...].at[step.tokens].get(mode="clip")
-            queries = jnp.arange(step.tokens.shape[1], dtype=jnp.int32)
-            positions = jnp.asarray(step.start)[:, None] + queries[None, :]
             config = self.config
             turns = rope_frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
-            rope = rope_angles(turns, positions)
+            rope = rope_angles(turns, jnp.asarray(step.positions))
         written: list[Layer] = []
         for block, layer in zip(self.layers, cache, strict=True):
             graph, state = nnx.split(block)
@@ -81,52 +79,58 @@ class Transformer(nnx.Module):
         return x, tuple(written)
 
     @jax.named_scope("head")
-    def logits(self, x: Float[Array, "R D"], linear: Linear) -> Float[Array, "R V"]:
+    def logits(self, x: Float[Array, "S D"], linear: Linear) -> Float[Array, "S V"]:
         """Of hidden states."""
         x = self.norm(x)
         if not self.config.tie_embeddings:
             return linear(x, self.head[...], self.config.vocab_size, dtype=jnp.float32)
-        return jnp.einsum("rd,vd->rv", x, self.embed[...], preferred_element_type=jnp.float32)
+        return jnp.einsum("sd,vd->sv", x, self.embed[...], preferred_element_type=jnp.float32)
 
 
 def forward(
     config: ModelConfig, params: Params, cache: Cache, step: StepInput, kernels: Kernels
-) -> tuple[Float[Array, "R V"], Cache]:
-    """One step: f32 logits after each row's last real token, and the cache with its tokens in.
+) -> tuple[Float[Array, "S V"], Cache]:
+    """One step: f32 logits after each sequence's last token, and the cache with its tokens in.
 
-    Computes in the dtype of the weights. Rows with count 0 give logits that mean nothing. To be
-    jitted by the caller, with `config` and `kernels` static and the cache donated. config, params:
-    as `pack_config` and `pack` gave them.
+    Computes in the dtype of the weights. Sequences without tokens give logits that mean nothing. To
+    be jitted by the caller, with `config` and `kernels` static and the cache donated. config,
+    params: as `pack_config` and `pack` gave them.
     """
     hidden, cache = hidden_states(config, params, cache, step, kernels)
-    return logits(config, params, last_states(hidden, step), kernels), cache
+    last = last_states(hidden, step)
+    return logits(config, params, last, kernels, step.num_sequences), cache
 
 
 def hidden_states(
     config: ModelConfig, params: Params, cache: Cache, step: StepInput, kernels: Kernels
-) -> tuple[Float[Array, "R Q D"], Cache]:
+) -> tuple[Float[Array, "T D"], Cache]:
     """The first part of `forward`: what the layers make of each token, and the cache."""
     return _model(config, params).hidden(cache, step, kernels)
 
 
-def last_states(hidden: Float[Array, "R Q D"], step: StepInput) -> Float[Array, "R D"]:
-    """Those of each row's last real token."""
-    last = jnp.maximum(jnp.asarray(step.count) - 1, 0)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+def last_states(hidden: Float[Array, "T D"], step: StepInput) -> Float[Array, "S D"]:
+    """Those of each sequence's last token in the step."""
+    return hidden[jnp.maximum(jnp.asarray(step.starts)[1:] - 1, 0)]
 
 
-def all_finite(hidden: Float[Array, "R Q D"], step: StepInput) -> Bool[Array, "R"]:
-    """Whether the hidden states of all of a row's real tokens are finite."""
-    queries = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None, :]
-    padding = queries >= jnp.asarray(step.count)[:, None]
-    return (jnp.isfinite(hidden).all(axis=2) | padding).all(axis=1)
+def all_finite(hidden: Float[Array, "T D"], step: StepInput) -> Bool[Array, "S"]:
+    """Whether the hidden states of all of a sequence's tokens are finite."""
+    bad = ~jnp.isfinite(hidden).all(axis=1)
+    before = jnp.pad(jnp.cumsum(bad, dtype=jnp.int32), (1, 0))[jnp.asarray(step.starts)]
+    return before[1:] == before[:-1]
 
 
 def logits(
-    config: ModelConfig, params: Params, hidden: Float[Array, "R D"], kernels: Kernels
-) -> Float[Array, "R V"]:
-    """The last part of `forward`: f32 logits after each token of these hidden states."""
-    return _model(config, params).logits(hidden, kernels.linear)
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "S D"],
+    kernels: Kernels,
+    rows: Any = None,
+) -> Float[Array, "S V"]:
+    """The last part of `forward`: f32 logits after each token of these hidden states. rows: how
+    many of them are wanted, the first ones; None: all.
+    """
+    return _model(config, params).logits(hidden, functools.partial(kernels.linear, rows=rows))
 
 
 # Jitted, so that JAX traces and lowers one layer and not thirty: half a second a shape. XLA puts it
@@ -136,11 +140,11 @@ def _run_block(
     graph: nnx.GraphDef,
     kernels: Kernels,
     state: nnx.State,
-    x: Float[Array, "R Q D"],
+    x: Float[Array, "T D"],
     rope: Rope,
     layer: Layer,
     step: StepInput,
-) -> tuple[Float[Array, "R Q D"], Layer]:
+) -> tuple[Float[Array, "T D"], Layer]:
     written = layer
 
     def attend(q, k, v):
@@ -148,21 +152,22 @@ def _run_block(
         out, written = kernels.attention(*_contained(q, k, v), layer, step)
         return out
 
-    x = nnx.merge(graph, state)(x, rope, attend, kernels.linear)
+    linear = functools.partial(kernels.linear, rows=step.num_tokens)
+    x = nnx.merge(graph, state)(x, rope, attend, linear)
     return x, written
 
 
 def _contained(
-    q: Float[Array, "R Q N H"], k: Float[Array, "R Q K H"], v: Float[Array, "R Q K H"]
-) -> tuple[Float[Array, "R Q N H"], Float[Array, "R Q K H"], Float[Array, "R Q K H"]]:
+    q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"]
+) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
     """Keeps keys and values that are not finite out of the pool: zeros are written in their place.
 
-    Kernels read whole pages and give weight 0 to what a row does not see, and 0 * NaN is NaN: such
-    a key or value would spread to other sequences. The query of its token becomes NaN, so that the
-    token's own output, and with it its hidden state, shows it (`all_finite`).
+    Kernels read whole pages and give weight 0 to what a token does not see, and 0 * NaN is NaN:
+    such a key or value would spread to other sequences. The query of its token becomes NaN, so that
+    the token's own output, and with it its hidden state, shows it (`all_finite`).
     """
-    finite = (jnp.isfinite(k) & jnp.isfinite(v)).all(axis=3, keepdims=True)
-    seen = jnp.repeat(finite, q.shape[2] // k.shape[2], axis=2)
+    finite = (jnp.isfinite(k) & jnp.isfinite(v)).all(axis=2, keepdims=True)
+    seen = jnp.repeat(finite, q.shape[1] // k.shape[1], axis=1)
     return jnp.where(seen, q, jnp.nan), jnp.where(finite, k, 0), jnp.where(finite, v, 0)
 
 

@@ -6,7 +6,7 @@ makes the coefficients from measured samples. All times are seconds, all lengths
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,40 +17,52 @@ KINDS = ("prefill", "decode", "transfer")
 """What a profile has times of."""
 
 FORMS = ("ragged", "padded")
-"""How a decode step reads the contexts of its sequences: see `DecodeCost`."""
+"""How a decode step reads the contexts of its sequences: see `StepCost`."""
 
 Number = Any
 """A number, or an array of numbers of one shape: these formulas hold elementwise."""
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillCost:
-    """base_s a step; per_token_s and per_token_sq_s for its tokens. row_tokens: the engine pads
-    each chunk to a multiple of it.
+class StepCost:
+    """Seconds that a step takes: base_s, and what each part of its work adds.
+
+    A step computes some tokens of some sequences. per_token_s: of each token. per_pair_s: of each
+    token and each token that it attends to; n tokens after c others attend to n (c + n / 2).
+    per_seq_s: of each sequence. per_context_token_s: of each token of the sequences' contexts,
+    whose KV is read. What an engine cannot show is 0: one that only prefills shows the first two
+    and one that only decodes the last two.
+
+    form: of a decode step, which has one token of each sequence. "ragged" reads each context at its
+    own length, "padded" reads every context at the length of the longest. buckets: such a step
+    computes a number of sequences that is rounded up to one of these, if there are any. factors:
+    how much longer a decode step of each bucket takes than the coefficients say; empty: no longer.
     """
 
     base_s: float
-    per_token_s: float
-    per_token_sq_s: float
-    row_tokens: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeCost:
-    """base_s a step; per_seq_s and per_context_token_s for its sequences.
-
-    form: "ragged" reads each context at its own length, "padded" reads every context at the length
-    of the longest. buckets: a step computes a number of sequences that is rounded up to one of
-    these, if there are any. factors: how much longer a step of each bucket takes than these
-    coefficients say; empty: no longer.
-    """
-
-    base_s: float
-    per_seq_s: float
-    per_context_token_s: float
+    per_token_s: float = 0.0
+    per_pair_s: float = 0.0
+    per_seq_s: float = 0.0
+    per_context_token_s: float = 0.0
     form: str = "ragged"
     buckets: tuple[int, ...] = ()
     factors: tuple[float, ...] = ()
+
+    def chunk_s(self, num_tokens: Number, computed: Number) -> Number:
+        """What one more chunk adds to a step, after `computed` tokens of the same prompt."""
+        n, before = num_tokens, computed
+        pairs = self.per_pair_s * (before + 0.5 * n) + self.per_context_token_s
+        return self.per_seq_s + n * (self.per_token_s + pairs) + self.per_context_token_s * before
+
+    @property
+    def decoded_s(self) -> float:
+        """What one more sequence adds to a decode step, but for its context."""
+        return self.per_token_s + self.per_seq_s
+
+    @property
+    def decoded_context_s(self) -> float:
+        """What each token of the context of a sequence adds to a decode step."""
+        return self.per_pair_s + self.per_context_token_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +75,14 @@ class TransferCost:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Step and transfer times of one model on one device. kv_capacity_tokens: KV that one decode
-    instance holds.
+    """Step and transfer times of one model on one kind of device.
+
+    prefill, decode: of the steps of an instance of that role; of one that does both they are the
+    same. kv_capacity_tokens: KV that one decode instance holds.
     """
 
-    prefill: PrefillCost
-    decode: DecodeCost
+    prefill: StepCost
+    decode: StepCost
     transfer: TransferCost
     kv_capacity_tokens: int
 
@@ -76,30 +90,18 @@ class CostModel:
     def from_profile(cls, profile: Mapping[str, Any], kinds: Sequence[str] = KINDS) -> "CostModel":
         """Reads a profile (DESIGN: "Profile file").
 
-        kinds: the tables that must be there. Policies of one role need only the table of that role.
-        The times of a missing table are nan, so that no caller takes them for an answer.
+        Its table "step" is of an instance that does both jobs; one of "prefill" or "decode" goes
+        before it. Those of older files, with per_token_sq_s, are read too.
+
+        kinds: what must be there. Policies of one role need only the times of that role. The times
+        of what is missing are nan, so that no caller takes them for an answer.
 
         Raises ValueError that names a coefficient which is missing, negative or not finite.
         """
-        profile = {kind: _UNKNOWN for kind in KINDS if kind not in kinds} | dict(profile)
-        prefill, decode, transfer = (_table(profile, kind) for kind in KINDS)
-        form = decode.get("form", "ragged")
-        if form not in FORMS:
-            raise ValueError(f'profile decode.form must be "ragged" or "padded", got {form!r}')
-        buckets, factors = _buckets(decode.get("buckets", ()), decode.get("factors", ()))
-        if form == "ragged" and not factors:
-            buckets = ()  # files from before ragged steps had factors: buckets did not count there
+        transfer = _table(profile, "transfer", kinds)
         return cls(
-            PrefillCost(
-                *_coefficients(prefill, "prefill", "base_s", "per_token_s", "per_token_sq_s"),
-                row_tokens=_count(prefill.get("row_tokens", 1), "prefill.row_tokens"),
-            ),
-            DecodeCost(
-                *_coefficients(decode, "decode", "base_s", "per_seq_s", "per_context_token_s"),
-                form=form,
-                buckets=buckets,
-                factors=factors,
-            ),
+            _step_cost(profile, "prefill", kinds),
+            _step_cost(profile, "decode", kinds),
             TransferCost(*_coefficients(transfer, "transfer", "base_s", "per_token_s")),
             _count(profile.get("kv_capacity_tokens"), "kv_capacity_tokens"),
         )
@@ -110,11 +112,7 @@ class CostModel:
 
     def chunk_s(self, num_tokens: Number, computed: Number = 0) -> Number:
         """What one more chunk adds to a prefill step that runs anyway."""
-        cost = self.prefill
-        n = num_tokens
-        if cost.row_tokens > 1:
-            n = -(-num_tokens // cost.row_tokens) * cost.row_tokens
-        return n * (cost.per_token_s + cost.per_token_sq_s * (2 * computed + n))
+        return self.prefill.chunk_s(num_tokens, computed)
 
     def prefill_step_s(self, chunks: Iterable[tuple[int, int]]) -> float:
         """A step of several chunks, each (num_tokens, computed). No chunks take no time."""
@@ -122,13 +120,21 @@ class CostModel:
         return self.prefill.base_s + sum(parts) if parts else 0.0
 
     def prompt_s(self, num_tokens: Number, computed: Number, max_chunk: int) -> Number:
-        """All `num_tokens` that remain of a prompt, in chunks of `max_chunk`.
+        """All `num_tokens` that remain of a prompt, in chunks of `max_chunk`."""
+        cost, steps = self.prefill, -(-num_tokens // max_chunk)
+        # Each chunk but the last reads again, in those after it, what it has written.
+        again = (steps - 1) * (computed + 0.5 * max_chunk * steps)
+        return (
+            steps * cost.base_s
+            + self.chunk_s(num_tokens, computed)
+            + (steps - 1) * cost.per_seq_s
+            + again * cost.per_context_token_s
+        )
 
-        Closed form: only the last chunk is taken to be padded, so it is exact where max_chunk is a
-        multiple of row_tokens.
-        """
-        num_steps = -(-num_tokens // max_chunk)
-        return num_steps * self.prefill.base_s + self.chunk_s(num_tokens, computed)
+    @property
+    def shared_s(self) -> float:
+        """What a step that prefills and decodes saves beside a step of each: it has one base."""
+        return min(self.prefill.base_s, self.decode.base_s)
 
     def decode_s(self, contexts: Sequence[int]) -> float:
         """A step of one token for each sequence, given their context lengths."""
@@ -156,7 +162,7 @@ class CostModel:
         cost = self.decode
         size, factor = self._bucket(batch)
         tokens = sum_context if cost.form == "ragged" else size * max_context
-        return factor * (cost.base_s + cost.per_seq_s * size + cost.per_context_token_s * tokens)
+        return factor * (cost.base_s + cost.decoded_s * size + cost.decoded_context_s * tokens)
 
     @property
     def decode_base_s(self) -> float:
@@ -179,29 +185,60 @@ class CostModel:
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(f"factor must be positive, got {factor}")
 
-        def scale(table: Any, *names: str) -> Any:
+        def scale(table: Any) -> Any:
+            names = [each.name for each in fields(table) if each.name.endswith("_s")]
             return replace(table, **{name: factor * getattr(table, name) for name in names})
 
-        return replace(
-            self,
-            prefill=scale(self.prefill, "base_s", "per_token_s", "per_token_sq_s"),
-            decode=scale(self.decode, "base_s", "per_seq_s", "per_context_token_s"),
-            transfer=scale(self.transfer, "base_s", "per_token_s"),
-        )
+        prefill, decode, transfer = map(scale, (self.prefill, self.decode, self.transfer))
+        return replace(self, prefill=prefill, decode=decode, transfer=transfer)
 
     def transfer_s(self, num_tokens: int) -> float:
         """Bringing the KV of one request over."""
         return self.transfer.base_s + self.transfer.per_token_s * num_tokens
 
 
-def _table(profile: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+_UNKNOWN: Mapping[str, Any] = {}
+
+
+def _table(profile: Mapping[str, Any], name: str, kinds: Sequence[str]) -> Mapping[str, Any]:
+    """_UNKNOWN if it is not there, and need not be."""
     table = profile.get(name)
+    if table is None and name not in kinds:
+        return _UNKNOWN
     if not isinstance(table, Mapping):
         raise ValueError(f"profile {name} must be a table of coefficients, got {table!r}")
     return table
 
 
-_UNKNOWN: Mapping[str, Any] = {}
+# What a table must have; what else it has counts too.
+_NEEDED = {
+    "step": ("per_token_s", "per_pair_s", "per_seq_s", "per_context_token_s"),
+    "prefill": ("per_token_s", "per_pair_s"),
+    "decode": ("per_seq_s", "per_context_token_s"),
+}
+
+
+def _step_cost(profile: Mapping[str, Any], kind: str, kinds: Sequence[str]) -> StepCost:
+    name = "step" if kind not in profile and "step" in profile else kind
+    table = _table(profile, name, kinds)
+    if table is _UNKNOWN:
+        nan = math.nan
+        return StepCost(nan, nan, nan, nan, nan)
+    if "per_token_sq_s" in table:  # of both tokens of a pair in the same chunk
+        (square,) = _coefficients(table, name, "per_token_sq_s")
+        table = {**table, "per_pair_s": 2 * square}
+    needed = ("base_s", *_NEEDED[name])
+    others = [each for each in _NEEDED["step"] if each in table and each not in needed]
+    values = dict(
+        zip((*needed, *others), _coefficients(table, name, *needed, *others), strict=True)
+    )
+    form = table.get("form", "ragged")
+    if form not in FORMS:
+        raise ValueError(f'profile {name}.form must be "ragged" or "padded", got {form!r}')
+    buckets, factors = _buckets(name, table.get("buckets", ()), table.get("factors", ()))
+    if form == "ragged" and not factors:
+        buckets = ()  # files from before ragged steps had factors: buckets did not count there
+    return StepCost(**values, form=form, buckets=buckets, factors=factors)
 
 
 def _coefficients(table: Mapping[str, Any], prefix: str, *names: str) -> list[float]:
@@ -217,17 +254,17 @@ def _coefficients(table: Mapping[str, Any], prefix: str, *names: str) -> list[fl
     return values
 
 
-def _buckets(sizes: Any, factors: Any) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """decode.buckets and decode.factors of a profile, by size."""
+def _buckets(table: str, sizes: Any, factors: Any) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Buckets and factors of a table of a profile, by size."""
     for name, values in (("buckets", sizes), ("factors", factors)):
         if not isinstance(values, list | tuple):
-            raise ValueError(f"profile decode.{name} must be a list, got {values!r}")
+            raise ValueError(f"profile {table}.{name} must be a list, got {values!r}")
     if factors and len(factors) != len(sizes):
-        raise ValueError(f"profile decode.factors must be as many as buckets, got {factors!r}")
+        raise ValueError(f"profile {table}.factors must be as many as buckets, got {factors!r}")
     for value in factors:
         if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-            raise ValueError(f"profile decode.factors must be positive, got {value!r}")
-    counts = [_count(size, "decode.buckets") for size in sizes]
+            raise ValueError(f"profile {table}.factors must be positive, got {value!r}")
+    counts = [_count(size, f"{table}.buckets") for size in sizes]
     order = sorted(range(len(counts)), key=counts.__getitem__)
     return tuple(counts[i] for i in order), tuple(float(factors[i]) for i in order if factors)
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,54 +20,67 @@ _CLEARLY = 0.9
 # Below this R2 a fit explains less than half of how step times differ, and users are warned.
 POOR_R2 = 0.5
 
+Prefill = tuple[int, int, float]
+"""(tokens, tokens computed before, seconds) of a step of one chunk of a prompt."""
+
 Decode = tuple[int, int, float]
 """(batch, context, seconds) of a step whose sequences all have `context` tokens."""
 
 Mixed = tuple[int, int, int, float]
 """(batch, tokens of all contexts, tokens of the longest, seconds) of a decode step."""
 
+Beside = tuple[int, int, int, float]
+"""(batch, context, tokens, seconds) of a decode step that also begins a prompt: these tokens."""
+
 
 def fit(
-    prefill: Sequence[tuple[int, int, float]] | None = None,
+    prefill: Sequence[Prefill] | None = None,
     decode: Sequence[Decode] | None = None,
     transfer: Sequence[tuple[int, float]] | None = None,
     *,
     mixed: Sequence[Mixed] = (),
+    beside: Sequence[Beside] | None = None,
     form: str = "ragged",
     buckets: Sequence[int] = (),
-    row_tokens: int = 1,
 ) -> dict[str, Any]:
     """Fits a profile's coefficients to measured samples. A kind without samples, None, is left out.
 
     Args:
-        prefill: (num_tokens, computed, seconds) of steps of one chunk.
         decode, mixed: steps whose contexts are alike, and steps whose contexts differ. Only the
             latter tell one form from the other.
+        beside: steps that do both. They are of an engine that does both jobs, as are all other
+            samples then: one row of coefficients is fitted to all of them.
         transfer: (num_tokens, seconds).
-        form: see DecodeCost; the one that the kernels declare. The other form is used where it fits
+        form: see StepCost; the one that the kernels declare. The other form is used where it fits
             `mixed` clearly better.
-        buckets: see DecodeCost.
-        row_tokens: see PrefillCost.
+        buckets: see StepCost.
 
     Returns:
-        "prefill", "decode" and "transfer" as a profile has them, and in "fit" for each of them r2
-        (None where all samples are equal), p50_rel_error and p90_rel_error. For decode the same of
-        each form, in "forms", and the form that was "declared".
+        "step", or "prefill" and "decode", and "transfer" as a profile has them, and in "fit" for
+        each kind of samples r2 (None where all samples are equal), p50_rel_error and p90_rel_error.
+        For decode the same of each form, in "forms", and the form that was "declared".
 
     Raises:
         ValueError: an empty list of samples, or a time that is not positive.
     """
     fitted: dict[str, Any] = {}
     residuals: dict[str, Any] = {}
-    if prefill is not None:
-        fitted["prefill"], residuals["prefill"] = _fit_prefill(prefill, row_tokens)
-    if decode is not None:
-        points = [(batch, batch * context, context, s) for batch, context, s in decode]
-        fitted["decode"], residuals["decode"] = _fit_decode(points, mixed, form, buckets)
+    if beside is not None:
+        points = [*map(_of_prefill, prefill or ()), *map(_of_beside, beside)]
+        fitted["step"], of_decode, rest = _fit_steps(points, decode or (), mixed, form, buckets)
+        residuals["prefill"] = rest[: len(prefill or ())].residuals
+        residuals["decode"] = of_decode
+        residuals["beside"] = rest[len(prefill or ()) :].residuals
+    else:
+        if prefill is not None:
+            line = _Line.of("prefill", [*map(_of_prefill, prefill)], _SHOWN["prefill"])
+            fitted["prefill"], residuals["prefill"] = line.named(), line.residuals
+        if decode is not None:
+            fitted["decode"], residuals["decode"], _ = _fit_steps([], decode, mixed, form, buckets)
     if transfer is not None:
-        line = _Line.of("transfer", [(1, n) for n, _ in transfer], transfer)
-        fitted["transfer"] = line.named("base_s", "per_token_s")
-        residuals["transfer"] = line.residuals
+        points = [((1, n), seconds) for n, seconds in transfer]
+        line = _Line.of("transfer", points, ("base_s", "per_token_s"))
+        fitted["transfer"], residuals["transfer"] = line.named(), line.residuals
     return fitted | {"fit": residuals}
 
 
@@ -83,8 +96,8 @@ def usable(profile: Mapping[str, Any]) -> dict[str, Any]:
         seconds = _seconds(profile, kind)
         if not seconds or not (_r2(profile, kind) or 0.0) < 0:
             continue
-        coefficients = {name: 0.0 for name in profile[kind] if name.endswith("_s")}
-        usable[kind] = coefficients | {"base_s": statistics.fmean(seconds)}
+        names = _SHOWN.get(kind, ("base_s", "per_token_s"))
+        usable[kind] = dict.fromkeys(names, 0.0) | {"base_s": statistics.fmean(seconds)}
         usable["fit"] = {**usable["fit"], kind: {**usable["fit"][kind], "left_out": True}}
     return usable
 
@@ -131,27 +144,69 @@ def _seconds(profile: Mapping[str, Any], kind: str) -> list[float]:
     return [float(time) for time in times]
 
 
+_Point = tuple[tuple[float, ...], float]
+"""What a step's work is multiplied by, each coefficient in the order of `_COEFFICIENTS`, and its
+seconds.
+"""
+
+_COEFFICIENTS = ("base_s", "per_token_s", "per_pair_s", "per_seq_s", "per_context_token_s")
+# What engines of one job can show.
+_SHOWN = {
+    "prefill": ("base_s", "per_token_s", "per_pair_s"),
+    "decode": ("base_s", "per_seq_s", "per_context_token_s"),
+}
+
+
+def _of_prefill(sample: Prefill) -> _Point:
+    n, computed, seconds = sample
+    return (1, n, n * (computed + 0.5 * n), 1, computed + n), seconds
+
+
+def _of_decode(sample: Mixed, form: str, buckets: Sequence[int]) -> _Point:
+    batch, total, longest, seconds = sample
+    size = _size(batch, buckets)
+    tokens = total if form == "ragged" else size * longest
+    return (1, size, tokens, size, tokens), seconds
+
+
+def _of_beside(sample: Beside) -> _Point:
+    batch, context, n, seconds = sample
+    tokens = batch * context
+    return (1, batch + n, tokens + 0.5 * n * n, batch + 1, tokens + n), seconds
+
+
+def _size(batch: int, buckets: Sequence[int]) -> int:
+    return min((bucket for bucket in buckets if bucket >= batch), default=batch)
+
+
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """Coefficients, and what they predict for the samples [S], in seconds."""
+    """Coefficients by name, and what they predict for the samples [S], in seconds."""
 
+    names: tuple[str, ...]
     coefficients: np.ndarray
     predicted: np.ndarray
     measured: np.ndarray
 
     @classmethod
-    def of(cls, kind: str, features: Sequence[tuple], samples: Sequence[tuple]) -> "_Line":
-        """The best line through samples whose last number is their time."""
-        seconds = [sample[-1] for sample in samples]
+    def of(cls, kind: str, points: Sequence[_Point], names: tuple[str, ...]) -> "_Line":
+        """The best line through the points, of these coefficients alone."""
+        seconds = [point[-1] for point in points]
         if not seconds or min(seconds) <= 0:
             raise ValueError(f"{kind} needs samples with positive times, got {seconds[:3]}")
-        x, measured = np.array(features, dtype=float), np.array(seconds, dtype=float)
+        x, measured = np.array([each for each, _ in points], float), np.array(seconds, float)
+        if len(names) < x.shape[1]:
+            x = x[:, [_COEFFICIENTS.index(name) for name in names]]
         coefficients = _relative_nnls(x, measured)
-        return cls(coefficients, x @ coefficients, measured)
+        return cls(names, coefficients, x @ coefficients, measured)
 
-    def named(self, *names: str) -> dict[str, Any]:
+    def named(self) -> dict[str, Any]:
         """The coefficients as a profile has them."""
-        return dict(zip(names, self.coefficients.tolist(), strict=True))
+        return dict(zip(self.names, self.coefficients.tolist(), strict=True))
+
+    def __getitem__(self, which: slice) -> "_Line":
+        """The line, and some of its samples."""
+        return replace(self, predicted=self.predicted[which], measured=self.measured[which])
 
     @property
     def error(self) -> float:
@@ -170,46 +225,40 @@ class _Line:
         }
 
 
-def _fit_prefill(
-    samples: Sequence[tuple[int, int, float]], row_tokens: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    rows = [(-(-n // row_tokens) * row_tokens, computed) for n, computed, _ in samples]
-    features = [(1, n, n * (2 * computed + n)) for n, computed in rows]
-    line = _Line.of("prefill", features, samples)
-    named = line.named("base_s", "per_token_s", "per_token_sq_s")
-    return named | {"row_tokens": row_tokens}, line.residuals
-
-
-def _fit_decode(
-    alike: Sequence[Mixed], mixed: Sequence[Mixed], form: str, buckets: Sequence[int]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    fits = {each: _fit_form([*alike, *mixed], each, buckets) for each in FORMS}
+def _fit_steps(
+    others: Sequence[_Point],
+    alike: Sequence[Decode],
+    mixed: Sequence[Mixed],
+    form: str,
+    buckets: Sequence[int],
+) -> tuple[dict[str, Any], dict[str, Any], _Line]:
+    """Decode steps, and others of the same engine, if there are any: a row of a profile, the
+    residuals of the decode steps, and the line of the others.
+    """
+    decodes = [(batch, batch * context, context, s) for batch, context, s in alike] + [*mixed]
+    fits = {each: _fit_form(others, decodes, each, buckets) for each in FORMS}
     used = form
     if mixed:
         used = min(fits, key=lambda each: fits[each][1].error * (_CLEARLY if each == form else 1.0))
-    decode, line = fits[used]
-    forms = {each: line.residuals for each, (_, line) in fits.items()}
-    return decode, line.residuals | {"declared": form, "forms": forms}
+    row, line, rest = fits[used]
+    forms = {each: line.residuals for each, (_, line, _) in fits.items()}
+    return row, line.residuals | {"declared": form, "forms": forms}, rest
 
 
 def _fit_form(
-    samples: Sequence[Mixed], form: str, buckets: Sequence[int]
-) -> tuple[dict[str, Any], _Line]:
-    sizes = [min((b for b in buckets if b >= batch), default=batch) for batch, *_ in samples]
-    tokens = [
-        total if form == "ragged" else size * longest
-        for size, (_, total, longest, _) in zip(sizes, samples, strict=True)
-    ]
-    features = [(1, size, count) for size, count in zip(sizes, tokens, strict=True)]
-    line = _Line.of("decode", features, samples)
-    decode = line.named("base_s", "per_seq_s", "per_context_token_s")
-    decode |= {"form": form, "buckets": list(buckets)}
+    others: Sequence[_Point], decodes: Sequence[Mixed], form: str, buckets: Sequence[int]
+) -> tuple[dict[str, Any], _Line, _Line]:
+    points = [_of_decode(sample, form, buckets) for sample in decodes]
+    names = _COEFFICIENTS if others else _SHOWN["decode"]
+    both = _Line.of("decode", [*points, *others], names)
+    line, rest = both[: len(points)], both[len(points) :]
+    row = both.named() | {"form": form, "buckets": list(buckets)}
     if not buckets:
-        return decode, line
-    ratios = line.measured / line.predicted
-    factors, of_samples = _factors(np.array(sizes), ratios, sorted(buckets))
-    line = _Line(line.coefficients, line.predicted * of_samples, line.measured)
-    return decode | {"factors": factors}, line
+        return row, line, rest
+    sizes = np.array([_size(batch, buckets) for batch, *_ in decodes])
+    factors, of_samples = _factors(sizes, line.measured / line.predicted, sorted(buckets))
+    line = replace(line, predicted=line.predicted * of_samples)
+    return row | {"factors": factors}, line, rest
 
 
 def _factors(
@@ -226,7 +275,7 @@ def _factors(
 
 def _relative_nnls(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Least squares of (x @ c - y) / y with every c >= 0: exact, by trying each active set (at most
-    three columns, so at most eight).
+    five columns, so at most 32).
     """
     scale = np.maximum(np.abs(x).max(axis=0), 1e-300)
     weighted, ones = x / scale / y[:, None], np.ones_like(y)

@@ -12,23 +12,17 @@ import jax
 import pytest
 
 from kairos_jax.process.cache import cache_dir
-from models.ops import KERNELS, attention_gpu, attention_tpu, attention_triton, native
+from models.ops import KERNELS, attention_gpu, native
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Those for accelerators, by the same names, where there are none.
-HERE = {
-    "gpu": functools.partial(attention_gpu.attention, cudnn=False),
-    "gpu_triton": functools.partial(attention_triton.attention, interpret=True),
-    "tpu": functools.partial(attention_tpu.attention, interpret=True),
-}
-for name, attention in HERE.items():
-    KERNELS[name] = KERNELS[name]._replace(attention=attention)
+# As it is where there is no cuDNN.
+without = functools.partial(attention_gpu.attention, cudnn=False)
+KERNELS["gpu"] = KERNELS["gpu"]._replace(attention=without)
 # Not those that need arrays of their own, or do not run here: see
 # tests/models/ops/test_accelerators.py.
-RUN_HERE = [name for name in KERNELS if name not in ("tpu", "tpu_ragged", "gpu_hopper")]
-RUN_HERE.append(pytest.param("tpu", marks=pytest.mark.slow))
+RUN_HERE = [name for name in KERNELS if name not in ("tpu", "gpu_hopper")]
 
 
 @pytest.fixture(scope="session", params=RUN_HERE)

@@ -91,10 +91,7 @@ class PrefillConfig(InstanceConfig):
     ]
     max_chunk: Annotated[
         int,
-        Key("Prompt tokens of a step, at most.", least=1, limits="a multiple of row_tokens"),
-    ]
-    row_tokens: Annotated[
-        int, Key("The tokens of a step are padded to a multiple of this number.", least=1)
+        Key("Prompt tokens of a step, at most.", least=1),
     ]
     pack: Annotated[
         float,
@@ -239,10 +236,8 @@ class ServerConfig:
         """What the ledger of an instance can hold."""
         prefill, decode = self.prefill, self.decode
         kv_tokens = prefill.kv_tokens if role is Role.PREFILL else decode.kv_tokens
-        # A prompt fills a row of a prefill step at least.
-        prompts = prefill.max_chunk // prefill.row_tokens
         return Limits(
-            max_batch=prompts if role is Role.PREFILL else decode.max_batch,
+            max_batch=decode.max_batch,
             max_chunk=1 if role is Role.DECODE else prefill.max_chunk,
             max_context=self.max_context,
             page_size=self.page_size,
@@ -324,9 +319,4 @@ def _check(config: ServerConfig) -> None:
         raise ConfigError(
             f"config.prefill.parked_tokens must be at least max_context {config.max_context}, "
             f"got {config.prefill.parked_tokens}"
-        )
-    if config.prefill.max_chunk % config.prefill.row_tokens:
-        raise ConfigError(
-            f"config.prefill.max_chunk must be a multiple of row_tokens "
-            f"{config.prefill.row_tokens}, got {config.prefill.max_chunk}"
         )

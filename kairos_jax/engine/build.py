@@ -103,8 +103,8 @@ def build_engine(
             heads or the config's pages.
     """
     limits = config.limits(role)
-    shapes = Shapes.for_role(role, limits, config.prefill.row_tokens)
     mesh, kernels = make_mesh(devices), choose_kernels(config, devices)
+    shapes = Shapes.for_role(role, limits, kernels)
     described = model.checkpoint.config
     try:
         return JaxEngine(
@@ -137,9 +137,8 @@ def open_programs(
     each = [devices[: config.devices(role)] for role in roles]
     # First of all: what is loaded may call the kernels in C++.
     kernels = [choose_kernels(config, of_one) for of_one in each]
-    limits, row_tokens = [config.limits(role) for role in roles], config.prefill.row_tokens
-    described, rules = model.checkpoint.config, config.rules
-    about = (described, rules, config.dtype, roles, kernels, limits, row_tokens)
+    limits = [config.limits(role) for role in roles]
+    about = (model.checkpoint.config, config.rules, config.dtype, roles, kernels, limits)
     try:
         return Programs(private_cache_dir("programs"), repr(about), devices)
     except NotPrivate as error:

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from models import sampling
 from models.kv_cache import StepInput
 from models.sampling import SamplingInput, SamplingParams
+from schedulers.ledger.instance import Limits
 from schedulers.ledger.request import Request, Seq
 
 
@@ -42,19 +44,22 @@ class Token(NamedTuple):
     prompt: PromptLogprobs | None = None
 
 
-# A row's numbers, which stand before its pages and its tokens: see `unpack`.
+# A sequence's numbers, which stand before its pages: see `unpack`.
 _NUMBERS = 10
 
 
 class Step(NamedTuple):
-    """A call of the compiled forward step. rows: int32 [R, ...], see `unpack`."""
+    """A call of the compiled forward step. tokens: int32 [3, T]; sequences: int32 [S, ...]. See
+    `unpack`.
+    """
 
-    rows: np.ndarray
+    tokens: np.ndarray
+    sequences: np.ndarray
 
 
 class Score(NamedTuple):
     """A call for log-probabilities after all tokens of the step before it, where Step samples after
-    the last of each row. targets: int32 [R, Q], the token that follows; below 0: none is wanted.
+    the last of each sequence. targets: int32 [T], the token that follows; below 0: none is wanted.
     """
 
     targets: np.ndarray
@@ -85,9 +90,9 @@ def wants_prompt_logprobs(request: Request) -> bool:
     return how is not None and how.prompt_logprobs is not None
 
 
-class Row(NamedTuple):
-    """Up to Q consecutive tokens of one sequence. samples: they are its last, after which the next
-    token is sampled.
+class Part(NamedTuple):
+    """Consecutive tokens of one sequence. samples: they are its last, after which the next token is
+    sampled.
     """
 
     seq: Seq
@@ -105,78 +110,87 @@ class Row(NamedTuple):
         return left if left > 0 and wants_prompt_logprobs(request) else 0
 
 
-def unpack(rows: Any, table_pages: int) -> tuple[StepInput, SamplingInput]:
-    """What rows of int32 [R, 10 + table_pages + Q] say: on the host as views of them.
+def unpack(tokens: Any, sequences: Any) -> tuple[StepInput, SamplingInput]:
+    """What the arrays of a `Step` say: on the host as views of them, but for where the sequences'
+    tokens start.
 
-    One array for all, since every array that goes to a device takes its time, 20 us or more.
+    tokens: of each its id, its position and its slot. sequences: of each ten numbers, then its
+    pages. Two arrays for all, since every array that goes to a device takes its time, 20 us or
+    more.
     """
-    numbers = [rows[:, column] for column in range(_NUMBERS - 2)]
-    start, count, temperature, top_k, top_p, min_p, position, logprobs = numbers
+    count, context, temperature, top_k, top_p, min_p, _, logprobs = (
+        sequences[:, column] for column in range(_NUMBERS - 2)
+    )
+    xp: Any = np if isinstance(sequences, np.ndarray) else jnp
     inputs = StepInput(
-        tokens=rows[:, _NUMBERS + table_pages :],
-        start=start,
-        count=count,
-        page_table=rows[:, _NUMBERS : _NUMBERS + table_pages],
+        tokens=tokens[0],
+        positions=tokens[1],
+        slots=tokens[2],
+        starts=xp.pad(xp.cumsum(count, dtype=xp.int32), (1, 0)),
+        contexts=context,
+        pages=sequences[:, _NUMBERS:],
     )
     how = SamplingInput(
         temperature=temperature.view("float32"),
         top_k=top_k,
         top_p=top_p.view("float32"),
         min_p=min_p.view("float32"),
-        seed=rows[:, _NUMBERS - 2 : _NUMBERS].view("uint32"),
-        position=position,
+        seed=sequences[:, _NUMBERS - 2 : _NUMBERS].view("uint32"),
+        position=context,
         logprobs=logprobs,
     )
     return inputs, how
 
 
-def rows_of(seq: Seq, count: int, queries: int) -> list[Row]:
-    """The next `count` tokens of a sequence, as rows of up to `queries`."""
-    start, length = seq.computed, seq.length
-    end = start + count
-    if count <= queries:
-        return [Row(seq, start, count, end == length)]
-    rows = [Row(seq, at, min(queries, end - at), False) for at in range(start, end, queries)]
-    rows[-1] = rows[-1]._replace(samples=end == length)
-    return rows
-
-
-def padding(size: int, queries: int, table_pages: int) -> Step:
-    """A step of `size` rows, all of them padding."""
-    rows = np.zeros((size, _NUMBERS + table_pages + queries), np.int32)
-    _, how = unpack(rows, table_pages)
+def padding(num_tokens: int, num_sequences: int, limits: Limits) -> Step:
+    """A step of these sizes that computes nothing."""
+    table_pages = limits.pages_for(limits.max_context)
+    sequences = np.zeros((num_sequences, _NUMBERS + table_pages), np.int32)
+    tokens = np.zeros((3, num_tokens), np.int32)
+    _, how = unpack(tokens, sequences)
     how.top_p[:] = 1.0
-    return Step(rows)
+    past = limits.num_pages * limits.page_size
+    tokens[2] = np.arange(past, past + num_tokens)
+    return Step(tokens, sequences)
 
 
-def step(rows: Sequence[Row], size: int, queries: int, table_pages: int) -> Step:
-    """A step of these rows, and padding up to `size`."""
-    call, count = padding(size, queries, table_pages), len(rows)
-    if not rows:
+def step(parts: Sequence[Part], num_tokens: int, num_sequences: int, limits: Limits) -> Step:
+    """A step of these parts, of a sequence each, and padding up to these sizes."""
+    call, count = padding(num_tokens, num_sequences, limits), len(parts)
+    if not parts:
         return call
-    heads = np.concatenate([_head(row.seq, table_pages) for row in rows])
-    call.rows[:count, :-queries] = heads.reshape(count, -1)
-    inputs, how = unpack(call.rows, table_pages)
-    inputs.start[:count] = [row.start for row in rows]
-    inputs.count[:count] = [row.num_tokens for row in rows]
-    ids = [id for row in rows for id in row.seq.token_ids(row.start, row.start + row.num_tokens)]
-    inputs.tokens[np.arange(queries) < inputs.count[:, None]] = ids
-    how.position[:] = inputs.start + inputs.count
-    # What is not its sequence's last row gives no token: nothing is to be drawn for it.
-    rest = np.array([not row.samples for row in rows])
+    tokens, sequences = call
+    heads = np.concatenate([_head(part.seq, sequences.shape[1]) for part in parts])
+    sequences[:count] = heads.reshape(count, -1)
+    numbers = np.array([(part.num_tokens, part.start, part.samples) for part in parts], np.int32)
+    counts, starts, samples = numbers.T
+    sequences[:count, 0], sequences[:count, 1] = counts, starts + counts
+    # After what is not its sequence's last nothing is to be drawn.
+    _, how = unpack(tokens, sequences)
+    rest = samples == 0
     how.temperature[:count][rest] = how.logprobs[:count][rest] = 0
+    ids = [
+        id for part in parts for id in part.seq.token_ids(part.start, part.start + part.num_tokens)
+    ]
+    total = len(ids)
+    tokens[0, :total] = ids
+    owner = np.repeat(np.arange(count), counts)
+    before = np.cumsum(counts) - counts
+    tokens[1, :total] = positions = np.arange(total) + (starts - before)[owner]
+    page, offset = np.divmod(positions, limits.page_size)
+    tokens[2, :total] = sequences[owner, _NUMBERS + page] * limits.page_size + offset
     return call
 
 
-def _head(seq: Seq, table_pages: int) -> np.ndarray:
-    """What all rows of a sequence begin with, but for their places: int32 [10 + table_pages].
+def _head(seq: Seq, width: int) -> np.ndarray:
+    """The numbers and pages of a sequence, but for what this step computes: int32 [width].
 
     It stays with the sequence: a step changes nothing of it, save for a page now and then.
     """
     if seq.head is None:
         params: SamplingParams = seq.request.sampling or SamplingParams()
-        row = padding(1, 0, table_pages).rows
-        _, how = unpack(row, table_pages)
+        row = np.zeros((1, width), np.int32)
+        _, how = unpack(np.zeros((3, 0), np.int32), row)
         how.temperature[0], how.seed[0] = params.temperature, divmod(params.seed, 1 << 32)[::-1]
         how.top_k[0], how.top_p[0], how.min_p[0] = params.top_k, params.top_p, params.min_p
         how.logprobs[0] = params.logprobs is not None
@@ -188,29 +202,30 @@ def _head(seq: Seq, table_pages: int) -> np.ndarray:
     return row
 
 
-def targets(rows: Sequence[Row], size: int, queries: int) -> np.ndarray:
-    """Of a `Score` after a step of these rows."""
-    ids = np.full((size, queries), -1, np.int32)
-    for index, row in enumerate(rows):
-        if count := row.num_scored:
-            first = row.start + 1
-            ids[index, :count] = row.seq.request.prompt[first : first + count]
+def targets(parts: Sequence[Part], num_tokens: int) -> np.ndarray:
+    """Of a `Score` after a step of these parts."""
+    ids, at = np.full(num_tokens, -1, np.int32), 0
+    for part in parts:
+        if count := part.num_scored:
+            first = part.start + 1
+            ids[at : at + count] = part.seq.request.prompt[first : first + count]
+        at += part.num_tokens
     return ids
 
 
-def tokens(rows: Sequence[Row], packed: np.ndarray) -> dict[str, Token]:
-    """What was sampled, by request id, and `_INVALID` for each sequence with a row that is not
+def tokens(parts: Sequence[Part], packed: np.ndarray) -> dict[str, Token]:
+    """What was sampled, by request id, and `_INVALID` for each sequence with a part that is not
     finite, also one that samples nothing. packed: see models.sampling.unpack.
     """
     sampled = sampling.unpack(packed)
     found: dict[str, Token] = {}
     invalid: dict[str, Token] = {}
-    for index, (row, id) in enumerate(zip(rows, sampled.token.tolist(), strict=False)):
-        request = row.seq.request
+    for index, (part, id) in enumerate(zip(parts, sampled.token.tolist(), strict=False)):
+        request = part.seq.request
         if id < 0:
             invalid[request.id] = _INVALID
-        elif row.samples:
-            found[request.id] = _token(row, id, sampled, index)
+        elif part.samples:
+            found[request.id] = _token(part, id, sampled, index)
     return found | invalid
 
 
@@ -225,9 +240,9 @@ def merged(parts: Iterable[Mapping[str, Token]]) -> dict[str, Token]:
 _INVALID = Token(sampling.INVALID)
 
 
-def _token(row: Row, id: int, sampled: sampling.Sampled, index: int) -> Token:
-    """What row `index` has sampled."""
-    request = row.seq.request
+def _token(part: Part, id: int, sampled: sampling.Sampled, index: int) -> Token:
+    """What part `index` has sampled."""
+    request = part.seq.request
     params: SamplingParams = request.sampling or SamplingParams()
     token = Token(id)
     if params.logprobs is not None:
@@ -235,21 +250,21 @@ def _token(row: Row, id: int, sampled: sampling.Sampled, index: int) -> Token:
         values = sampled.top_logprobs[index, : params.logprobs].tolist()
         top = tuple(zip(ids, values, strict=True))
         token = Token(id, float(sampled.logprob[index]), top)
-    if row.start + row.num_tokens == len(request.prompt) and wants_prompt_logprobs(request):
-        prompt = _prompt_logprobs(row.seq)
+    if part.start + part.num_tokens == len(request.prompt) and wants_prompt_logprobs(request):
+        prompt = _prompt_logprobs(part.seq)
         return _INVALID if prompt is None else token._replace(prompt=prompt)
     return token
 
 
 def _prompt_logprobs(seq: Seq) -> PromptLogprobs | None:
-    """Of all its rows, which are in order. None: some of the logits were not finite."""
+    """Of all its parts, which are in order. None: some of the logits were not finite."""
     width = seq.request.sampling.prompt_logprobs
-    rows = [np.asarray(packed)[index, :count] for packed, index, count in seq.scored]
+    parts = [np.asarray(packed)[first : first + count] for packed, first, count in seq.scored]
     seq.scored = []
-    if not rows:
+    if not parts:
         return PromptLogprobs()
-    scored = sampling.unpack(np.concatenate(rows))
-    if np.isnan(scored.logprob).any():  # as all of a row are, if one is
+    scored = sampling.unpack(np.concatenate(parts))
+    if np.isnan(scored.logprob).any():  # as all of a token's are, if one is
         return None
     return PromptLogprobs(
         tuple(scored.logprob.tolist()),

@@ -53,13 +53,12 @@ class _Sizes:
     share: float
     max_batch: int
     max_chunk: int
-    row_tokens: int
     slo: tuple[float, float]
 
 
 # As in configs/smollm2_135m_cpu.py and configs/llama3_8b.py. A CPU's memory is for others too.
-_CPU = _Sizes("float32", 0.25, 32, 256, 32, (2.0, 0.15))
-_ACCELERATOR = _Sizes("bfloat16", 0.85, 64, 2048, 512, (1.0, 0.05))
+_CPU = _Sizes("float32", 0.25, 32, 256, (2.0, 0.15))
+_ACCELERATOR = _Sizes("bfloat16", 0.85, 64, 2048, (1.0, 0.05))
 # Weights may take so much of a device's share; a larger model is split over more devices.
 _MOST_WEIGHTS = 0.7
 # Of the KV of a prefill instance, what waits for decode.
@@ -131,8 +130,6 @@ def suggest(
     # Two of the longest requests at once, at least.
     most = min(decode_tokens // 2, prefill_tokens // 2, parked)
     max_context = wanted.get("max_context", min(model.exact_context, most))
-    rows = wanted.get("prefill.row_tokens", sizes.row_tokens)
-    chunk = min(sizes.max_chunk, math.ceil(max_context / rows) * rows)
     ttft, tpot = sizes.slo
     return {
         "model": name,
@@ -146,8 +143,7 @@ def suggest(
             "devices": mesh,
             "kv_tokens": prefill_tokens,
             "parked_tokens": parked,
-            "max_chunk": max(chunk // rows, 1) * rows,
-            "row_tokens": rows,
+            "max_chunk": min(sizes.max_chunk, max_context),
         },
         "decode": {
             "instances": decodes,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-HEADER = struct.Struct("!BIIQ")  # kind, rows, columns, bytes that follow
+HEADER = struct.Struct("!BIIQ")  # kind, tokens, sequences, bytes that follow
 
 
 class Kind(enum.IntEnum):
@@ -28,11 +28,11 @@ class Kind(enum.IntEnum):
 
 
 class Frame(NamedTuple):
-    """rows, columns: of the array of a STEP or SCORE. payload: arrays, one after the other."""
+    """tokens, sequences: of a STEP or SCORE. payload: arrays, one after the other."""
 
     kind: Kind
-    rows: int = 0
-    columns: int = 0
+    tokens: int = 0
+    sequences: int = 0
     payload: bytes = b""
 
 
@@ -57,20 +57,20 @@ class Connection:
 
     def send(self, message: Frame) -> None:
         """From any thread. Raises OSError if the other end is gone or does not read."""
-        kind, rows, columns, payload = message
-        self._passes(kind, rows, columns)
-        header = HEADER.pack(kind, rows, columns, len(payload))
+        kind, tokens, sequences, payload = message
+        self._passes(kind, tokens, sequences)
+        header = HEADER.pack(kind, tokens, sequences, len(payload))
         with self._lock:
             self._socket.sendall(header + payload)
 
     def __iter__(self) -> Iterator[Frame]:
         """All messages but beats. Ends with an OSError when the other end is gone or silent."""
         while True:
-            kind, rows, columns, size = HEADER.unpack(self._read(HEADER.size))
+            kind, tokens, sequences, size = HEADER.unpack(self._read(HEADER.size))
             payload = self._read(size)
-            self._passes(kind, rows, columns)
+            self._passes(kind, tokens, sequences)
             if kind != Kind.BEAT:
-                yield Frame(Kind(kind), rows, columns, payload)
+                yield Frame(Kind(kind), tokens, sequences, payload)
 
     def close(self) -> None:
         """Closes the connection."""

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from kairos_jax.engine import calls
-from kairos_jax.engine.calls import Call, Read, Row, Score, Step, Token, Write
+from kairos_jax.engine.calls import Call, Part, Read, Score, Step, Token, Write
 from kairos_jax.engine.functions import BLOCK_PAGES, Functions, Shapes
 from kairos_jax.engine.programs import Programs
 from models import kv_cache
@@ -93,11 +93,10 @@ class JaxEngine:
         # One block in wire form, as it lies on this mesh.
         self.block = self._functions.block
         self._cache = kv_cache.allocate(self._functions.pool)
-        self._table_pages = self._functions.table_pages
         self._hidden: jax.Array | None = None  # of the last step, for `Score`
         self._programs = programs
-        # Where programs are kept: by name and shape, each for arguments of just one kind.
-        self._kept: dict[tuple[str, tuple[int, ...]], Any] = {}
+        # Where programs are kept: by name and shapes, each for arguments of just one kind.
+        self._kept: dict[tuple[Any, ...], Any] = {}
         self.dispatch: Callable[[Call], Any] = self.run
 
     @property
@@ -111,12 +110,12 @@ class JaxEngine:
         return len(self._kept) + self._functions.num_compiled
 
     def warm_up(self, progress: Callable[[str], None] = lambda what: None) -> None:
-        """Compiles every shape, by a run of each over padding rows alone. Where programs are kept
-        they need not run, which takes as long as loading them.
+        """Compiles every shape, by a run of each over padding alone. Where programs are kept they
+        need not run, which takes as long as loading them.
         """
-        for rows, queries in self.shapes:
-            progress(f"{rows} x {queries} tokens")
-            call = calls.padding(rows, queries, self._table_pages)
+        for tokens, sequences in self.shapes:
+            progress(f"{tokens} tokens of {sequences} sequences at most")
+            call = calls.padding(tokens, sequences, self.limits)
             if self._programs is None:
                 self.dispatch(call)
             else:
@@ -134,39 +133,42 @@ class JaxEngine:
         return self.start(work)()
 
     def start(self, work: Sequence[tuple[Seq, int]]) -> Callable[[], dict[str, Token]]:
-        """See `Engine.start`. Rows beyond the largest compiled shape take further runs."""
-        queries = self.shapes.row_tokens
-        prefill_rows, decode_rows, runs = [], [], []
+        """See `Engine.start`. What is beyond the largest compiled shape takes further runs."""
+        most_tokens, most_sequences = self.shapes.largest
+        runs: list[tuple[list[Part], jax.Array]] = []
+        parts: list[Part] = []
+        room = most_tokens
         for seq, count in work:
-            rows = decode_rows if count == 1 and self.shapes.decode_rows else prefill_rows
-            rows += calls.rows_of(seq, count, queries)
-        for rows, sizes, width in (
-            (prefill_rows, self.shapes.prefill_rows, queries),
-            (decode_rows, self.shapes.decode_rows, 1),
-        ):
-            for first in range(0, len(rows), sizes[-1] if sizes else 1):
-                part = rows[first : first + sizes[-1]]
-                size = next(size for size in sizes if size >= len(part))
-                runs.append((part, self.run_rows(part, size, width)))
+            start, end = seq.computed, seq.computed + count
+            while start < end:
+                if not room or len(parts) == most_sequences:
+                    runs.append((parts, self.run_parts(parts)))
+                    parts, room = [], most_tokens
+                some = min(end - start, room)
+                parts.append(Part(seq, start, some, start + some == seq.length))
+                start, room = start + some, room - some
+        runs.append((parts, self.run_parts(parts)))
         for _, packed in runs:
             packed.copy_to_host_async()
 
         def wait() -> dict[str, Token]:
-            return calls.merged(calls.tokens(rows, np.asarray(packed)) for rows, packed in runs)
+            return calls.merged(calls.tokens(parts, np.asarray(packed)) for parts, packed in runs)
 
         return wait
 
-    def run_rows(self, rows: Sequence[Row], size: int, queries: int) -> jax.Array:
-        """Dispatches one compiled step of `size` rows. Returns the packed samples (see
-        models.sampling.unpack), still on the device. Log-probabilities of prompts are kept with
-        their sequences until their last row.
+    def run_parts(self, parts: Sequence[Part]) -> jax.Array:
+        """Dispatches one compiled step. Returns the packed samples (see models.sampling.unpack),
+        still on the device. Log-probabilities of prompts are kept with their sequences until their
+        last part.
         """
-        packed = self.dispatch(calls.step(rows, size, queries, self._table_pages))
-        if any(row.num_scored for row in rows):
-            scored = self.dispatch(Score(calls.targets(rows, size, queries)))
-            for index, row in enumerate(rows):
-                if row.num_scored:
-                    row.seq.scored.append((scored, index, row.num_scored))
+        size = self.shapes.fitting(sum(part.num_tokens for part in parts), len(parts))
+        packed = self.dispatch(calls.step(parts, *size, self.limits))
+        if any(part.num_scored for part in parts):
+            scored, at = self.dispatch(Score(calls.targets(parts, size[0]))), 0
+            for part in parts:
+                if part.num_scored:
+                    part.seq.scored.append((scored, at, part.num_scored))
+                at += part.num_tokens
         return packed
 
     def run(self, call: Call) -> jax.Array | None:
@@ -190,10 +192,10 @@ class JaxEngine:
         name, function, args = self._functions.of(call, self.params, cache, hidden)
         if self._programs is None:
             return function, args
-        shape = call[0].shape
-        if (name, shape) not in self._kept:
-            self._kept[name, shape] = self._programs.compiled(name, function, *args)
-        return self._kept[name, shape], args
+        key = (name, *(array.shape for array in call))
+        if key not in self._kept:
+            self._kept[key] = self._programs.compiled(name, function, *args)
+        return self._kept[key], args
 
     def read_pages(self, pages: Sequence[int]) -> KV:
         """See `Engine.read_pages`."""

@@ -33,6 +33,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from kairos_jax.engine import calls
 from kairos_jax.engine.calls import Call, Read, Score, Step, Write
 from kairos_jax.engine.connection import Connection, Frame, Kind
 from kairos_jax.engine.devices import Processes, agree
@@ -271,9 +272,9 @@ def _greet(sock: socket.socket, secret: bytes) -> int | None:
 
 def _shape(call: Call) -> tuple[Kind, int, int]:
     if isinstance(call, Step):
-        return Kind.STEP, *call.rows.shape
+        return Kind.STEP, call.tokens.shape[1], call.sequences.shape[0]
     if isinstance(call, Score):
-        return Kind.SCORE, *call.targets.shape
+        return Kind.SCORE, *call.targets.shape, 0
     return Kind.READ if isinstance(call, Read) else Kind.WRITE, 0, 0
 
 
@@ -287,10 +288,11 @@ def _arrays(engine: JaxEngine, call: Call, process: int) -> list[np.ndarray]:
 
 def _call(engine: JaxEngine, message: Frame) -> Call:
     """The call that a message tells this process of."""
-    if message.kind in (Kind.STEP, Kind.SCORE):
-        like = np.empty((message.rows, message.columns), np.int32)
-        of = Step if message.kind is Kind.STEP else Score
-        return of(*_unpack(message.payload, [like]))
+    if message.kind is Kind.STEP:
+        like = calls.padding(message.tokens, message.sequences, engine.limits)
+        return Step(*_unpack(message.payload, like))
+    if message.kind is Kind.SCORE:
+        return Score(*_unpack(message.payload, [np.empty(message.tokens, np.int32)]))
     ids = np.empty(BLOCK_PAGES, np.int32)
     if message.kind is Kind.READ:
         return Read(*_unpack(message.payload, [ids]))

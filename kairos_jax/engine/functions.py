@@ -29,43 +29,57 @@ BLOCK_PAGES = 4
 serve prompts of every length."""
 
 
-def bucket_sizes(limit: int) -> tuple[int, ...]:
+def bucket_sizes(limit: int, coarse: int = 4) -> tuple[int, ...]:
     """1, 2, 4, 6, 8, 12, 16, 24, ... up to and including `limit`: padding wastes a third at most
-    from 4 on, for two compilations a doubling.
+    from 4 on, for two compilations a doubling. Below `coarse` there is one a doubling.
     """
-    sizes = {1, 2, limit}
-    size = 4
+    sizes, size = {limit}, 1
     while size < limit:
-        sizes |= {size, size + size // 2}
+        sizes |= {size, size + size // 2 if size >= coarse else size}
         size *= 2
     return tuple(sorted(size for size in sizes if size <= limit))
 
 
+# Of prompts fewer tokens are rarely left.
+_LEAST_OF_PROMPTS = 16
+# On an accelerator, steps of fewer tokens than the first take as long; those of fewer than the
+# second read the weights for longer than they compute, so that padding costs little.
+_LEAST_ON_ACCELERATOR, _COARSE_ON_ACCELERATOR = 16, 256
+
+
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The (rows, tokens a row) shapes that an engine compiles.
+    """The sizes that an engine of this role compiles, each (tokens, sequences), ascending."""
 
-    Prefill cuts each chunk into rows of `row_tokens`, decode has a row a sequence.
-    """
-
-    row_tokens: int
-    prefill_rows: tuple[int, ...]
-    decode_rows: tuple[int, ...]
+    role: Role
+    sizes: tuple[tuple[int, int], ...]
 
     @classmethod
-    def for_role(cls, role: Role, limits: Limits, row_tokens: int) -> "Shapes":
-        rows = -(-limits.max_chunk // row_tokens)
-        # Small chunks are not padded further: a row of prompt costs as much as many decode steps.
-        few = range(1, min(rows, 8) + 1)
-        return cls(
-            row_tokens,
-            tuple(sorted({*few, *bucket_sizes(rows)})) if role is not Role.DECODE else (),
-            bucket_sizes(limits.max_batch) if role is not Role.PREFILL else (),
-        )
+    def for_role(cls, role: Role, limits: Limits, kernels: str = "cpu") -> "Shapes":
+        """kernels: by name (models.ops.KERNELS)."""
+        prompts, decodes = role is not Role.DECODE, role is not Role.PREFILL
+        most = limits.max_chunk * prompts + limits.max_batch * decodes
+        least, coarse = 1 if decodes else _LEAST_OF_PROMPTS, 4
+        if KERNELS[kernels].on_accelerator:
+            least, coarse = max(least, _LEAST_ON_ACCELERATOR), _COARSE_ON_ACCELERATOR
+        sizes = [size for size in bucket_sizes(most, coarse) if size >= min(least, most)]
+        return cls(role, tuple((size, min(size, limits.max_batch)) for size in sizes))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        yield from ((rows, self.row_tokens) for rows in self.prefill_rows)
-        yield from ((rows, 1) for rows in self.decode_rows)
+        return iter(self.sizes)
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """No step has more tokens or more sequences."""
+        return self.sizes[-1]
+
+    def fitting(self, num_tokens: int, num_sequences: int) -> tuple[int, int]:
+        """The smallest that holds so many."""
+        return next(
+            (tokens, sequences)
+            for tokens, sequences in self.sizes
+            if tokens >= num_tokens and sequences >= num_sequences
+        )
 
 
 class Functions:
@@ -93,7 +107,7 @@ class Functions:
         dtype: DTypeLike,
         kernels: str,
     ):
-        self.shapes, self.mesh = shapes, mesh
+        self.shapes, self.limits, self.mesh = shapes, limits, mesh
         own = KERNELS[kernels]
         packed = pack_config(config, own, mesh, rules)
         on_this_mesh = on_mesh(own, packed, mesh, rules)
@@ -112,24 +126,23 @@ class Functions:
         tokens = BLOCK_PAGES * limits.page_size
         shape = (config.num_layers, tokens, config.num_kv_heads, 2, config.head_dim)
         self.block = jax.ShapeDtypeStruct(shape, dtype, sharding=wire_sharding)
-        self.table_pages = limits.pages_for(limits.max_context)
         self._hidden_size, self._dtype = config.hidden_size, dtype
         replicated = NamedSharding(mesh, PartitionSpec())
         split = NamedSharding(mesh, rules.spec((None, "vocab")))
 
-        def head(params, hidden):
+        def head(params, hidden, rows=None):
             # Each device makes the logits of its part of the vocabulary. They are whole after that,
             # for the filters look at them 32 times over. Without the first constraint the second
             # reaches through the product, and gathers the weight.
-            parts = logits(packed, params, hidden, on_this_mesh)
+            parts = logits(packed, params, hidden, on_this_mesh, rows)
             parts = jax.lax.with_sharding_constraint(parts, split)
             return jax.lax.with_sharding_constraint(parts, replicated)
 
-        def step(params, cache, rows):
-            inputs, how = calls.unpack(rows, self.table_pages)
+        def step(params, cache, tokens, sequences):
+            inputs, how = calls.unpack(tokens, sequences)
             hidden, cache = hidden_states(packed, params, cache, inputs, on_this_mesh)
             with jax.named_scope("sample"):
-                last = head(params, last_states(hidden, inputs))
+                last = head(params, last_states(hidden, inputs), inputs.num_sequences)
                 return cache, hidden, sampling.sample(last, how, all_finite(hidden, inputs))
 
         def score(params, hidden, targets):
@@ -168,8 +181,8 @@ class Functions:
         before it, for Score.
         """
         match call:
-            case Step(rows):
-                return "step", self._step, (params, pool, rows)
+            case Step(tokens, sequences):
+                return "step", self._step, (params, pool, tokens, sequences)
             case Score(targets):
                 return "score", self._score, (params, hidden, targets)
             case Read(pages):
@@ -180,14 +193,11 @@ class Functions:
     def described(self) -> Iterator[tuple[Call, str, Any, tuple[Any, ...]]]:
         """All programs: what calls each, its name, function and arguments, the arrays as shapes."""
         pages = np.zeros(BLOCK_PAGES, np.int32)
-        steps = list(self.shapes)
-        made: list[Call] = [calls.padding(*size, self.table_pages) for size in steps]
-        scored = max((size for size in steps if size[1] > 1), default=None)
-        if scored:  # of the largest chunk alone: for others it is the same
-            made.append(Score(np.zeros(scored, np.int32)))
-        made += [Read(pages), Write(pages, self.block)]
-        shape = (*(scored or (1, 1)), self._hidden_size)
+        made: list[Call] = [calls.padding(*size, self.limits) for size in self.shapes]
+        tokens, _ = self.shapes.largest
+        # Of the largest step alone: for others it is the same.
+        made += [Score(np.zeros(tokens, np.int32)), Read(pages), Write(pages, self.block)]
         whole = NamedSharding(self.mesh, PartitionSpec())
-        hidden = jax.ShapeDtypeStruct(shape, self._dtype, sharding=whole)
+        hidden = jax.ShapeDtypeStruct((tokens, self._hidden_size), self._dtype, sharding=whole)
         for call in made:
             yield call, *self.of(call, self.params, self.pool, hidden)

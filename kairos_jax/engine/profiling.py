@@ -27,13 +27,14 @@ from kairos_jax.process.progress import Progress
 from models.ops import KERNELS
 from schedulers.cost import KINDS
 from schedulers.fitting import fit, usable
+from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Request, Seq, Slo
 
 log = logging.getLogger(__name__)
 
 # Raised whenever other points are measured, or the fit changes: a profile that was kept before is
 # then measured again.
-_VERSION = 3
+_VERSION = 4
 # Passes over all points, so that a noisy moment spoils no point's median; and what each point gets
 # in each of them: short enough to measure the whole grid in about a minute. Mixed steps are long,
 # and one run a pass shows their form: they take a tenth of the measurement at most.
@@ -41,6 +42,8 @@ _PASSES, _REPEATS, _BUDGET_S = 3, 5, 0.2
 _REPEATS_MIXED = 1
 # KV moves in whole blocks: tokens that fill them.
 _TRANSFER_BLOCKS = (1, 2, 4)
+# Tokens of the shortest chunk of a prompt that is measured.
+_LEAST_CHUNK = 32
 # Contexts of decode steps whose sequences are alike; mixed steps have the first and the last.
 _CONTEXTS = (64, 256, 1024)
 
@@ -61,7 +64,7 @@ def measure(
     for done, (_, index) in enumerate(itertools.product(range(_PASSES), range(len(points)))):
         progress("measure step times", done, total)
         kind, _, run = points[index]
-        times[index] += _times_s(run, _REPEATS_MIXED if kind == "mixed" else _REPEATS)
+        times[index] += _times_s(run, _REPEATS_MIXED if kind in ("mixed", "beside") else _REPEATS)
     progress("measure step times", total, total)
     samples: dict[str, list[tuple]] = {}
     for (kind, point, _), of_point in zip(points, times, strict=True):
@@ -94,10 +97,9 @@ def _fitted(engines: Sequence[JaxEngine], samples: dict[str, list[tuple]]) -> di
     fitted = fit(
         **samples,
         form=declared,
-        buckets=last.shapes.decode_rows,
-        row_tokens=engines[0].shapes.row_tokens,
+        buckets=_batches(last),
     )
-    used = fitted.get("decode", {}).get("form", declared)
+    used = _row(fitted, "decode").get("form", declared)
     if used != declared:
         log.warning(
             "the kernels %s declare %s contexts, but measured decode steps fit %s ones better",
@@ -106,9 +108,15 @@ def _fitted(engines: Sequence[JaxEngine], samples: dict[str, list[tuple]]) -> di
     return fitted
 
 
+def _row(profile: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The coefficients of steps of that kind."""
+    return profile.get(kind, profile.get("step", {}))
+
+
 def _kinds(engines: Sequence[JaxEngine]) -> list[str]:
     """What steps of these engines show the times of."""
-    prefills, decodes = bool(engines[0].shapes.prefill_rows), bool(engines[-1].shapes.decode_rows)
+    roles = [engine.shapes.role for engine in engines]
+    prefills, decodes = roles[0] is not Role.DECODE, roles[-1] is not Role.PREFILL
     shown = (prefills, decodes, prefills and decodes)
     return [kind for kind, there in zip(KINDS, shown, strict=True) if there]
 
@@ -131,6 +139,7 @@ def _points(
                 ("mixed", (len(c), sum(c), max(c)), functools.partial(_decode, last, c))
                 for c in _mixtures(last)
             ),
+            *(("beside", p, functools.partial(_beside, last, *p)) for p in _beside_points(last)),
         ],
         "transfer": [
             ("transfer", (n,), functools.partial(_transfer, first, last, n))
@@ -183,7 +192,7 @@ def write(profile: dict, path: Path) -> None:
 
 def fit_line(profile: dict) -> str:
     """The fit's residuals in one line, and how decode steps read contexts."""
-    form = profile.get("decode", {}).get("form", "ragged")
+    form = _row(profile, "decode").get("form", "ragged")
     said = {"decode": f" (contexts {form})"}
     return ", ".join(
         f"{kind} R2 {fit['r2']:.3f}, p90 error {fit['p90_rel_error']:.0%}{said.get(kind, '')}"
@@ -214,10 +223,10 @@ def _cached_path(config: ServerConfig, model: Model, engines: Sequence[JaxEngine
 
 def _prefill_points(engine: JaxEngine) -> Iterable[tuple[int, int]]:
     """(tokens, tokens computed before) of one chunk."""
-    room = engine.limits.max_context - 1
-    for rows in engine.shapes.prefill_rows:
-        tokens = rows * engine.shapes.row_tokens
-        for computed in (0, engine.limits.max_chunk, 2 * engine.limits.max_chunk):
+    room, most = engine.limits.max_context - 1, engine.limits.max_chunk
+    sizes = {size for size, _ in engine.shapes if _LEAST_CHUNK <= size < most}
+    for tokens in sorted(sizes | {most}):
+        for computed in (0, most, 2 * most):
             if computed == 0 or computed + tokens <= room:
                 yield min(tokens, room), computed
 
@@ -226,14 +235,20 @@ def _decode_points(engine: JaxEngine) -> Iterable[tuple[int, int]]:
     """(sequences, context of each)."""
     longest = engine.limits.max_context - 1
     contexts = sorted({min(context, longest) for context in _CONTEXTS})
-    return itertools.product(engine.shapes.decode_rows, contexts)
+    return itertools.product(_batches(engine), contexts)
+
+
+def _batches(engine: JaxEngine) -> list[int]:
+    """Sequences of the decode steps that are measured: one, and those of every compiled size."""
+    most = engine.limits.max_batch
+    return sorted({1, most} | {size for size, _ in engine.shapes if size < most})
 
 
 def _mixtures(engine: JaxEngine) -> Iterable[list[int]]:
     """Contexts of steps of three sizes: one long sequence among short ones, and every other one
     long.
     """
-    sizes = [size for size in engine.shapes.decode_rows if size > 1]
+    sizes = [size for size in _batches(engine) if size > 1]
     longest = min(_CONTEXTS[-1], engine.limits.max_context - 1)
     shortest = max(min(_CONTEXTS[0], longest // 8), 1)
     for size in sorted({sizes[-1 - len(sizes) * third // 3] for third in range(3) if sizes}):
@@ -242,6 +257,19 @@ def _mixtures(engine: JaxEngine) -> Iterable[list[int]]:
         yield one
         if size > 2:
             yield [longest if index % 2 else shortest for index in range(size)]
+
+
+def _beside_points(engine: JaxEngine) -> Iterable[tuple[int, int, int]]:
+    """(sequences that decode, context of each, tokens of a chunk beside them)."""
+    if engine.shapes.role is not Role.BOTH:
+        return []
+    limits = engine.limits
+    if limits.max_batch < 2:
+        return []
+    context = min(_CONTEXTS[1], limits.max_context - 1)
+    batches = sorted({limits.max_batch // 8 or 1, limits.max_batch // 2, limits.max_batch - 1})
+    chunks = sorted({max(limits.max_chunk // part, 1) for part in (4, 1)})
+    return ((batch, context, min(n, limits.max_context - 1)) for batch in batches for n in chunks)
 
 
 def _transfer_points(engine: JaxEngine) -> list[int]:
@@ -269,6 +297,10 @@ def _prefill(engine: JaxEngine, tokens: int, computed: int) -> None:
 
 def _decode(engine: JaxEngine, contexts: Sequence[int]) -> None:
     engine.step(_work(engine, [(context, 1) for context in contexts]))
+
+
+def _beside(engine: JaxEngine, batch: int, context: int, tokens: int) -> None:
+    engine.step(_work(engine, [*[(context, 1)] * batch, (0, tokens)]))
 
 
 def _transfer(source: JaxEngine, target: JaxEngine, tokens: int) -> None:

@@ -62,7 +62,7 @@ def functions_of(
 ) -> Functions:
     """Those of an engine of this role on these devices. Raises UsageError."""
     limits = config.limits(role)
-    shapes = Shapes.for_role(role, limits, config.prefill.row_tokens)
+    shapes = Shapes.for_role(role, limits, kernels)
     mesh = make_mesh(devices)
     try:
         return Functions(model, mesh, config.rules, limits, shapes, config.dtype, kernels)
@@ -71,13 +71,12 @@ def functions_of(
 
 
 def name_of(call: Call, size: tuple[int, int] | None) -> str:
-    """Of a program, for people. size: of a step, its rows and the tokens of one."""
+    """Of a program, for people. size: of a step, its tokens and sequences."""
     match call:
         case Step():
-            assert size
-            return f"decode {size[0]}" if size[1] == 1 else f"prefill {size[0]} x {size[1]}"
+            return "step {} of {}".format(*size or ())
         case Score(targets):
-            return f"score {targets.shape[0]} x {targets.shape[1]}"
+            return f"score {targets.shape[0]}"
         case Read():
             return "read pages"
         case Write():
@@ -87,12 +86,12 @@ def name_of(call: Call, size: tuple[int, int] | None) -> str:
 def build(
     role: Role, model: ModelConfig, functions: Functions, few_layers: Functions, chip: Chip
 ) -> Iterator[Built]:
-    """Compiles all programs: the largest prefill and decode step, and what moves pages, with all
-    layers; others, which differ from them in size alone, with those of `few_layers`.
+    """Compiles all programs: the largest step, the largest that has a token for each sequence, and
+    what moves pages, with all layers; others, which differ from them in size alone, with those of
+    `few_layers`.
     """
     sizes = list(functions.shapes)
-    ones, others = ([size for size in sizes if (size[1] == 1) == one] for one in (True, False))
-    largest = {max(each) for each in (ones, others) if each}
+    largest = {sizes[-1]} | {max([each for each in sizes if each[0] == each[1]], default=sizes[-1])}
     small = list(few_layers.described())
     for index, (call, _, function, arguments) in enumerate(functions.described()):
         of, layers = functions, model.num_layers

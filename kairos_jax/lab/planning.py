@@ -139,32 +139,37 @@ class Prediction:
 
     def decode_s(self, batch: int, context: int) -> float:
         """A step of so many sequences of that context."""
-        return self._seconds(*self._decode(batch, context), self.shares)
+        return self.step_s(batch, context, 0)
 
     def prefill_s(self, tokens: int, computed: int = 0) -> float:
         """A step of so many tokens of one prompt, after those computed before."""
-        return self._seconds(*self._prefill(tokens, computed), self.shares)
+        return self.step_s(0, 0, tokens, computed)
+
+    def step_s(self, batch: int, context: int, tokens: int, computed: int = 0) -> float:
+        """A step of both."""
+        return self._seconds(batch, context, tokens, computed, self.shares)
 
     def decode_limit_s(self, batch: int, context: int) -> float:
         """As `decode_s`, by what the chip states."""
-        return self._seconds(*self._decode(batch, context), Shares(1, 1, 1, 0))
+        return self._seconds(batch, context, 0, 0, Shares(1, 1, 1, 0))
 
     def prefill_limit_s(self, tokens: int, computed: int = 0) -> float:
         """As `prefill_s`, by what the chip states."""
-        return self._seconds(*self._prefill(tokens, computed), Shares(1, 1, 1, 0))
+        return self._seconds(0, 0, tokens, computed, Shares(1, 1, 1, 0))
 
-    def _decode(self, batch: int, context: int) -> tuple[float, float, int]:
-        """Operations, bytes, and tokens of a step."""
-        attention = 4 * batch * context * self._head_numbers()
-        operations = 2 * batch * (self._products() + self._head()) + attention
-        moved = self._read() + batch * (context + 1) * self.needs.token
-        return operations, moved, batch
-
-    def _prefill(self, tokens: int, computed: int) -> tuple[float, float, int]:
-        seen = tokens * computed + tokens * (tokens + 1) / 2
-        operations = 2 * tokens * self._products() + 2 * self._head()
-        operations += 4 * seen * self._head_numbers()
-        return operations, self._read() + (tokens + computed) * self.needs.token, tokens
+    def _seconds(
+        self, batch: int, context: int, tokens: int, computed: int, shares: Shares
+    ) -> float:
+        total, sequences = batch + tokens, batch + (tokens > 0)
+        pairs = batch * context + tokens * computed + tokens * (tokens + 1) / 2
+        operations = 2 * total * self._products() + 2 * sequences * self._head()
+        operations += 4 * pairs * self._head_numbers()
+        contexts = batch * (context + 1) + computed + tokens
+        moved = self._read() + contexts * self.needs.token
+        computing = operations / (self.chip.flops[self.config.dtype] * shares.flops)
+        moving = moved / (self.chip.bandwidth * shares.bandwidth)
+        exchanging = self._collectives_s(total, sequences, shares.link)
+        return max(computing, moving) + exchanging + shares.host_s
 
     def _products(self) -> float:
         """Weights of the layers' products, on one device."""
@@ -190,13 +195,7 @@ class Prediction:
     def _itemsize(self) -> int:
         return 2 if self.config.dtype == "bfloat16" else 4
 
-    def _seconds(self, operations: float, moved: float, tokens: int, shares: Shares) -> float:
-        chip = self.chip
-        computing = operations / (chip.flops[self.config.dtype] * shares.flops)
-        moving = moved / (chip.bandwidth * shares.bandwidth)
-        return max(computing, moving) + self._collectives_s(tokens, shares.link) + shares.host_s
-
-    def _collectives_s(self, tokens: int, share: float) -> float:
+    def _collectives_s(self, tokens: int, sequences: int, share: float) -> float:
         """Two sums a layer and one of the embedding, and the logits made whole."""
         devices, model = self.needs.devices, self.model
         if devices == 1:
@@ -204,7 +203,7 @@ class Prediction:
         sums = 2 * model.num_layers + 1
         around = (devices - 1) / devices
         summed = 2 * around * tokens * model.hidden_size * self._itemsize()
-        gathered = around * min(tokens, self.config.decode.max_batch) * model.vocab_size * 4
+        gathered = around * sequences * model.vocab_size * 4
         return (sums * summed + gathered) / (self.chip.link * share) + (sums + 1) * _LATENCY_S
 
 
@@ -221,7 +220,8 @@ def predict(
     prefill, decode = (
         Prediction(model, config, needs[role], chip, shares) for role in (first, last)
     )
-    chunks = list(_up_to(config.prefill.max_chunk, least=config.prefill.row_tokens))
+    # Policies fill their chunks. Shorter ones read the weights for longer than they compute.
+    chunks = list(_up_to(config.prefill.max_chunk, least=config.prefill.max_chunk // 4))
     longest = config.max_context
     samples["prefill"] = [
         (tokens, computed, prefill.prefill_s(tokens, computed))
@@ -236,12 +236,19 @@ def predict(
     token = 2 * model.num_layers * model.num_kv_heads * model.head_dim
     token *= 2 if config.dtype == "bfloat16" else 4
     rate = chip.link * shares.link
+    if config.colocated:
+        most, longest_chunk = config.decode.max_batch, chunks[-1]
+        samples["beside"] = [
+            (batch, longest // 8, tokens, decode.step_s(batch, longest // 8, tokens))
+            for batch, tokens in itertools.product(
+                (most // 8 or 1, most // 2 or 1, most), (longest_chunk // 4 or 1, longest_chunk)
+            )
+        ]
     samples["transfer"] = [(n, 2 * shares.host_s + n * token / rate) for n in (256, 1024, 4096)]
     kernels = KERNELS[kernels_of(config, chip)]
     fitted = fitting.fit(
         **samples,
         form=kernels.contexts_of(config.dtype, model.head_dim, config.page_size),
-        row_tokens=config.prefill.row_tokens,
     )
     return {
         "name": f"{config.name} on {chip.title}, {config.layout}, predicted",

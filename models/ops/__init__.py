@@ -15,7 +15,6 @@ from models.ops import (
     attention_gpu,
     attention_hopper,
     attention_tpu,
-    attention_triton,
     native,
 )
 from models.ops.attention import LAYOUT, Attention, reference
@@ -24,8 +23,8 @@ from models.ops.linear import linear as xla_linear
 from models.sharding import Rules
 
 Contexts = Literal["ragged", "padded"]
-"""How a decode step reads the contexts of its rows. "ragged": each at its own length, in whole
-pages or blocks. "padded": all of them, those of padding rows too, at the length of the longest."""
+"""How a decode step reads the contexts of its sequences. "ragged": each at its own length, in whole
+pages or blocks. "padded": all of them, those of padding too, at the length of the longest."""
 
 
 def _all(dtype: DTypeLike, head_dim: int, page_size: int) -> bool:
@@ -39,7 +38,8 @@ class Kernels(NamedTuple):
     takes; None: weights stay as they were declared. unties: a head that is tied to the embedding is
     packed as a weight of its own. contexts: how `attention` reads them in a decode step. takes:
     whether the kernels compute with a dtype, head dim and page size; what they do not take they
-    leave to XLA (`attention_cpu`), which reads contexts padded.
+    leave to XLA (`attention_cpu`), which reads contexts padded. on_accelerator: a step of a few
+    tokens takes as long as one of a few more.
     """
 
     attention: Attention
@@ -49,6 +49,7 @@ class Kernels(NamedTuple):
     unties: bool = False
     contexts: Contexts = "padded"
     takes: Callable[[DTypeLike, int, int], bool] = _all
+    on_accelerator: bool = False
 
     def contexts_of(self, dtype: DTypeLike, head_dim: int, page_size: int) -> Contexts:
         """How a decode step of such arrays reads contexts."""
@@ -67,22 +68,23 @@ KERNELS = {
         contexts="ragged",
         takes=native.takes,
     ),
-    "gpu": Kernels(attention_gpu.attention, attention_gpu.LAYOUT, pack=as_matrix),
+    "gpu": Kernels(
+        attention_gpu.attention, attention_gpu.LAYOUT, pack=as_matrix, on_accelerator=True
+    ),
     "gpu_hopper": Kernels(
         attention_hopper.attention,
         attention_hopper.LAYOUT,
         pack=as_matrix,
         contexts="ragged",
         takes=attention_hopper.takes,
-    ),
-    "gpu_triton": Kernels(
-        attention_triton.attention, attention_triton.LAYOUT, pack=as_matrix, contexts="ragged"
+        on_accelerator=True,
     ),
     "tpu": Kernels(
-        attention_tpu.attention, attention_tpu.LAYOUT, pack=as_matrix, contexts="ragged"
-    ),
-    "tpu_ragged": Kernels(
-        attention_tpu.ragged, attention_tpu.RAGGED_LAYOUT, pack=as_matrix, contexts="ragged"
+        attention_tpu.attention,
+        attention_tpu.LAYOUT,
+        pack=as_matrix,
+        contexts="ragged",
+        on_accelerator=True,
     ),
 }
 
@@ -95,8 +97,8 @@ def on_mesh(
     """
     if mesh.size == 1:
         return kernels
-    heads = rules.spec((None, None, "heads", None))
-    kv_heads = rules.spec((None, None, "kv_heads", None))
+    heads = rules.spec((None, "heads", None))
+    kv_heads = rules.spec((None, "kv_heads", None))
     shardings = kernels.layout.shardings(config, mesh, rules)
     layer = jax.tree.map(lambda sharding: sharding.spec, shardings)
     attention = jax.shard_map(

@@ -1,109 +1,113 @@
-"""Paged attention: one signature and the plain reference that every backend is held against.
+"""Paged attention: one signature, the plain reference that every backend is held against, and the
+blocks into which some of them cut a step.
 
 Every backend takes a step's queries, keys and values, appends the keys and values to the layer's
-pages and attends, causally, to all that each row's page table holds up to the row's own position.
+pages and attends, causally, to all that the pages of each token's sequence hold up to the token's
+own position.
 
-Dimension letters: R rows, Q queries a row, N q heads, K kv heads, H head dim, M pages of a row's
-table, P pages in the pool, G tokens a page.
+Dimension letters: T tokens, S sequences, N q heads, K kv heads, H head dim, M pages of a sequence's
+table, P pages in the pool, G tokens a page, W blocks, B tokens of a block, C tokens of a context.
 """
 
-import functools
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from models.kv_cache import LayerCache, Layout, StepInput, pad_heads
+from models.kv_cache import LayerCache, Layout, StepInput
 
 Attention = Callable[
-    [
-        Float[Array, "R Q N H"],
-        Float[Array, "R Q K H"],
-        Float[Array, "R Q K H"],
-        Any,
-        StepInput,
-    ],
-    tuple[Float[Array, "R Q N H"], Any],
+    [Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"], Any, StepInput],
+    tuple[Float[Array, "T N H"], Any],
 ]
 """(q, k, v, layer, step) -> (output, layer with k and v appended). A layer is a
-`models.kv_cache.Layer` in the backend's own layout."""
-
-Attend = Callable[
-    [Float[Array, "R Q N H"], Float[Array, "R T K H"], Float[Array, "R T K H"], int],
-    Float[Array, "R Q N H"],
-]
-"""(q, k, v, earlier) -> output. The last Q of the T tokens are the row's own, seen causally; before
-them is room for `earlier` tokens from the row's pages, of which those before its start are seen."""
+`models.kv_cache.Layer` in the backend's own layout. The output of padding may be anything that is
+finite."""
 
 # Finite, so that a fully masked block gives exp(0) * 0 rather than NaN.
 MASKED = -1e30
-
 
 # Of the reference, and of all backends for CPU.
 LAYOUT = Layout(LayerCache(k="pkhg", v="pkgh"))
 
 
 def reference(
-    q: Float[Array, "R Q N H"],
-    k: Float[Array, "R Q K H"],
-    v: Float[Array, "R Q K H"],
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
     layer: LayerCache,
     step: StepInput,
-) -> tuple[Float[Array, "R Q N H"], LayerCache]:
-    """Gathers each row's whole page table and attends in one softmax. Slow, and easy to check."""
+) -> tuple[Float[Array, "T N H"], LayerCache]:
+    """Gathers the whole context of each token and attends in one softmax. Slow, easy to check."""
     layer = LAYOUT.append(k, v, layer, step)
-    rows, queries, heads, head = q.shape
-    kv = k.shape[2]
-    keys = layer.k[step.page_table]  # [R, M, K, H, G]
-    values = layer.v[step.page_table]  # [R, M, K, G, H]
-    keys = keys.transpose(0, 2, 3, 1, 4).reshape(rows, kv, head, -1)
-    values = values.transpose(0, 2, 1, 3, 4).reshape(rows, kv, -1, head)
-    grouped = q.reshape(rows, queries, kv, heads // kv, head) * head**-0.5
-    scores = jnp.einsum("rqkgh,rkht->rkgqt", grouped, keys, preferred_element_type=jnp.float32)
-    position = step.start[:, None] + jnp.arange(queries, dtype=jnp.int32)[None, :]
-    slots = jnp.arange(keys.shape[-1], dtype=jnp.int32)
-    visible = slots[None, None, :] <= position[:, :, None]
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = jnp.einsum("rkgqt,rkth->rqkgh", weights, values, preferred_element_type=jnp.float32)
+    (tokens, heads, head), kv = q.shape, k.shape[1]
+    keys, values = LAYOUT.gather(layer, jnp.asarray(step.pages)[step.owners])  # [T, C, K, H]
+    grouped = q.reshape(tokens, kv, heads // kv, head) * head**-0.5
+    scores = jnp.einsum("tkgh,tckh->tkgc", grouped, keys, preferred_element_type=jnp.float32)
+    places = jnp.arange(keys.shape[1], dtype=jnp.int32)
+    visible = places[None, :] <= jnp.asarray(step.positions)[:, None]
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    weights = weights.astype(values.dtype)
+    out = jnp.einsum("tkgc,tckh->tkgh", weights, values, preferred_element_type=jnp.float32)
     return out.reshape(q.shape).astype(q.dtype), layer
 
 
-def over_pages(
-    attend: Attend,
-    layout: Layout,
-    q: Float[Array, "R Q N H"],
-    k: Float[Array, "R Q K H"],
-    v: Float[Array, "R Q K H"],
-    layer: LayerCache,
-    step: StepInput,
-    granule: int = 1,
-) -> Float[Array, "R Q N H"]:
-    """Attention of prefill rows by a kernel that knows nothing of pages: the earlier tokens of each
-    row are gathered before its own.
+class Blocks(NamedTuple):
+    """A step's tokens in blocks of up to B in a row of one sequence. Blocks of padding come last.
 
-    As many as the longest row needs, out of six sizes: none, which is a prompt's first row, and a
-    sixteenth, an eighth, ..., all of the page table, in multiples of `granule` tokens.
+    sequence: whose tokens they are. first: the place of their first on the step's axis of tokens.
+    start: that one's position. counts: how many they are; 0: padding. places: of each token among
+    all places of the blocks.
     """
-    sizes = dict(zip(layout.arrays[-1], layer.v.shape, strict=True))
-    page_size, head = sizes["g"], sizes["h"]
-    k, v = pad_heads(k, head), pad_heads(v, head)
-    unit = math.lcm(page_size, granule) // page_size
-    units = -(-step.page_table.shape[1] // unit)
-    counts = [0, *sorted({unit * -(-units // part) for part in (16, 8, 4, 2, 1)})]
-    table = jnp.pad(step.page_table, ((0, 0), (0, counts[-1] - step.page_table.shape[1])))
 
-    def part(pages: int) -> Array:
-        if not pages:
-            return attend(q, k, v, 0)
-        earlier = layout.gather(layer, table[:, :pages])
-        both = zip(earlier, (k, v), strict=True)
-        keys, values = (jnp.concatenate([old.astype(k.dtype), new], axis=1) for old, new in both)
-        return attend(q, keys, values, pages * page_size)
+    sequence: Int[Array, "W"]
+    first: Int[Array, "W"]
+    start: Int[Array, "W"]
+    counts: Int[Array, "W"]
+    places: Int[Array, "T"]
 
-    longest = jnp.max(jnp.where(step.count > 0, step.start, 0))
-    index = jnp.searchsorted(jnp.asarray(counts), -(-longest // page_size))
-    return jax.lax.switch(index, [functools.partial(part, pages) for pages in counts])
+    @classmethod
+    def of(cls, step: StepInput, size: int) -> "Blocks":
+        """size: B. There are as many blocks as any step of this shape can need."""
+        starts, counts = jnp.asarray(step.starts), step.counts
+        tokens, sequences = step.tokens.shape[0], step.contexts.shape[0]
+        needed = -(-counts // size)
+        ends = jnp.cumsum(needed, dtype=jnp.int32)
+        begins = ends - needed
+        index = jnp.arange(min(tokens, sequences + tokens // size), dtype=jnp.int32)
+        sequence = jnp.searchsorted(ends, index, side="right", method="compare_all")
+        sequence = jnp.minimum(sequence, sequences - 1).astype(jnp.int32)
+        within = (index - begins[sequence]) * size
+        count = jnp.clip(counts[sequence] - within, 0, size)
+        owners = step.owners
+        offset = jnp.arange(tokens, dtype=jnp.int32) - starts[owners]
+        return cls(
+            sequence,
+            starts[sequence] + within,
+            jnp.asarray(step.contexts)[sequence] - counts[sequence] + within,
+            jnp.where(index < ends[-1], count, 0),
+            (begins[owners] + offset // size) * size + offset % size,
+        )
+
+    def cut(self, x: Float[Array, "T N H"], size: int) -> Float[Array, "W B N H"]:
+        """The blocks of x. Their places past `counts` hold other tokens."""
+        return jnp.take(x, self.first[:, None] + jnp.arange(size)[None, :], axis=0, mode="clip")
+
+    def joined(self, x: Float[Array, "W B N H"]) -> Float[Array, "T N H"]:
+        """What `cut` has taken apart."""
+        return jnp.take(x.reshape(-1, *x.shape[2:]), self.places, axis=0, mode="clip")
+
+    @property
+    def num(self) -> Int[Array, ""]:
+        """How many of the blocks are not padding."""
+        return jnp.sum(self.counts > 0, dtype=jnp.int32)
+
+
+def block_size(step: StepInput, most: int) -> int:
+    """Tokens of a block for backends whose blocks all take as long: one where a step of this shape
+    may have no more tokens than sequences, as decode steps do.
+    """
+    tokens = step.tokens.shape[0]
+    return 1 if tokens <= step.contexts.shape[0] else min(most, tokens)

@@ -1,85 +1,99 @@
-"""Paged attention for GPU by XLA and cuDNN: the pages of each row are gathered, and attended to.
+"""Paged attention by XLA and cuDNN: the pages of each block of tokens are gathered, and attended
+to.
 
-What every GPU takes, and what the kernels for some of them leave: it moves three times the bytes
-that a kernel reads which takes pages where they lie. Compiled for an H100, and run on CPU in the
-tests; not yet run on a GPU. Dimension letters as in `models.ops.attention`.
+What every accelerator takes, and what the kernels for some of them leave: it moves three times the
+bytes that a kernel reads which takes pages where they lie. Compiled for an H100, and run on CPU in
+the tests; not yet run on a GPU. Dimension letters as in `models.ops.attention`.
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from models.kv_cache import LayerCache, Layout, StepInput, pad_heads
-from models.ops.attention import over_pages
+from models.kv_cache import Layer, LayerCache, Layout, StepInput, pad_heads
+from models.ops.attention import Blocks, block_size
 
 # A token's keys lie together: what is gathered comes in pieces that are as large as can be, and no
 # kernel for GPU has the pool laid out anew.
 LAYOUT = Layout(LayerCache(k="pgkh", v="pgkh"))
 
+_BLOCK = 128
+# Of a table of pages, the parts that are gathered, where the longest context needs no more.
+_PARTS = (8, 4, 2, 1)
+
 
 def attention(
-    q: Float[Array, "R Q N H"],
-    k: Float[Array, "R Q K H"],
-    v: Float[Array, "R Q K H"],
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
     layer: LayerCache,
     step: StepInput,
     *,
     cudnn: bool = True,
-) -> tuple[Float[Array, "R Q N H"], LayerCache]:
+) -> tuple[Float[Array, "T N H"], LayerCache]:
     """Appends k and v to the layer's pages and attends. See `models.ops.attention.Attention`.
 
     cudnn: False where there is none.
     """
     layer = LAYOUT.append(k, v, layer, step)
-    return gathered(LAYOUT, q, k, v, layer, step, cudnn), layer
+    return gathered(LAYOUT, q, layer, step, cudnn), layer
 
 
 def gathered(
-    layout: Layout,
-    q: Float[Array, "R Q N H"],
-    k: Float[Array, "R Q K H"],
-    v: Float[Array, "R Q K H"],
-    layer: LayerCache,
-    step: StepInput,
-    cudnn: bool = True,
-) -> Float[Array, "R Q N H"]:
-    """Attention over a pool of any layout, k and v appended to it before. cudnn: by cuDNN, if
-    it takes these arrays.
+    layout: Layout, q: Float[Array, "T N H"], layer: Layer, step: StepInput, cudnn: bool
+) -> Float[Array, "T N H"]:
+    """Attention over a pool of any layout, to which the step's keys and values were appended.
+    cudnn: by cuDNN, if it takes these arrays.
     """
-    head = q.shape[-1]
-    width = layer.v.shape[layout.arrays[-1].index("h")]
-    wide = pad_heads(q, width)
-    attend = functools.partial(_attend, step, head**-0.5, cudnn)
-    return over_pages(attend, layout, wide, k, v, layer, step)[..., :head]
+    head, width = q.shape[-1], layer[-1].shape[layout.arrays[-1].index("h")]
+    size = block_size(step, _BLOCK)
+    blocks = Blocks.of(step, size)
+    # cuDNN takes no float32, and heads of 128 at most.
+    cudnn = cudnn and q.dtype in (jnp.bfloat16, jnp.float16) and width <= 128
+    attend = functools.partial(_attend, layout, layer, head**-0.5, "cudnn" if cudnn else "xla")
+    arrays = (
+        blocks.cut(pad_heads(q, width), size),
+        jnp.asarray(step.pages)[blocks.sequence],
+        blocks.start,
+        blocks.counts,
+    )
+    if size == 1:
+        return blocks.joined(attend(*arrays))[..., :head]
+
+    # One at a time: the contexts of all of them at once would fill the memory.
+    def one(index, out):
+        some = [jax.lax.dynamic_slice_in_dim(array, index, 1) for array in arrays]
+        return jax.lax.dynamic_update_slice_in_dim(out, attend(*some), index, 0)
+
+    out = jax.lax.fori_loop(0, blocks.num, one, jnp.zeros_like(arrays[0]))
+    return blocks.joined(out)[..., :head]
 
 
 def _attend(
-    step: StepInput,
+    layout: Layout,
+    layer: Layer,
     scale: float,
-    cudnn: bool,
-    q: Float[Array, "R Q N H"],
-    k: Float[Array, "R T K H"],
-    v: Float[Array, "R T K H"],
-    earlier: int,
-) -> Float[Array, "R Q N H"]:
-    """See `models.ops.attention.Attend`. cuDNN takes no float32, and heads of 128 at most."""
-    cudnn = cudnn and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
-    mask = None
-    if earlier:
-        slots = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, :]
-        queries = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :, None]
-        own = (slots >= earlier) & (slots - earlier <= queries)
-        mask = ((slots < step.start[:, None, None]) & (slots < earlier) | own)[:, None]
+    implementation: Literal["cudnn", "xla"],
+    q: Float[Array, "W B N H"],
+    table: Int[Array, "W M"],
+    start: Int[Array, "W"],
+    count: Int[Array, "W"],
+) -> Float[Array, "W B N H"]:
+    page_size = layer[-1].shape[layout.arrays[-1].index("g")]
+    parts = sorted({-(-table.shape[1] // part) for part in _PARTS})
 
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        scale=scale,
-        # cuDNN leaves out what is above the diagonal, which it does with no mask given.
-        is_causal=not earlier,
-        implementation="cudnn" if cudnn else "xla",
-    )
+    def part(pages: int) -> Array:
+        keys, values = layout.gather(layer, table[:, :pages])
+        places = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None, :]
+        positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
+        mask = (places <= positions[:, :, None])[:, None]
+        return jax.nn.dot_product_attention(
+            q, keys, values, mask=mask, scale=scale, implementation=implementation
+        )
+
+    longest = jnp.max(jnp.where(count > 0, start + count, 0))
+    index = jnp.searchsorted(jnp.asarray(parts), -(-longest // page_size))
+    return jax.lax.switch(index, [functools.partial(part, pages) for pages in parts])

@@ -1,13 +1,13 @@
-"""Paged attention for Hopper GPUs in Pallas Mosaic-GPU: decode reads the pages where they lie.
+"""Paged attention for Hopper GPUs in Pallas Mosaic-GPU, which reads the pages where they lie:
+decode, prefill, and both in one call.
 
 A block of the kernel has 64 rows of one kv head: the q heads that share it, of one or more tokens
 of one sequence. It takes the sequence's pages one after another, the next ones on their way while
-it computes, with a running softmax. Prefill, and what the kernel does not take, is left to
+it computes, with a running softmax. What the kernel does not take is left to
 `models.ops.attention_gpu`.
 
 Compiled for an H100, and run by Pallas's interpreter in the tests, which replaces the two products
-of matrices; not yet run on a GPU. Dimension letters as in `models.ops.attention`, and B blocks,
-W tokens of a block.
+of matrices; not yet run on a GPU. Dimension letters as in `models.ops.attention`.
 """
 
 import functools
@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from models.kv_cache import LayerCache, Layout, StepInput, pad_heads
-from models.ops.attention import MASKED
+from models.ops.attention import MASKED, Blocks
 from models.ops.attention_gpu import gathered
 
 _HEAD_DIMS, _PAGE_SIZES = (64, 128), (64, 128)
@@ -46,33 +46,36 @@ def takes(dtype: DTypeLike, head_dim: int, page_size: int) -> bool:
 
 
 def attention(
-    q: Float[Array, "R Q N H"],
-    k: Float[Array, "R Q K H"],
-    v: Float[Array, "R Q K H"],
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
     layer: LayerCache,
     step: StepInput,
     *,
     interpret: Any = None,
-) -> tuple[Float[Array, "R Q N H"], LayerCache]:
+) -> tuple[Float[Array, "T N H"], LayerCache]:
     """Appends k and v to the layer's pages and attends. See `models.ops.attention.Attention`.
 
     interpret: how Pallas is to interpret the kernel where there is no GPU; None: not at all.
     """
     layer = LAYOUT.append(k, v, layer, step)
-    group, page_size = q.shape[2] // k.shape[2], layer.k.shape[1]
-    if q.shape[1] > 1 or group > _ROWS or not takes(q.dtype, q.shape[-1], page_size):
-        return gathered(LAYOUT, q, k, v, layer, step, cudnn=interpret is None), layer
-    rows, _, _, head = q.shape
-    wide = pad_heads(q * head**-0.5, layer.k.shape[-1])
-    blocks = jnp.arange(rows, dtype=jnp.int32)
-    splits = _splits(rows * k.shape[2], step.page_table.shape[1])
-    table, start, count = map(jnp.asarray, (step.page_table, step.start, step.count))
-    out = paged_blocks(
-        *(wide, layer, table, blocks, start, count),
-        splits=splits,
-        interpret=interpret,
-    )
-    return out[..., :head], layer
+    (_, heads, head), kv, page_size = q.shape, k.shape[1], layer.k.shape[1]
+    if heads // kv > _ROWS or not takes(q.dtype, head, page_size):
+        return gathered(LAYOUT, q, layer, step, cudnn=interpret is None), layer
+    size = _tokens_of(heads // kv)
+    blocks = Blocks.of(step, size)
+    wide = blocks.cut(pad_heads(q * head**-0.5, layer.k.shape[-1]), size)
+    # A step with more tokens than sequences has blocks enough.
+    decodes = q.shape[0] <= step.contexts.shape[0]
+    splits = _splits(q.shape[0] * kv, step.pages.shape[1]) if decodes else 1
+    table = jnp.asarray(step.pages)
+    out = paged_blocks(wide, layer, table, blocks, splits=splits, interpret=interpret)
+    return blocks.joined(out)[..., :head], layer
+
+
+def _tokens_of(group: int) -> int:
+    """Tokens of a block, whose rows are divided by the q heads of each kv head."""
+    return _ROWS // (1 << (group - 1).bit_length())
 
 
 def _splits(blocks: int, pages: int) -> int:
@@ -82,47 +85,43 @@ def _splits(blocks: int, pages: int) -> int:
 
 
 def paged_blocks(
-    q: Float[Array, "B W N H"],
+    q: Float[Array, "W B N H"],
     layer: LayerCache,
-    table: Int[Array, "R M"],
-    rows: Int[Array, "B"],
-    starts: Int[Array, "B"],
-    counts: Int[Array, "B"],
+    table: Int[Array, "S M"],
+    blocks: Blocks,
     *,
     splits: int = 1,
     stages: int | None = None,
     interpret: Any = None,
-) -> Float[Array, "B W N H"]:
-    """Attention of blocks of up to W consecutive tokens of one sequence, over its pages.
+) -> Float[Array, "W B N H"]:
+    """Attention of blocks of tokens over their sequences' pages; a block of padding gives zeros.
 
-    q: scaled. rows: whose page table is each block's. starts: positions of the blocks' first
-    tokens. counts: tokens that are real; a block of none gives zeros. splits: among how many
-    programs a sequence's pages are divided, whose results are merged afterwards. stages: pages on
-    their way; None: as many as suit.
+    q: scaled. splits: among how many programs a sequence's pages are divided, whose results are
+    merged afterwards. stages: pages on their way; None: as many as suit.
     """
-    blocks, width, heads, head = q.shape
+    num_blocks, tokens, heads, head = q.shape
     num_pages, page_size, kv, _ = layer.k.shape
-    group = 1 << (heads // kv - 1).bit_length()  # that of the kernel divides its rows
-    tokens = _ROWS // group
+    group = _ROWS // tokens
     of_page = 2 * page_size * head * q.dtype.itemsize
     stages = stages or min(_MOST_STAGES, _STAGED // of_page)
-    grouped = q.reshape(blocks, width, kv, heads // kv, head)
-    more = ((0, 0), (0, tokens - width), (0, 0), (0, group - heads // kv), (0, 0))
-    packed = jnp.pad(grouped, more).swapaxes(1, 2).reshape(blocks, kv, _ROWS, head)
+    grouped = q.reshape(num_blocks, tokens, kv, heads // kv, head)
+    more = ((0, 0), (0, 0), (0, 0), (0, group - heads // kv), (0, 0))
+    packed = jnp.pad(grouped, more).swapaxes(1, 2).reshape(num_blocks, kv, _ROWS, head)
     kernel = _kernel(
-        blocks, kv, group, head, page_size, table.shape[1], splits, stages, q.dtype, interpret
+        num_blocks, kv, group, head, page_size, table.shape[1], splits, stages, q.dtype, interpret
     )
     # The kernel looks no page up that is not there, but for those that entries past the end name.
     table = jnp.clip(table, 0, num_pages - 1)
-    out, peak, total = kernel(packed, layer.k, layer.v, table, rows, starts, counts)
+    numbers = blocks.sequence, blocks.start, blocks.counts
+    out, peak, total = kernel(packed, layer.k, layer.v, table, *numbers)
     if splits > 1:
         weight = jnp.exp2(peak - peak.max(0, keepdims=True))
         total = (total * weight).sum(0)
         out = (out * weight[..., None]).sum(0) / jnp.maximum(total, 1e-30)[..., None]
     else:
         out = out[0]
-    out = out.reshape(blocks, kv, tokens, group, head).swapaxes(1, 2)
-    return out[:, :width, :, : heads // kv].reshape(q.shape).astype(q.dtype)
+    out = out.reshape(num_blocks, kv, tokens, group, head).swapaxes(1, 2)
+    return out[:, :, :, : heads // kv].reshape(q.shape).astype(q.dtype)
 
 
 def _kernel(

@@ -1,7 +1,7 @@
 // Paged attention, and products with weights, for CPU as XLA custom calls. See models/ops/native.py.
 //
-// Letters as in models/ops/attention.py: R rows, Q queries a row, N q heads, K kv heads, H head dim,
-// M pages of a row's table, P pages in the pool, G tokens a page. All arrays are dense, row-major.
+// Letters as in models/ops/attention.py: T tokens, S sequences, N q heads, K kv heads, H head dim,
+// M pages of a sequence's table, P pages in the pool, G tokens a page. All arrays are dense, row-major.
 
 #include <algorithm>
 #include <atomic>
@@ -64,15 +64,18 @@ struct Vector {
   }
 };
 
-// c[M, N*W] = a[M, depth] @ b[depth, N*W], added to what is there if `add`. All in registers.
+// c[M, N*W] = a[M, depth] @ b[depth, N*W], added to what is there if `add`. All in registers. next:
+// what is to be in the cache when this is done, as many rows as b and laid out like it; or null.
 template <int W, int M, int N>
 void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-          int64_t depth, bool add) {
+          int64_t depth, bool add, const float* next = nullptr) {
   using V = Vector<W>;
   typename V::Type sum[M][N];
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) sum[i][j] = add ? V::load(c + i * ldc + j * W) : V::all(0.0f);
   for (int64_t t = 0; t < depth; t++) {
+    if (next)
+      for (int j = 0; j < N * W; j += 16) __builtin_prefetch(next + t * ldb + j);
     typename V::Type row[N];
     for (int j = 0; j < N; j++) row[j] = V::load(b + t * ldb + j * W);
     for (int i = 0; i < M; i++) {
@@ -85,21 +88,21 @@ void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, in
 }
 
 // In tiles of up to 6 rows, as even as can be: one of 1 or 2 takes almost as long as one of 4, since
-// each sum waits for itself.
+// each sum waits for itself. next: as of `tile`.
 template <int W, int N>
 void tile_rows(int64_t m, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-               int64_t ldc, int64_t depth, bool add) {
+               int64_t ldc, int64_t depth, bool add, const float* next = nullptr) {
   for (int64_t tiles = (m + 5) / 6; tiles; tiles--) {
     int64_t rows = (m + tiles - 1) / tiles;
     switch (rows) {
-      case 6: tile<W, 6, N>(a, lda, b, ldb, c, ldc, depth, add); break;
-      case 5: tile<W, 5, N>(a, lda, b, ldb, c, ldc, depth, add); break;
-      case 4: tile<W, 4, N>(a, lda, b, ldb, c, ldc, depth, add); break;
-      case 3: tile<W, 3, N>(a, lda, b, ldb, c, ldc, depth, add); break;
-      case 2: tile<W, 2, N>(a, lda, b, ldb, c, ldc, depth, add); break;
-      case 1: tile<W, 1, N>(a, lda, b, ldb, c, ldc, depth, add); break;
+      case 6: tile<W, 6, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
+      case 5: tile<W, 5, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
+      case 4: tile<W, 4, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
+      case 3: tile<W, 3, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
+      case 2: tile<W, 2, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
+      case 1: tile<W, 1, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
     }
-    m -= rows, a += rows * lda, c += rows * ldc;
+    m -= rows, a += rows * lda, c += rows * ldc, next = nullptr;
   }
 }
 
@@ -117,34 +120,60 @@ void product(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, c
 constexpr int kPanel = kColumns * kWidth;
 // Of a panel, so many rows are in the first cache at once: 16 KiB.
 constexpr int64_t kDepth = 4096 / kPanel;
+// Rows that are enough for a task.
+constexpr int64_t kRows = 24;
 
 // y[m, n] = x[m, depth] @ w, whose columns, kPanel at a time, are panels [depth, kPanel], the last one
-// filled up with zeros. So each thread reads memory from one end to the other.
+// filled up with zeros. So each thread reads memory from one end to the other; what comes next is on
+// its way while it computes.
 void linear_panel(int64_t m, int64_t n, int64_t depth, const float* x, const float* panel, float* y) {
-  for (int64_t t = 0; t < depth; t += kDepth)
-    tile_rows<kWidth, kColumns>(m, x + t, depth, panel + t * kPanel, kPanel, y, n,
-                                std::min(kDepth, depth - t), t > 0);
+  for (int64_t t = 0; t < depth; t += kDepth) {
+    int64_t some = std::min(kDepth, depth - t);
+    const float* next = panel + (t + some) * kPanel;  // past the last one lies the next panel
+    tile_rows<kWidth, kColumns>(m, x + t, depth, panel + t * kPanel, kPanel, y, n, some, t > 0, next);
+  }
 }
 
 struct Shape {
-  int64_t rows, queries, heads, kv, head, pages, page, table;
+  int64_t tokens, sequences, heads, kv, head, pages, page, table;
 };
 
 struct Arrays {
   const float *q, *k, *v;
   float *keys, *values, *out;  // the pool's pages, written in place
-  const int32_t *start, *count, *table;
+  const int32_t *slots, *starts, *contexts, *table;
 };
 
-// Writes the new keys and values of one row and kv head into the pool.
-void append(const Shape& s, const Arrays& x, int64_t row, int64_t kv) {
-  const int32_t* table = x.table + row * s.table;
-  for (int64_t query = 0; query < x.count[row]; query++) {
-    int64_t position = x.start[row] + query, slot = position % s.page;
-    int64_t page = table[std::min(position / s.page, s.table - 1)];
+// Up to kBlock tokens in a row of one sequence. start: the position of the first.
+struct Block {
+  int64_t sequence, first, start, count;
+};
+
+// Queries that take a sequence's pages together. More read them less often, and see more of the
+// last of them in vain.
+constexpr int64_t kBlock = 32;
+
+std::vector<Block> blocks_of(const Shape& s, const Arrays& x) {
+  std::vector<Block> blocks;
+  for (int64_t i = 0; i < s.sequences; i++) {
+    int64_t first = x.starts[i], end = x.starts[i + 1], before = x.contexts[i] - (end - first);
+    for (int64_t at = first; at < end; at += kBlock)
+      blocks.push_back({i, at, before + at - first, std::min(kBlock, end - at)});
+  }
+  // Those that take longest come first, so that no thread is left with one at the end.
+  auto cost = [](const Block& b) { return b.count * (b.start + b.count); };
+  std::stable_sort(blocks.begin(), blocks.end(),
+                   [&](const Block& a, const Block& b) { return cost(a) > cost(b); });
+  return blocks;
+}
+
+// Writes the new keys and values of some tokens and one kv head into the pool.
+void append(const Shape& s, const Arrays& x, int64_t first, int64_t count, int64_t kv) {
+  for (int64_t token = first; token < first + count; token++) {
+    int64_t page = x.slots[token] / s.page, slot = x.slots[token] % s.page;
     if (page < 0 || page >= s.pages) continue;
-    const float* k = x.k + ((row * s.queries + query) * s.kv + kv) * s.head;
-    const float* v = x.v + ((row * s.queries + query) * s.kv + kv) * s.head;
+    const float* k = x.k + (token * s.kv + kv) * s.head;
+    const float* v = x.v + (token * s.kv + kv) * s.head;
     float* block = x.keys + (page * s.kv + kv) * s.head * s.page + slot;
     for (int64_t h = 0; h < s.head; h++) block[h * s.page] = k[h];
     std::memcpy(x.values + ((page * s.kv + kv) * s.page + slot) * s.head, v,
@@ -180,30 +209,29 @@ void weigh(const Shape& s, int64_t visible, float* scores, float* out, float& pe
   for (int i = 0; i < W; i++) total += sum[i];
 }
 
-// Attention of all queries of one row's q heads that share one kv head.
+// Attention of a block's queries of the q heads that share one kv head.
 template <int W>
-void attend(const Shape& s, const Arrays& x, int64_t row, int64_t kv) {
-  int64_t count = x.count[row], group = s.heads / s.kv, queries = count * group;
-  float* out = x.out + (row * s.queries * s.heads + kv * group) * s.head;
-  for (int64_t query = count; query < s.queries; query++)
-    std::fill_n(out + query * s.heads * s.head, group * s.head, 0.0f);
-  if (!queries) return;
+void attend(const Shape& s, const Arrays& x, const Block& block, int64_t kv) {
+  int64_t group = s.heads / s.kv, queries = block.count * group;
+  float* out = x.out + (block.first * s.heads + kv * group) * s.head;
   thread_local std::vector<float> space;
   space.resize(queries * (2 * s.head + s.page + 2));
   float *q = space.data(), *sum = q + queries * s.head, *scores = sum + queries * s.head;
   float *peak = scores + queries * s.page, *total = peak + queries;
   float scale = 1.0f / std::sqrt(static_cast<float>(s.head));
   for (int64_t i = 0; i < queries; i++) {
-    const float* from = x.q + ((row * s.queries + i / group) * s.heads + kv * group + i % group) * s.head;
+    int64_t token = block.first + i / group;
+    const float* from = x.q + (token * s.heads + kv * group + i % group) * s.head;
     for (int64_t h = 0; h < s.head; h++) q[i * s.head + h] = from[h] * scale;
   }
   std::fill_n(sum, queries * s.head, 0.0f);
   std::fill_n(peak, queries, -INFINITY);
   std::fill_n(total, queries, 0.0f);
 
-  int64_t start = x.start[row], used = (start + count + s.page - 1) / s.page;
+  int64_t start = block.start, used = (start + block.count + s.page - 1) / s.page;
   for (int64_t index = 0; index < std::min(used, s.table); index++) {
-    int64_t page = std::clamp<int64_t>(x.table[row * s.table + index], 0, s.pages - 1);
+    int64_t page = x.table[block.sequence * s.table + index];
+    page = std::clamp<int64_t>(page, 0, s.pages - 1);
     int64_t base = index * s.page;
     // The queries before `first` see nothing of this page.
     int64_t first = std::max<int64_t>(0, base - start) * group, some = queries - first;
@@ -246,29 +274,39 @@ void parallel(ffi::ThreadPool& pool, int64_t count, const F& f) {
 
 template <int W>
 void run(ffi::ThreadPool& pool, const Shape& s, const Arrays& x) {
-  int64_t tasks = s.rows * s.kv;
-  // The rows of a prompt see each other's keys; those of a decode step are sequences of their own.
-  if (s.queries > 1) parallel(pool, tasks, [&](int64_t i) { append(s, x, i / s.kv, i % s.kv); });
-  parallel(pool, tasks, [&](int64_t i) {
-    int64_t row = s.rows - 1 - i / s.kv, kv = i % s.kv;  // a prompt's last row takes longest
-    if (s.queries == 1) append(s, x, row, kv);
-    attend<W>(s, x, row, kv);
+  std::vector<Block> blocks = blocks_of(s, x);
+  int64_t tasks = blocks.size() * s.kv, real = x.starts[s.sequences];
+  // The tokens of a prompt see each other's keys; a token that is alone sees no other of this step.
+  bool alone = std::all_of(blocks.begin(), blocks.end(), [&](const Block& block) {
+    return x.starts[block.sequence + 1] - x.starts[block.sequence] == 1;
   });
+  if (!alone)
+    parallel(pool, tasks, [&](int64_t i) {
+      append(s, x, blocks[i / s.kv].first, blocks[i / s.kv].count, i % s.kv);
+    });
+  parallel(pool, tasks, [&](int64_t i) {
+    const Block& block = blocks[i / s.kv];
+    if (alone) append(s, x, block.first, block.count, i % s.kv);
+    attend<W>(s, x, block, i % s.kv);
+  });
+  int64_t numbers = s.heads * s.head;
+  std::fill_n(x.out + real * numbers, (s.tokens - real) * numbers, 0.0f);
 }
 
 ffi::Error paged_attention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats keys,
-                           Floats values, Ints start, Ints count, Ints table,
+                           Floats values, Ints slots, Ints starts, Ints contexts, Ints table,
                            ffi::Result<Floats> out, ffi::Result<Floats> new_keys,
                            ffi::Result<Floats> new_values) {
-  auto dims = q.dimensions(), pool_dims = keys.dimensions();
-  Shape s{dims[0],      dims[1],      dims[2],      pool_dims[1],
-          pool_dims[2], pool_dims[0], pool_dims[3], table.dimensions()[1]};
+  auto dims = q.dimensions(), pool_dims = keys.dimensions(), table_dims = table.dimensions();
+  Shape s{dims[0],      table_dims[0], dims[1],      pool_dims[1],
+          pool_dims[2], pool_dims[0],  pool_dims[3], table_dims[1]};
   // XLA keeps to the aliases, or copies into them first; else the pool would not be in the results.
   if (keys.typed_data() != new_keys->typed_data() || values.typed_data() != new_values->typed_data())
     return ffi::Error::Internal("the page pool was not given in place");
-  Arrays x{q.typed_data(),          k.typed_data(),     v.typed_data(),
-           new_keys->typed_data(),  new_values->typed_data(), out->typed_data(),
-           start.typed_data(),      count.typed_data(), table.typed_data()};
+  Arrays x{q.typed_data(),         k.typed_data(),           v.typed_data(),
+           new_keys->typed_data(), new_values->typed_data(), out->typed_data(),
+           slots.typed_data(),     starts.typed_data(),      contexts.typed_data(),
+           table.typed_data()};
   if ((s.head | s.page) % kWidth == 0)
     run<kWidth>(pool, s, x);
   else if ((s.head | s.page) % 4 == 0)
@@ -278,22 +316,30 @@ ffi::Error paged_attention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, F
   return ffi::Error::Success();
 }
 
-ffi::Error linear(ffi::ThreadPool pool, Floats x, Floats w, ffi::Result<Floats> y) {
+ffi::Error linear(ffi::ThreadPool pool, Floats x, Floats w, Ints wanted, ffi::Result<Floats> y) {
   int64_t depth = x.dimensions().back(), n = y->dimensions().back();
-  int64_t m = x.element_count() / depth, whole = n / kPanel;
+  int64_t rows = x.element_count() / depth, whole = n / kPanel;
+  int64_t m = std::clamp<int64_t>(wanted.typed_data()[0], 0, rows);
   if (w.dimensions().size() != 3 || w.dimensions()[1] != depth || w.dimensions()[2] != kPanel ||
       w.dimensions()[0] != (n + kPanel - 1) / kPanel)
     return ffi::Error::InvalidArgument("the weight is not packed for this product");
-  const float *rows = x.typed_data(), *panels = w.typed_data();
+  const float *from = x.typed_data(), *panels = w.typed_data();
   float* out = y->typed_data();
-  parallel(pool, w.dimensions()[0], [&](int64_t j) {
-    const float* panel = panels + j * depth * kPanel;
-    if (j < whole) return linear_panel(m, n, depth, rows, panel, out + j * kPanel);
+  std::fill_n(out + m * n, (rows - m) * n, 0.0f);
+  if (!m) return ffi::Error::Success();
+  // With many rows a panel is shared by several tasks, so that all threads end at the same time.
+  int64_t parts = std::clamp<int64_t>(m / kRows, 1, 8), each = (m + parts - 1) / parts;
+  parallel(pool, w.dimensions()[0] * parts, [&](int64_t i) {
+    int64_t j = i / parts, first = i % parts * each, some = std::min(each, m - first);
+    if (some <= 0) return;
+    const float *panel = panels + j * depth * kPanel, *rows = from + first * depth;
+    float* to = out + first * n;
+    if (j < whole) return linear_panel(some, n, depth, rows, panel, to + j * kPanel);
     thread_local std::vector<float> last;
-    last.resize(m * kPanel);
-    linear_panel(m, kPanel, depth, rows, panel, last.data());
-    for (int64_t i = 0; i < m; i++)
-      std::copy_n(&last[i * kPanel], n % kPanel, out + i * n + whole * kPanel);
+    last.resize(some * kPanel);
+    linear_panel(some, kPanel, depth, rows, panel, last.data());
+    for (int64_t r = 0; r < some; r++)
+      std::copy_n(&last[r * kPanel], n % kPanel, to + r * n + whole * kPanel);
   });
   return ffi::Error::Success();
 }
@@ -304,7 +350,12 @@ extern "C" int PanelWidth() { return kPanel; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     Linear, linear,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<Floats>()
+        .Arg<Floats>()
+        .Arg<Ints>()
+        .Ret<Floats>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttention, paged_attention,
                               ffi::Ffi::Bind()
@@ -314,6 +365,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttention, paged_attention,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()

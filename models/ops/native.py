@@ -8,7 +8,7 @@ dtypes than float32, head dims and page sizes that are no multiple of 4 are left
 The code is compiled for the machine at hand when it is first asked for, by the C++ compiler found
 there, which takes some seconds; the library is kept in a folder of the caller's choice.
 
-Dimension letters as in `models.ops.attention`, and I inputs, O outputs, J panels, T columns of one.
+Dimension letters as in `models.ops.attention`, and I inputs, O outputs, J panels, Z columns of one.
 """
 
 import ctypes
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,19 +71,19 @@ def load(folder: Path) -> None:
 
 
 def takes(dtype: DTypeLike, head_dim: int, page_size: int) -> bool:
-    """Whether the attention in C++ takes such arrays. It reads each row's pages up to the row's
-    own length.
+    """Whether the attention in C++ takes such arrays. It reads each sequence's pages up to
+    its own length.
     """
     return jnp.dtype(dtype) == jnp.float32 and not head_dim % 4 and not page_size % 4
 
 
 def attention(
-    q: Float[Array, "R Q N H"],
-    k: Float[Array, "R Q K H"],
-    v: Float[Array, "R Q K H"],
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
     layer: LayerCache,
     step: StepInput,
-) -> tuple[Float[Array, "R Q N H"], LayerCache]:
+) -> tuple[Float[Array, "T N H"], LayerCache]:
     """Appends k and v to the layer's pages and attends. See `models.ops.attention.Attention`.
 
     `load` must have been called.
@@ -92,22 +93,32 @@ def attention(
         return attention_cpu.attention(q, k, v, layer, step)
     shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (q, layer.k, layer.v)]
     call = jax.ffi.ffi_call("kairos_paged_attention", shapes, input_output_aliases={3: 1, 4: 2})
-    out, keys, values = call(q, k, v, layer.k, layer.v, step.start, step.count, step.page_table)
+    numbers = step.slots, step.starts, step.contexts, step.pages
+    out, keys, values = call(q, k, v, layer.k, layer.v, *numbers)
     return out, LayerCache(keys, values)
 
 
 def linear(
-    x: Float[Array, "... I"], w: Float[Array, "J I T"], *out: int, dtype: DTypeLike | None = None
+    x: Float[Array, "... I"],
+    w: Float[Array, "J I Z"],
+    *out: int,
+    dtype: DTypeLike | None = None,
+    rows: Any = None,
 ) -> Float[Array, "..."]:
-    """See `models.ops.linear.Linear`; w is as `pack` gave it."""
+    """See `models.ops.linear.Linear`; w is as `pack` gave it. Rows that are not wanted are not
+    computed: they are zeros.
+    """
     if w.dtype != jnp.float32:
-        return xla_linear(x, w, *out, dtype=dtype)
+        return xla_linear(x, w, *out, dtype=dtype, rows=rows)
+    if rows is None:
+        rows = math.prod(x.shape[:-1])
     shape = jax.ShapeDtypeStruct((*x.shape[:-1], math.prod(out)), x.dtype)
-    return jax.ffi.ffi_call("kairos_linear", shape)(x, w).reshape(*x.shape[:-1], *out)
+    call = jax.ffi.ffi_call("kairos_linear", shape)
+    return call(x, w, jnp.asarray(rows, jnp.int32)).reshape(*x.shape[:-1], *out)
 
 
-def pack(w: Float[Array, "I O"]) -> Float[Array, "J I T"]:
-    """The weight's columns, T at a time, as panels, the last filled up with zeros. T is what suits
+def pack(w: Float[Array, "I O"]) -> Float[Array, "J I Z"]:
+    """The weight's columns, Z at a time, as panels, the last filled up with zeros. Z is what suits
     the machine. Only float32 is packed.
     """
     if w.dtype != jnp.float32:

@@ -105,7 +105,8 @@ class Colocated:
         limit_s = math.inf
         if batch.work:
             limit_s = self.decode.limit_s(decoding, batch, now) / instance.pace
-        chunk = self._chunk(prompts, limit_s - batch.predicted_s)
+        shared_s = self.cost.shared_s if batch.work else 0.0
+        chunk = self._chunk(prompts, limit_s - batch.predicted_s + shared_s)
         beside = instance.limits.max_batch - len(batch.work)
         if places > 0:
             beside = min(beside, places)
@@ -121,22 +122,21 @@ class Colocated:
             # A prompt has only the time that decode leaves it.
             prompts.pace = instance.pace / max(1 - batch.predicted_s / limit_s, 0.1)
         more = self.prefill(prompts, now)
-        return Batch(
-            {**batch.work, **more.work}, batch.fetch, (), batch.predicted_s + more.predicted_s
-        )
+        predicted_s = batch.predicted_s + more.predicted_s - (shared_s if more.work else 0.0)
+        return Batch({**batch.work, **more.work}, batch.fetch, (), predicted_s)
 
     def _chunk(self, prompts: Instance, spare_s: float) -> int:
         """Prompt tokens that fit into `spare_s`; none, if they are not worth the step's base."""
         limit, cost = prompts.limits.max_chunk, self.cost.prefill
-        spare_s -= cost.base_s
+        # The most that n tokens after `computed` others cost: a + b n + c n^2.
+        computed = float(prompts.running.computed.max(initial=0.0))
+        spare_s -= cost.base_s + cost.chunk_s(0, computed)
         if math.isinf(spare_s) or spare_s <= 0:
             return limit if spare_s > 0 else 0
-        # The most that n tokens after `computed` others cost: a n + b n^2.
-        computed = float(prompts.running.computed.max(initial=0.0))
-        linear = cost.per_token_s + 2 * cost.per_token_sq_s * computed
-        root = math.sqrt(linear * linear + 4 * cost.per_token_sq_s * spare_s)
+        linear = cost.per_token_s + cost.per_pair_s * computed + cost.per_context_token_s
+        root = math.sqrt(linear * linear + 2 * cost.per_pair_s * spare_s)
         fits = 2 * spare_s / (linear + root) if linear + root else math.inf
-        count = int(min(fits, limit)) // cost.row_tokens * cost.row_tokens
+        count = int(min(fits, limit))
         places = [place for place in (prompts.running, prompts.waiting) if place]
         least = min(float((place.length - place.computed).min()) for place in places)
         worth = count == limit or spare_s >= self.worth * cost.base_s

@@ -249,7 +249,7 @@ def _step(
     work: dict[str, int] = {}
     free, parked_room = _free(instance, now)
     room = instance.limits.max_chunk
-    spare_s, row_tokens = math.inf, cost.prefill.row_tokens
+    spare_s = math.inf
     predicted = cost.prefill.base_s
     for seq in order:
         length, computed = seq.length, seq.computed
@@ -267,7 +267,7 @@ def _step(
         predicted += chunk_s
         free -= needed
         parked_room -= 0 if begun else length
-        room -= -(-count // row_tokens) * row_tokens
+        room -= count
         if room <= 0 or not pack or len(work) == instance.limits.max_batch:
             break
     return Batch(work, predicted_s=predicted) if work else Batch()

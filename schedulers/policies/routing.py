@@ -224,7 +224,7 @@ def prompt_s(request: Request, summary: Summary, cost: CostModel, cached: int = 
 def share(length: Number, tpot: Number, cost: CostModel) -> Number:
     """Share of an instance's time that a sequence needs beside others, at a step a TPOT."""
     decode = cost.decode
-    return (decode.per_seq_s + decode.per_context_token_s * length) / tpot
+    return (decode.decoded_s + decode.decoded_context_s * length) / tpot
 
 
 def _first_token_s(request: Request, summary: Summary, prefill_s: float) -> float:

@@ -32,7 +32,7 @@ class View:
         slack = cells[Column.DUE] - now
         self.period = tpot + (slack - tpot) / np.maximum(_MEDIAN * self.left, 1.0)
         decode = cost.decode
-        self.own = decode.per_seq_s + decode.per_context_token_s * self.length
+        self.own = decode.decoded_s + decode.decoded_context_s * self.length
         if instance.pace != 1.0:
             self.own = instance.pace * self.own
         self.base_s = instance.pace * cost.decode_base_s
@@ -88,7 +88,7 @@ class View:
         else:
             # Each pays for the longest of the sequences that it steps beside.
             longest = np.maximum.accumulate(self.length[order])
-            per_row = self.pace * (decode.per_seq_s + decode.per_context_token_s * longest)
+            per_row = self.pace * (decode.decoded_s + decode.decoded_context_s * longest)
             load = base + per_row * (1 / period).cumsum()
             own_s = per_row * np.arange(1, order.size + 1)
         # All pay for the padding of the batch.

@@ -86,6 +86,14 @@ def test_roofline(environment):
     for row in [*result["decode"], *result["prefill"]]:
         share = row["limit_ms"] / row["engine_ms"]["median"]
         assert row["engine_share"] == pytest.approx(share, abs=1e-3)
+        assert row["plan_ms"] > row["limit_ms"]
+
+
+def test_what_the_host_adds(environment):
+    result = run(environment, "host_step", "--sizes=4:100", "--steps=10")
+    (row,) = result["steps"]
+    assert (row["batch"], row["context"]) == (4, 100)
+    assert 0 < row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"]
 
 
 def test_the_first_run_on_an_accelerator(environment, tmp_path):

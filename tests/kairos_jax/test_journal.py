@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from costs import decodes, prefills
 
 from kairos_jax.journal import find_id
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.journal import Journal, to_lines
 from schedulers.ledger.request import Slo
 from schedulers.simulation.scenario import Scenario, build
@@ -26,8 +27,8 @@ def run(tmp_path_factory):
     """A folder with a journal and the profile that it was scheduled by."""
     folder = tmp_path_factory.mktemp("run")
     cost = CostModel(
-        PrefillCost(**PROFILE["prefill"]),
-        DecodeCost(**PROFILE["decode"]),
+        prefills(**PROFILE["prefill"]),
+        decodes(**PROFILE["decode"]),
         TransferCost(**PROFILE["transfer"]),
         PROFILE["kv_capacity_tokens"],
     )

@@ -194,7 +194,7 @@ def engines(directory, weight: str | None, at: int = 0) -> list[JaxEngine]:
         params = dict(checkpoint.load(mesh, rules, "float32"))
         if weight:
             params[weight] = params[weight].at[at].set(np.nan)
-        shapes = Shapes.for_role(role, LIMITS, row_tokens=16)
+        shapes = Shapes.for_role(role, LIMITS)
         made.append(JaxEngine(checkpoint.config, params, mesh, rules, LIMITS, shapes))
     return made
 

@@ -60,23 +60,25 @@ def test_frequencies_follow_the_softmax():
     np.testing.assert_allclose(counts, probabilities, atol=0.015)
 
 
-def test_given_tokens_are_scored_row_by_row():
+@pytest.mark.parametrize("block", [1, 4, 8, 64])
+def test_given_tokens_are_scored_block_by_block(block, monkeypatch):
+    monkeypatch.setattr(sampling, "_SCORED", block)
     rng = np.random.default_rng(0)
-    hidden = rng.normal(size=(3, 4, 8)).astype(np.float32)
+    hidden = rng.normal(size=(12, 8)).astype(np.float32)
     head = rng.normal(size=(8, VOCAB)).astype(np.float32)
-    targets = rng.integers(0, VOCAB, (3, 4)).astype(np.int32)
-    targets[0], targets[2, 1:] = -1, -1
+    targets = rng.integers(0, VOCAB, 12).astype(np.int32)
+    targets[:4], targets[9:] = -1, -1
     packed = np.asarray(
         jax.jit(functools.partial(sampling.score, lambda x: x @ head))(hidden, targets)
     )
-    assert not packed[0].any(), "nothing is wanted of it"
-    expected = np.asarray(jax.nn.log_softmax(hidden @ head))
-    for row, count in ((1, 4), (2, 1)):
-        got, logprobs = sampling.unpack(packed[row, :count]), expected[row, :count]
-        np.testing.assert_array_equal(got.token, targets[row, :count])
-        chosen = logprobs[np.arange(count), targets[row, :count]]
-        np.testing.assert_allclose(got.logprob, chosen, rtol=1e-5)
-        np.testing.assert_allclose(got.top_logprobs, -np.sort(-logprobs)[:, :20], rtol=1e-5)
+    if block < 8:
+        assert not packed[:4].any(), "nothing is wanted of them"
+    wanted = slice(4, 9)
+    logprobs = np.asarray(jax.nn.log_softmax(hidden @ head))[wanted]
+    got = sampling.unpack(packed[wanted])
+    np.testing.assert_array_equal(got.token, targets[wanted])
+    np.testing.assert_allclose(got.logprob, logprobs[np.arange(5), targets[wanted]], rtol=1e-5)
+    np.testing.assert_allclose(got.top_logprobs, -np.sort(-logprobs)[:, :20], rtol=1e-5)
 
 
 def test_filters_keep_what_they_should():

@@ -16,7 +16,7 @@ PROFILE = {
 
 def profile(**changes):
     return PROFILE | {
-        name: PROFILE[name] | change if isinstance(change, dict) else change
+        name: PROFILE.get(name, {}) | change if isinstance(change, dict) else change
         for name, change in changes.items()
     }
 
@@ -32,7 +32,8 @@ def test_prefill():
 @pytest.mark.parametrize("num_tokens", [1, 8, 9, 16, 23, 24])
 @pytest.mark.parametrize("computed", [0, 8])
 def test_a_prompt_costs_what_its_chunks_cost(num_tokens, computed):
-    cost = CostModel.from_profile(profile(prefill={"row_tokens": 4}))
+    both = {"per_seq_s": 0.3, "per_context_token_s": 0.02}
+    cost = CostModel.from_profile(profile(prefill=both))
     chunks, done = [], 0
     while done < num_tokens:
         chunks.append((min(8, num_tokens - done), computed + done))
@@ -41,9 +42,39 @@ def test_a_prompt_costs_what_its_chunks_cost(num_tokens, computed):
     assert whole == pytest.approx(sum(cost.prefill_s(*chunk) for chunk in chunks))
 
 
-def test_prefill_rows_are_padded():
-    cost = CostModel.from_profile(profile(prefill={"row_tokens": 64}))
-    assert cost.prefill_s(1) == cost.prefill_s(64) < cost.prefill_s(65)
+STEP = {
+    "base_s": 1.0,
+    "per_token_s": 0.1,
+    "per_pair_s": 0.02,
+    "per_seq_s": 0.5,
+    "per_context_token_s": 0.03,
+}
+BOTH = {"step": STEP, "transfer": PROFILE["transfer"], "kv_capacity_tokens": 1000}
+
+
+def test_an_instance_that_does_both_has_one_row():
+    cost = CostModel.from_profile(BOTH)
+    assert cost.prefill == cost.decode
+    # 10 tokens after 5: 10 * 5 + 10 * 10 / 2 pairs, a context of 15.
+    assert cost.prefill_s(10, computed=5) == pytest.approx(1 + 1 + 0.02 * 100 + 0.5 + 0.03 * 15)
+    assert cost.decode_s([10, 20]) == pytest.approx(1 + 2 * (0.1 + 0.5) + (0.02 + 0.03) * 30)
+    assert cost.shared_s == 1.0
+    scaled = cost.scaled(2)
+    assert scaled.prefill_s(10, 5) == pytest.approx(2 * cost.prefill_s(10, 5))
+    assert scaled.decode_s([10, 20]) == pytest.approx(2 * cost.decode_s([10, 20]))
+
+
+def test_a_row_of_one_job_goes_before_that_of_both():
+    cost = CostModel.from_profile(BOTH | {"decode": PROFILE["decode"]})
+    assert cost.decode == CostModel.from_profile(PROFILE).decode
+    assert cost.prefill == CostModel.from_profile(BOTH).prefill
+
+
+def test_older_files_count_the_square_of_a_chunk():
+    """A token of a chunk attends to half of the chunk, on the average."""
+    newer = {"base_s": 1.0, "per_token_s": 0.1, "per_pair_s": 0.02}
+    cost = CostModel.from_profile(PROFILE | {"prefill": newer})
+    assert cost == CostModel.from_profile(PROFILE)
 
 
 def test_decode_ragged_and_padded():
@@ -95,7 +126,9 @@ def test_a_bad_coefficient_is_named(kind, value):
         ({"decode": {"buckets": [1, 2], "factors": [1.0]}}, "decode.factors"),
         ({"decode": {"buckets": [1], "factors": [0.0]}}, "decode.factors"),
         ({"decode": {"factors": 1.0}}, "decode.factors"),
-        ({"prefill": {"row_tokens": 0}}, "prefill.row_tokens"),
+        ({"prefill": {"per_token_sq_s": -1}}, "prefill.per_token_sq_s"),
+        ({"prefill": {"per_seq_s": -1}}, "prefill.per_seq_s"),
+        ({"step": {"base_s": 1.0}, "prefill": None}, "prefill must be a table"),
         ({"kv_capacity_tokens": 1.5}, "kv_capacity_tokens"),
         ({"transfer": None}, "transfer"),
     ],
@@ -114,3 +147,10 @@ def test_what_one_role_needs_is_enough_for_it_and_the_rest_is_no_answer():
     assert CostModel.from_profile(PROFILE, ["prefill"]).decode_s([10]) > 0, "taken if it is there"
     with pytest.raises(ValueError, match="profile decode must be a table"):
         CostModel.from_profile(of_prefill, ["decode"])
+
+
+@pytest.mark.parametrize("name", STEP)
+def test_a_row_of_both_must_be_whole(name):
+    step = {key: value for key, value in STEP.items() if key != name}
+    with pytest.raises(ValueError, match=f"step.{name} must be finite"):
+        CostModel.from_profile(BOTH | {"step": step})

@@ -17,7 +17,7 @@ def test_fit_leaves_out_what_was_not_measured():
 @pytest.mark.parametrize("form", ["ragged", "padded"])
 def test_fit_recovers_the_coefficients(form):
     truth = {
-        "prefill": {"base_s": 5e-3, "per_token_s": 3e-5, "per_token_sq_s": 7e-10, "row_tokens": 64},
+        "prefill": {"base_s": 5e-3, "per_token_s": 3e-5, "per_pair_s": 1.4e-9},
         "decode": {"base_s": 7e-3, "per_seq_s": 2e-5, "per_context_token_s": 6e-8, "form": form},
         "transfer": {"base_s": 2e-3, "per_token_s": 5e-6},
         "kv_capacity_tokens": 1000,
@@ -36,7 +36,6 @@ def test_fit_recovers_the_coefficients(form):
         [(n, noisy(cost.transfer_s(n))) for n in lengths],
         form=form,
         buckets=[1, 8, 64, 256],
-        row_tokens=64,
     )
     for kind in ("prefill", "decode", "transfer"):
         for name in (name for name in truth[kind] if name.endswith("_s")):
@@ -46,6 +45,49 @@ def test_fit_recovers_the_coefficients(form):
         assert residual["r2"] > 0.99
         assert 0 < residual["p50_rel_error"] < residual["p90_rel_error"] < 0.06
     assert CostModel.from_profile(truth | found).decode.form == form
+
+
+@pytest.mark.parametrize("form", ["ragged", "padded"])
+def test_one_row_is_fitted_to_all_steps_of_an_engine_that_does_both(form):
+    """Steps of one kind alone would not tell tokens from sequences, nor pairs from contexts."""
+    step = {
+        "base_s": 0.02,
+        "per_token_s": 1.4e-3,
+        "per_pair_s": 5e-7,
+        "per_seq_s": 9e-4,
+        "per_context_token_s": 3e-6,
+        "form": form,
+        "buckets": BUCKETS,
+        "factors": [1.0] * len(BUCKETS),
+    }
+    profile = {"step": step, "transfer": {"base_s": 0.0, "per_token_s": 1.0}}
+    cost = CostModel.from_profile(profile | {"kv_capacity_tokens": 100})
+    rng = np.random.default_rng(0)
+
+    def noisy(seconds):
+        return seconds * rng.normal(1, 0.01)
+
+    def beside(batch, context, tokens):
+        return cost.decode_s([context] * batch) + cost.prefill_s(tokens) - cost.shared_s
+
+    mixtures = [[2047] * long + [64] * (n - long) for n in (4, 8, 32) for long in (1, n // 2)]
+    found = fit(
+        [(n, c, noisy(cost.prefill_s(n, c))) for n in (32, 64, 128, 256) for c in (0, 256, 512)],
+        [(b, c, noisy(cost.decode_s([c] * b))) for b in BUCKETS for c in (64, 256, 1024)],
+        mixed=[(len(c), sum(c), max(c), noisy(cost.decode_s(c))) for c in mixtures],
+        beside=[(b, 256, n, noisy(beside(b, 256, n))) for b in (4, 16, 32) for n in (64, 256)],
+        form=form,
+        buckets=BUCKETS,
+    )
+    assert set(found) == {"step", "fit"}
+    for name, value in step.items():
+        if name.endswith("_s"):
+            assert found["step"][name] == pytest.approx(value, rel=0.2), name
+    assert found["step"]["form"] == form
+    assert set(found["fit"]) == {"prefill", "decode", "beside"}
+    for residual in found["fit"].values():
+        assert residual["r2"] > 0.98
+        assert residual["p90_rel_error"] < 0.05
 
 
 def test_fit_never_goes_negative():
@@ -152,7 +194,6 @@ def profile_with(transfer_r2, samples=((256, 0.006), (512, 0.002))):
         [(b, c, 0.01 + b * 1e-3 + b * c * 1e-6) for b in (1, 2, 8) for c in (64, 256)],
         [(256, 0.005), (512, 0.01)],
         buckets=[1, 2, 8],
-        row_tokens=64,
     )
     made["fit"]["transfer"]["r2"] = transfer_r2
     return made | {"kv_capacity_tokens": 1000, "samples": {"transfer": [list(s) for s in samples]}}

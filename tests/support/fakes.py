@@ -61,7 +61,6 @@ CONFIG = ServerConfig(
         # So many that no burst of the tests is turned away: see test_admission.py.
         parked_tokens=4096,
         max_chunk=32,
-        row_tokens=8,
         pack=math.inf,
         prefix_cache=True,
     ),

@@ -34,7 +34,7 @@ def build(directory, devices, role=Role.BOTH):
     checkpoint = open_checkpoint(directory)
     mesh, rules = make_mesh(devices), Rules()
     params = checkpoint.load(mesh, rules, "float32")
-    shapes = Shapes.for_role(role, LIMITS, row_tokens=16)
+    shapes = Shapes.for_role(role, LIMITS)
     return JaxEngine(checkpoint.config, params, mesh, rules, LIMITS, shapes)
 
 

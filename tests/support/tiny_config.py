@@ -25,7 +25,6 @@ def get_config() -> ConfigDict:
                 "kv_tokens": 1024,
                 "parked_tokens": 1024,
                 "max_chunk": 32,
-                "row_tokens": 16,
                 "pack": math.inf,
                 "prefix_cache": True,
             },

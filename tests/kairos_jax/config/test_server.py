@@ -102,9 +102,9 @@ def bytes_of_a_shard(array, sharding):
             "config.prefill.parked_tokens must be at least max_context 128, got 127",
         ),
         (
-            "prefill.max_chunk",
-            12,
-            "config.prefill.max_chunk must be a multiple of row_tokens 8, got 12",
+            "prefill.row_tokens",
+            8,
+            "config.prefill.row_tokens is not a key",
         ),
     ],
 )
@@ -161,7 +161,7 @@ def test_a_whole_number_will_do_for_seconds():
 def test_limits_are_those_of_the_role():
     config = ServerConfig.from_dict(copy.deepcopy(GOOD))
     prefill, decode, both = (config.limits(role) for role in Role)
-    assert (prefill.max_batch, prefill.max_chunk, prefill.num_pages) == (4, 32, 64)
+    assert (prefill.max_batch, prefill.max_chunk, prefill.num_pages) == (8, 32, 64)
     assert prefill.parked_tokens == 4096
     assert (decode.max_batch, decode.max_chunk, decode.num_pages) == (8, 1, 128)
     assert (both.max_batch, both.max_chunk, both.num_pages) == (8, 32, 128)

@@ -185,17 +185,15 @@ def test_the_platform_chooses_the_kernels_unless_the_config_does():
 
     assert chosen("auto", "gpu", 1) == chosen("auto", "gpu", 8) == "gpu"
     assert chosen("auto", "gpu", 1, "9.0") == chosen("gpu_hopper", "gpu", 1, "9.0") == "gpu_hopper"
-    assert chosen("gpu_triton", "gpu", 1, "9.0") == "gpu_triton"
+    assert chosen("gpu", "gpu", 1, "9.0") == "gpu"
     with pytest.raises(
         UsageError, match=r"gpu_hopper needs GPUs of compute capability 9\.0, got A"
     ):
         chosen("gpu_hopper", "gpu", 1)
     assert chosen("auto", "tpu", 4) == "tpu"
-    assert chosen("tpu_ragged", "tpu", 4) == "tpu_ragged"
     assert chosen("auto", "cpu", 2) == "cpu"
     assert chosen("reference", "gpu", 1) == "reference"
-    for kernels in ("tpu", "tpu_ragged"):
-        with pytest.raises(UsageError, match=f"kernels={kernels} needs devices of tpu, got gpu"):
-            chosen(kernels, "gpu", 1)
+    with pytest.raises(UsageError, match="kernels=tpu needs devices of tpu, got gpu"):
+        chosen("tpu", "gpu", 1)
     with pytest.raises(UsageError, match="kernels=gpu needs devices of gpu, got cpu"):
         chosen("gpu", "cpu", 1)

@@ -1,4 +1,4 @@
-"""A step's work as the one array that goes to the device."""
+"""A step's work as the arrays that go to the device."""
 
 import dataclasses
 
@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from kairos_jax.engine import calls
-from kairos_jax.engine.calls import Row, rows_of
+from kairos_jax.engine.calls import Part
 from models.sampling import INVALID, SamplingParams
+from schedulers.ledger.instance import Limits
 from schedulers.ledger.request import Request, Seq, Slo
 
-TABLE_PAGES = 6
+PAGE = 4
+LIMITS = Limits(4, 16, 6 * PAGE, PAGE, 12)
 
 
 def seq(prompt, computed=0, pages=(), tokens=(), **sampling):
@@ -25,19 +27,27 @@ def seq(prompt, computed=0, pages=(), tokens=(), **sampling):
     return made
 
 
-def step(rows, size=4, queries=1):
-    return calls.unpack(calls.step(rows, size, queries, TABLE_PAGES).rows, TABLE_PAGES)
+def part(seq, count):
+    end = seq.computed + count
+    return Part(seq, seq.computed, count, end == seq.length)
 
 
-def test_rows_say_what_is_computed_where_and_how_it_is_sampled():
+def step(parts, num_tokens=4, num_sequences=4):
+    return calls.unpack(*calls.step(parts, num_tokens, num_sequences, LIMITS))
+
+
+def test_a_step_says_what_is_computed_where_and_how_it_is_sampled():
     how = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 2**64 - 3}
     drawn = seq([3, 1, 4], 4, [7, 9], [1, 5], logprobs=2, **how)
     greedy = seq([2, 7, 1, 8], 3, [0, 5])
-    inputs, sampling = step(rows_of(drawn, 1, 1) + rows_of(greedy, 1, 1))
-    np.testing.assert_array_equal(inputs.tokens, [[5], [8], [0], [0]])
-    np.testing.assert_array_equal(inputs.start, [4, 3, 0, 0])
-    np.testing.assert_array_equal(inputs.count, [1, 1, 0, 0])
-    np.testing.assert_array_equal(inputs.page_table[:2, :2], [[7, 9], [0, 5]])
+    inputs, sampling = step([part(drawn, 1), part(greedy, 1)])
+    np.testing.assert_array_equal(inputs.tokens, [5, 8, 0, 0])
+    np.testing.assert_array_equal(inputs.positions, [4, 3, 0, 0])
+    past = LIMITS.num_pages * PAGE
+    np.testing.assert_array_equal(inputs.slots, [9 * PAGE, 3, past + 2, past + 3])
+    np.testing.assert_array_equal(inputs.starts, [0, 1, 2, 2, 2])
+    np.testing.assert_array_equal(inputs.contexts, [5, 4, 0, 0])
+    np.testing.assert_array_equal(inputs.pages[:2, :2], [[7, 9], [0, 5]])
     np.testing.assert_array_equal(sampling.temperature, np.array([0.7, 0, 0, 0], np.float32))
     np.testing.assert_array_equal(sampling.top_k, [5, 0, 0, 0])
     np.testing.assert_array_equal(sampling.top_p, np.array([0.9, 1, 1, 1], np.float32))
@@ -48,13 +58,32 @@ def test_rows_say_what_is_computed_where_and_how_it_is_sampled():
     np.testing.assert_array_equal(sampling.logprobs, [1, 0, 0, 0])
 
 
-def test_a_chunk_lies_in_several_rows_of_which_the_last_alone_draws():
-    drawn = seq([3, 1, 4, 1, 5, 9, 2, 6], 0, [4], temperature=1.0, logprobs=0)
-    inputs, sampling = step(rows_of(drawn, 8, 3), queries=3)
-    np.testing.assert_array_equal(inputs.tokens, [[3, 1, 4], [1, 5, 9], [2, 6, 0], [0, 0, 0]])
-    np.testing.assert_array_equal(sampling.temperature, [0, 0, 1, 0])
-    np.testing.assert_array_equal(sampling.logprobs, [0, 0, 1, 0])
-    assert sampling.position[2] == len(drawn.request.prompt)
+def test_chunks_lie_beside_each_other_and_draw_after_the_last_of_a_prompt():
+    """A chunk of a prompt, a decode step, and the rest of another prompt."""
+    how = {"temperature": 1.0, "logprobs": 0}
+    begun = seq([3, 1, 4, 1, 5, 9, 2, 6], 2, [4, 1], **how)
+    decoded = seq([7, 7], 2, [2], [8], **how)
+    ended = seq([1, 2, 3, 4, 5, 6], 3, [3, 6], **how)
+    inputs, sampling = step([part(begun, 4), part(decoded, 1), part(ended, 3)], 10, 5)
+    np.testing.assert_array_equal(inputs.tokens, [4, 1, 5, 9, 8, 4, 5, 6, 0, 0])
+    np.testing.assert_array_equal(inputs.positions, [2, 3, 4, 5, 2, 3, 4, 5, 0, 0])
+    slots = [4 * PAGE + 2, 4 * PAGE + 3, PAGE, PAGE + 1, 2 * PAGE + 2]
+    slots += [3 * PAGE + 3, 6 * PAGE, 6 * PAGE + 1]
+    np.testing.assert_array_equal(inputs.slots[:8], slots)
+    np.testing.assert_array_equal(inputs.starts, [0, 4, 5, 8, 8, 8])
+    np.testing.assert_array_equal(inputs.contexts, [6, 3, 6, 0, 0])
+    np.testing.assert_array_equal(sampling.temperature, [0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(sampling.logprobs, [0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(sampling.position[1:3], [3, 6])
+
+
+def test_no_two_tokens_of_a_step_have_a_slot_and_padding_has_none_in_the_pool():
+    parts = [part(seq([1] * 9, 0, [0, 1, 2]), 9), part(seq([1] * 3, 2, [5]), 1)]
+    for size in (10, 16):
+        inputs, _ = step(parts, size, 3)
+        assert len(set(inputs.slots.tolist())) == size
+        past = inputs.slots >= LIMITS.num_pages * PAGE
+        assert past.tolist() == [False] * 10 + [True] * (size - 10)
 
 
 def append(pages):
@@ -70,23 +99,25 @@ def give_back(pages):
 
 
 @pytest.mark.parametrize("change", [append, exchange, give_back])
-def test_rows_follow_a_sequence_to_other_pages(change):
+def test_a_step_follows_a_sequence_to_other_pages(change):
     moving = seq([1, 2, 3], 3, [8, 9], [4])
-    step(rows_of(moving, 1, 1))
+    step([part(moving, 1)])
     change(moving.pages)
-    inputs, _ = step(rows_of(moving, 1, 1))
-    assert inputs.page_table[0, : len(moving.pages)].tolist() == moving.pages
+    inputs, _ = step([part(moving, 1)])
+    assert inputs.pages[0, : len(moving.pages)].tolist() == moving.pages
+    assert inputs.slots[0] == moving.pages[0] * PAGE + 3
 
 
-def test_a_step_keeps_its_array_when_the_next_is_made():
-    """The device may still read it."""
+def test_a_step_keeps_its_arrays_when_the_next_is_made():
+    """The device may still read them."""
     growing = seq([1, 2, 3], 3, [8], [4])
-    first = calls.step(rows_of(growing, 1, 1), 1, 1, TABLE_PAGES)
-    before = first.rows.copy()
+    first = calls.step([part(growing, 1)], 1, 1, LIMITS)
+    before = [array.copy() for array in first]
     growing.pages.append(9)
     growing.tokens.append(5)
-    calls.step([Row(growing, 4, 1, True)], 1, 1, TABLE_PAGES)
-    np.testing.assert_array_equal(first.rows, before)
+    calls.step([Part(growing, 4, 1, True)], 1, 1, LIMITS)
+    for array, copied in zip(first, before, strict=True):
+        np.testing.assert_array_equal(array, copied)
 
 
 def sampled(*ids):
@@ -96,21 +127,17 @@ def sampled(*ids):
     return packed
 
 
-def test_a_sequence_with_one_row_that_is_not_finite_gives_no_token():
+def test_a_sequence_with_one_part_that_is_not_finite_gives_no_token():
     long, other = seq([1] * 7, 0, [2]), seq([1, 2], 0, [3])
     other.request = dataclasses.replace(other.request, id="b")
-    rows = rows_of(long, 7, 3) + rows_of(other, 2, 3)
-    for place in range(3):
-        ids = [INVALID if at == place else 5 for at in range(4)]
-        told = calls.tokens(rows, sampled(*ids))
+    # What is beyond the largest step takes several runs.
+    runs = [[Part(long, 0, 4, False)], [Part(long, 4, 3, True), part(other, 2)]]
+    for bad in range(2):
+        told = calls.merged(
+            calls.tokens(parts, sampled(INVALID if run == bad else 6, 5))
+            for run, parts in enumerate(runs)
+        )
         assert {id: token.id for id, token in told.items()} == {"a": INVALID, "b": 5}
-    # Also where its rows are in several runs.
-    for bad in (0, 1):
-        parts = [
-            calls.tokens(part, sampled(*[INVALID if run == bad else 5] * len(part)))
-            for run, part in enumerate((rows[:2], rows[2:]))
-        ]
-        assert calls.merged(parts)["a"].id == INVALID
 
 
 def test_a_prompt_with_logits_that_are_not_finite_gives_no_token():
@@ -118,5 +145,5 @@ def test_a_prompt_with_logits_that_are_not_finite_gives_no_token():
         scored = sampled(0, 0)
         scored.view(np.float32)[1, 1] = value
         asked = seq([1, 2, 3], 0, [2], prompt_logprobs=1)
-        asked.scored = [(scored[None], 0, 2)]
-        assert calls.tokens(rows_of(asked, 3, 4), sampled(5))["a"].id == expected
+        asked.scored = [(scored, 0, 2)]
+        assert calls.tokens([part(asked, 3)], sampled(5))["a"].id == expected

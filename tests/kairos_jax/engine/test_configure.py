@@ -80,8 +80,8 @@ def test_overrides_are_reckoned_with():
     assert cluster.layout == "2 x 1 prefill + 2 x 1 decode"
     assert cluster.decode.kv_tokens < split.decode.kv_tokens < made(SMALL, CPU).decode.kv_tokens
     assert made(SMALL, CPU, dtype="bfloat16").decode.kv_tokens > made(SMALL, CPU).decode.kv_tokens
-    short = made(SMALL, CPU, max_context=100, prefill__row_tokens=16)
-    assert (short.max_tokens, short.prefill.max_chunk) == (50, 112)
+    short = made(SMALL, CPU, max_context=100)
+    assert (short.max_tokens, short.prefill.max_chunk) == (50, 100)
     assert made(LLAMA_8B, Machine("gpu", 4, H100), prefill__devices=4).layout == "1 x 4 colocated"
 
 

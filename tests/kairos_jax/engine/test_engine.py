@@ -9,6 +9,7 @@ import fakes
 import jax
 import numpy as np
 import pytest
+from steps import packed
 
 from kairos_jax.engine.calls import PromptLogprobs
 from kairos_jax.engine.engine import JaxEngine
@@ -17,7 +18,6 @@ from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.worker.page_keys import page_keys
 from models import kv_cache, transformer
 from models.checkpoint import open_checkpoint
-from models.kv_cache import StepInput
 from models.ops import KERNELS
 from models.sampling import SamplingParams
 from models.sharding import Rules, make_mesh
@@ -33,7 +33,7 @@ def build(directory, devices, role, limits=LIMITS, kernels="cpu"):
     checkpoint = open_checkpoint(directory)
     mesh, rules = make_mesh(devices), Rules()
     params = checkpoint.load(mesh, rules, "float32")
-    shapes = Shapes.for_role(role, limits, row_tokens=16)
+    shapes = Shapes.for_role(role, limits, kernels)
     return JaxEngine(checkpoint.config, params, mesh, rules, limits, shapes, kernels=kernels)
 
 
@@ -217,14 +217,12 @@ def scored(tiny_llama):
     config = checkpoint.config
     params = checkpoint.load(make_mesh(jax.devices()[:1]), Rules(), "float32")
     cache = kv_cache.allocate(kv_cache.abstract(config, kernels.layout, 8, 8, "float32"))
-    count = np.array([len(prompt)], np.int32)
-    table = np.arange(8, dtype=np.int32)[None]
-    step = StepInput(np.array([prompt], np.int32), 0 * count, count, table)
+    step = packed([(0, 0, len(prompt))], np.arange(8)[None], 8, 8, tokens=[prompt])
 
     @jax.jit
     def plain(params, cache):
         hidden, _ = transformer.hidden_states(config, params, cache, step, kernels)
-        return jax.nn.log_softmax(transformer.logits(config, params, hidden[0], kernels))
+        return jax.nn.log_softmax(transformer.logits(config, params, hidden, kernels))
 
     return prompt, np.asarray(plain(params, cache))
 
@@ -279,8 +277,7 @@ def test_prompt_logprobs_on_two_devices(tiny_llama, scored):
     check_scores(scored, engine.step([(seq, 20)])["a"], 2, length=20)
 
 
-def test_a_prompt_longer_than_the_largest_shape_takes_further_runs(tiny_llama, one_device):
-    """Many short prompts in one step fill more rows than the chunk limit alone would."""
+def test_more_sequences_than_the_largest_shape_holds_take_further_runs(tiny_llama, one_device):
     requests = [request(str(i), [i + 4] * 3, 2) for i in range(7)]
     instance = Instance("both", Role.BOTH, LIMITS)
     for each in requests:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from kairos_jax.engine import connection, followers
+from kairos_jax.engine import calls, connection, followers
 from kairos_jax.engine.calls import Read, Score, Step, Write
 from kairos_jax.engine.devices import (
     Processes,
@@ -160,10 +160,11 @@ def test_a_lost_process_ends_the_other(tiny_llama, lost, other, sign):
 def test_calls_travel_as_bytes(tiny_llama):
     engine = mesh_member.build(tiny_llama, jax.devices()[:2])
     rng = np.random.default_rng(0)
-    step = Step(rng.integers(0, 99, (3, 16), np.int32))
+    like = calls.padding(16, 3, engine.limits)
+    step = Step(*(rng.integers(0, 99, array.shape, np.int32) for array in like))
     ids = np.array([3, 1, 2, 0], np.int32)
     block = rng.normal(size=engine.block.shape).astype(engine.block.dtype)
-    score = Score(rng.integers(-1, 9, (3, 16), np.int32))
+    score = Score(rng.integers(-1, 9, 16, np.int32))
     for call in (step, score, Read(ids), Write(ids, block)):
         payload = b"".join(each.tobytes() for each in followers._arrays(engine, call, 0))
         message = connection.Frame(*followers._shape(call), payload)
@@ -263,7 +264,7 @@ class StuckEngine:
 
 def test_a_call_that_hangs_is_told_once_and_an_orderly_end_is_not(monkeypatch):
     lost = queue.SimpleQueue()
-    step = Step(np.zeros((1, 12), np.int32))
+    step = Step(np.zeros((3, 4), np.int32), np.zeros((1, 12), np.int32))
     with connection_to(2.0) as (end, theirs):
         leader = followers.Leader(StuckEngine(), [end], lost.put)
         leader.dispatch(step)

@@ -21,7 +21,7 @@ LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pag
 def functions(directory, num_devices, kernels, role=Role.BOTH):
     config = open_checkpoint(directory).config
     mesh = make_mesh(jax.devices()[:num_devices])
-    shapes = Shapes.for_role(role, LIMITS, row_tokens=16)
+    shapes = Shapes.for_role(role, LIMITS, "cpu")
     return config, Functions(config, mesh, Rules(), LIMITS, shapes, "float32", kernels)
 
 
@@ -58,3 +58,31 @@ def test_devices_exchange_sums_and_logits_and_nothing_else(
         sums = 2 * config.num_layers + 1 if several and isinstance(call, Step) else 0
         gathers = int(several and isinstance(call, Step | Score))
         assert counted == Counter({"all-reduce": sums, "all-gather": gathers})
+
+
+@pytest.mark.parametrize("kernels", ["native", "gpu"])
+@pytest.mark.parametrize("role", Role)
+def test_there_is_a_size_for_every_step(role, kernels):
+    limits = Limits(max_batch=24, max_chunk=512, max_context=1024, page_size=64, num_pages=64)
+    shapes = Shapes.for_role(role, limits, kernels)
+    sizes = list(shapes)
+    assert sizes == sorted(set(sizes))
+    most = {Role.PREFILL: 512, Role.DECODE: 24, Role.BOTH: 536}[role]
+    assert shapes.largest == (most, 24)
+    for tokens in range(1, most + 1):
+        for sequences in {1, min(tokens, 24)}:
+            size = shapes.fitting(tokens, sequences)
+            assert size in sizes
+            assert size[0] >= tokens
+            assert size[1] >= sequences
+            # Padding wastes a third at most, where a step's time depends on it.
+            assert size[0] <= max(1.5 * tokens, 256 if kernels == "gpu" else 16)
+    assert len(sizes) < 21
+
+
+def test_a_step_with_more_sequences_than_its_tokens_ask_for_takes_a_larger_size():
+    limits = Limits(max_batch=24, max_chunk=512, max_context=1024, page_size=64, num_pages=64)
+    shapes = Shapes.for_role(Role.PREFILL, limits, "cpu")
+    assert shapes.fitting(17, 3) == (24, 24)
+    assert shapes.fitting(24, 24) == (24, 24)
+    assert shapes.sizes[0] == (16, 16)

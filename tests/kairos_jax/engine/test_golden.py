@@ -37,8 +37,10 @@ def test_greedy_tokens_are_those_of_transformers(golden, native_kernels):
         Request(str(i), 0.0, case["prompt"], len(case["output"]), Slo(900, 900))
         for i, case in enumerate(cases)
     ]
-    prefill = engine(Role.PREFILL, jax.devices()[0], Shapes(64, (4,), ()), native_kernels)
-    decode = engine(Role.DECODE, jax.devices()[1], Shapes(64, (), (24,)), native_kernels)
+    prefill = engine(
+        Role.PREFILL, jax.devices()[0], Shapes(Role.PREFILL, ((256, 24),)), native_kernels
+    )
+    decode = engine(Role.DECODE, jax.devices()[1], Shapes(Role.DECODE, ((24, 24),)), native_kernels)
     answers = asyncio.run(fakes.serve((prefill, decode), requests))
     for case, each in zip(cases, requests, strict=True):
         got = [token.id for token in answers[each.id]]

@@ -28,7 +28,7 @@ class TimedEngine:
 
     def __init__(self, form, kernels="native", limits=LIMITS, role=Role.BOTH):
         self.form, self.kernels, self.limits = form, kernels, limits
-        self.shapes = Shapes.for_role(role, limits, 32)
+        self.shapes = Shapes.for_role(role, limits, kernels)
         device = SimpleNamespace(platform="cpu", device_kind="cpu")
         self.mesh = SimpleNamespace(devices=np.array([device]), size=1)
         self.config = SimpleNamespace(head_dim=64)
@@ -43,15 +43,18 @@ class TimedEngine:
         for seq, count in work:
             assert len(seq.pages) == self.limits.pages_for(seq.computed + count)
             assert all(0 <= page < self.limits.num_pages for page in seq.pages)
-        if any(count > 1 for _, count in work):
-            self.now += BASE_S + PROMPT_TOKEN_S * sum(count for _, count in work)
-            return
-        contexts = [seq.computed for seq, _ in work]
-        rows = min(size for size in self.shapes.decode_rows if size >= len(work))
-        tokens = sum(contexts) if self.form == "ragged" else rows * max(contexts)
-        took_s = BASE_S + SEQ_S * rows + TOKEN_S * tokens
+        chunks = [(seq.computed, count) for seq, count in work if count > 1]
+        contexts = [seq.computed for seq, count in work if count == 1]
+        took_s = BASE_S
+        for computed, count in chunks:
+            took_s += PROMPT_TOKEN_S * (count - 1) + SEQ_S + TOKEN_S * (computed + count)
+        if contexts:
+            rows = len(contexts) if chunks else self.shapes.fitting(len(work), len(work))[0]
+            tokens = sum(contexts) if self.form == "ragged" else rows * max(contexts)
+            took_s += SEQ_S * rows + TOKEN_S * tokens
         self.now += took_s
-        self.decoded_s["even" if len(set(contexts)) == 1 else "mixed"] += took_s
+        if not chunks:
+            self.decoded_s["even" if len(set(contexts)) == 1 else "mixed"] += took_s
 
     def read_pages(self, pages):
         self.now += 1e-3 + 1e-4 * len(pages)
@@ -78,7 +81,7 @@ def measured(monkeypatch):
 def test_the_form_is_the_one_that_the_steps_have(measured, form, kernels, caplog):
     engine = TimedEngine(form, kernels)
     profile = measured(engine)
-    assert profile["decode"]["form"] == form
+    assert profile["step"]["form"] == form
     fitted = profile["fit"]["decode"]
     assert fitted["declared"] == KERNELS[kernels].contexts
     assert set(fitted["forms"]) == {"ragged", "padded"}
@@ -90,6 +93,11 @@ def test_the_form_is_the_one_that_the_steps_have(measured, form, kernels, caplog
     engine.now = 0.0
     profiling._decode(engine, [200] * 15 + [1900])
     assert cost.decode_s([200] * 15 + [1900]) == pytest.approx(engine.now, rel=0.01)
+    engine.now = 0.0
+    profiling._beside(engine, 12, 300, 200)
+    beside_s = cost.decode_s([300] * 12) + cost.prefill_s(200) - cost.shared_s
+    assert beside_s == pytest.approx(engine.now, rel=0.02)
+    assert set(profile["fit"]) == {"prefill", "decode", "beside", "transfer"}
 
 
 @pytest.mark.parametrize("role", [Role.BOTH, Role.DECODE])
@@ -111,6 +119,7 @@ def test_small_limits_have_mixed_batches_too(measured):
     alone = measured(TimedEngine("ragged", limits=replace(limits, max_batch=1)))
     assert "mixed" not in alone["samples"]
     assert alone["decode"]["form"] == "ragged", "as declared"
+    assert "step" not in alone
 
 
 def test_a_kept_profile_is_read_again_until_the_measurement_changes(monkeypatch, tmp_path):

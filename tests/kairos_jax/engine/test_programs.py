@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from kairos_jax.engine import calls
 from kairos_jax.engine.engine import JaxEngine
 from kairos_jax.engine.functions import Shapes
 from kairos_jax.engine.programs import Programs, sources
@@ -55,7 +56,7 @@ def doubled(folder, x, about="this"):
 def engine(directory, kept):
     checkpoint, rules = open_checkpoint(directory), Rules()
     params = checkpoint.load(mesh(), rules, "float32")
-    shapes = Shapes.for_role(Role.BOTH, LIMITS, row_tokens=16)
+    shapes = Shapes.for_role(Role.BOTH, LIMITS)
     return JaxEngine(checkpoint.config, params, mesh(), rules, LIMITS, shapes, programs=kept)
 
 
@@ -83,7 +84,8 @@ def test_a_second_start_compiles_nothing_and_computes_the_same(tiny_llama, tmp_p
     second.warm_up()
     assert second.num_compiled == first.num_compiled
     for shape in first.shapes:
-        outputs = [np.asarray(each.run_rows([], *shape)) for each in (first, second)]
+        call = calls.padding(*shape, LIMITS)
+        outputs = [np.asarray(each.dispatch(call)) for each in (first, second)]
         np.testing.assert_array_equal(*outputs)
     blocks = [each.read_pages([0, 1])[0] for each in (first, second)]
     np.testing.assert_array_equal(*blocks)

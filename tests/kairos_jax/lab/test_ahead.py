@@ -22,7 +22,7 @@ MODEL = SHAPES["tiny"]
 @pytest.fixture(scope="module")
 def functions():
     mesh = make_mesh(jax.devices()[:2])
-    shapes = Shapes.for_role(Role.BOTH, LIMITS, row_tokens=16)
+    shapes = Shapes.for_role(Role.BOTH, LIMITS)
     return Functions(MODEL, mesh, Rules(), LIMITS, shapes, "float32", "cpu")
 
 
@@ -131,15 +131,20 @@ def test_all_programs_are_compiled_the_small_ones_with_few_layers(functions):
     chip = CHIPS["v5e"]
     built = list(ahead.build(Role.BOTH, MODEL, functions, few, chip))
     assert [(each.name, each.layers) for each in built] == [
-        ("prefill 1 x 16", 2),
-        ("decode 1", 1),
-        ("decode 2", 2),
-        ("score 1 x 16", 2),
+        ("step 1 of 1", 1),
+        ("step 2 of 2", 2),
+        ("step 4 of 2", 1),
+        ("step 6 of 2", 1),
+        ("step 8 of 2", 1),
+        ("step 12 of 2", 1),
+        ("step 16 of 2", 1),
+        ("step 18 of 2", 2),
+        ("score 18", 2),
         ("read pages", 2),
         ("write pages", 2),
     ]
     assert all(each.memory.arguments > 0 and not each.error for each in built)
-    steps = [each for each in built if each.name.startswith(("prefill", "decode", "write"))]
+    steps = [each for each in built if each.name.startswith(("step", "write"))]
     assert not any(fault for each in steps for fault in each.faults if "pool" in fault)
     small = dataclasses.replace(chip, memory=1)
     fault = next(iter(ahead.build(Role.BOTH, MODEL, functions, few, small))).faults[-1]

@@ -6,10 +6,11 @@ import random
 from collections import Counter, defaultdict
 
 import pytest
+from costs import decodes, prefills
 
 from kairos_jax.observe.explain import explain
 from kairos_jax.observe.perfetto import trace_events
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Batch, Instance, Limits, Role
 from schedulers.ledger.journal import Journal, from_lines, replay, to_lines
 from schedulers.ledger.request import Request, Slo
@@ -18,7 +19,7 @@ from schedulers.simulation.simulator import Fleet, Simulation
 
 LIMITS = Limits(max_batch=8, max_chunk=20, max_context=60, page_size=4, num_pages=30)
 COST = CostModel(
-    PrefillCost(5e-3, 2e-4, 2e-9), DecodeCost(7e-3, 5e-4, 55e-9), TransferCost(2e-3, 5e-6), 9999
+    prefills(5e-3, 2e-4, 2e-9), decodes(7e-3, 5e-4, 55e-9), TransferCost(2e-3, 5e-6), 9999
 )
 
 

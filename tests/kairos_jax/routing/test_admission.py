@@ -5,6 +5,7 @@ import math
 
 import fakes
 import pytest
+from costs import decodes, prefills
 
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.routing.fleet import LEAST_RETRY_S, Full
@@ -12,13 +13,13 @@ from kairos_jax.routing.peer import Peer
 from kairos_jax.routing.router import Router
 from kairos_jax.worker.build import build_worker
 from kairos_jax.worker.messages import Outlined
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Request, Slo
 from schedulers.policies.routing import Summary
 
 # A prompt takes 1 s a token.
-COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(1, 0, 0), TransferCost(0, 0), 1000)
+COST = CostModel(prefills(0, 1, 0), decodes(1, 0, 0), TransferCost(0, 0), 1000)
 
 
 def asked(length, ttft=100.0):

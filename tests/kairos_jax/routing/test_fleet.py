@@ -154,7 +154,7 @@ def build(directory, role):
     checkpoint, limits = open_checkpoint(directory), fakes.CONFIG.limits(role)
     mesh, rules = make_mesh(jax.devices()[:1]), Rules()
     params = checkpoint.load(mesh, rules, "float32")
-    shapes = Shapes.for_role(role, limits, row_tokens=16)
+    shapes = Shapes.for_role(role, limits)
     return JaxEngine(checkpoint.config, params, mesh, rules, limits, shapes)
 
 

@@ -5,8 +5,9 @@ import json
 import random
 
 import pytest
+from costs import decodes, prefills
 
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Batch, Instance, Limits, Role
 from schedulers.ledger.journal import Journal, check, from_lines, replay, to_lines
 from schedulers.ledger.request import Request, Slo
@@ -14,8 +15,8 @@ from schedulers.policies import decode, prefill
 from schedulers.simulation.simulator import Fleet, Simulation
 
 COST = CostModel(
-    PrefillCost(5e-3, 150e-6, 2e-9),
-    DecodeCost(7e-3, 20e-6, 55e-9),
+    prefills(5e-3, 150e-6, 2e-9),
+    decodes(7e-3, 20e-6, 55e-9),
     TransferCost(2e-3, 5e-6),
     4000,
 )

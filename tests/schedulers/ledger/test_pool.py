@@ -4,16 +4,17 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from costs import decodes, prefills
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Batch, Instance, Limits, Role
 from schedulers.ledger.pages import OutOfPages, PageTable
 from schedulers.ledger.request import Request, Seq, Slo
 from schedulers.policies import decode
 
-COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(0, 0.01, 0), TransferCost(0, 1), 1000)
+COST = CostModel(prefills(0, 1, 0), decodes(0, 0.01, 0), TransferCost(0, 1), 1000)
 LIMITS = Limits(max_batch=8, max_chunk=16, max_context=12, page_size=2, num_pages=12)
 _KEYS: dict[tuple[int, ...], int] = {}
 

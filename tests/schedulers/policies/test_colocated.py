@@ -1,8 +1,9 @@
 """One instance that does both jobs, on small ledgers whose answer can be worked out by hand."""
 
 import pytest
+from costs import decodes, prefills
 
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Batch, Instance, Limits, Role
 from schedulers.ledger.request import Request, Slo
 from schedulers.policies.colocated import Colocated
@@ -10,7 +11,7 @@ from schedulers.simulation.scenario import Scenario, simulate
 from schedulers.simulation.workload import SloClass, fit_lengths, rescale, synthetic
 
 # A prompt's step takes 0.1 s and 10 ms a token, a decode step 0.1 s.
-COST = CostModel(PrefillCost(0.1, 0.01, 0), DecodeCost(0.1, 0.0, 0.0), TransferCost(0, 0), 10_000)
+COST = CostModel(prefills(0.1, 0.01, 0), decodes(0.1, 0.0, 0.0), TransferCost(0, 0), 10_000)
 LIMITS = Limits(max_batch=4, max_chunk=100, max_context=1000, page_size=10, num_pages=400)
 SLO = Slo(2.0, 0.2)
 # Of a time like this, no share goes to the late.
@@ -80,21 +81,27 @@ def test_its_verdict_is_that_of_the_policy_of_the_job():
 
 
 def test_a_chunk_waits_until_it_is_worth_its_base_cost():
-    # Slack of 1 s, of which 0.96 count, less 0.1 for the decode step and 0.1 for the base.
+    # Slack of 1 s, of which 0.96 count, less 0.1 for the decode step. Its base is the chunk's too.
     long = ("p", 100, 0.1)
-    assert decide(ledger([IN_TIME], [long]), worth=7.0) == {"d": 1, "p": 76}
-    assert decide(ledger([IN_TIME], [long]), worth=8.0) == {"d": 1}
+    assert decide(ledger([IN_TIME], [long]), worth=8.0) == {"d": 1, "p": 86}
+    assert decide(ledger([IN_TIME], [long]), worth=9.0) == {"d": 1}
     # Kairos gives it 0.19 s of each step and no more, however long it waits.
-    some = CostModel(PrefillCost(0.02, 0.0009, 0), COST.decode, COST.transfer, 10_000)
+    some = CostModel(prefills(0.02, 0.001, 0), COST.decode, COST.transfer, 10_000)
     work = Colocated(some, "kairos", "kairos", worth=8.0)(ledger([IN_TIME], [long]), NOW).work
-    assert dict(work) == {"d": 1, "p": 77}
+    assert dict(work) == {"d": 1, "p": 90}
+
+
+def test_a_step_that_decodes_and_prefills_has_one_base():
+    batch = Colocated(COST, "fcfs", "continuous")(ledger([IN_TIME], [("p", 50, 9.0)]), NOW)
+    assert dict(batch.work) == {"d": 1, "p": 50}
+    assert batch.predicted_s == pytest.approx(0.1 + 50 * 0.01)
 
 
 def test_under_overload_more_keep_both_slos_than_by_coming_first():
     # A small machine: prompts keep it busy for three quarters of the time.
     cost = CostModel(
-        PrefillCost(0.04, 0.0019, 3e-7, row_tokens=32),
-        DecodeCost(0.022, 0.0028, 4e-6),
+        prefills(0.04, 0.0019, 3e-7),
+        decodes(0.022, 0.0028, 4e-6),
         TransferCost(0, 0),
         90_000,
     )

@@ -4,8 +4,9 @@ Of kairos_plus, whose admissions depend on how it is tuned, what must hold howev
 """
 
 import pytest
+from costs import decodes, prefills
 
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Batch, Instance, Limits, Role
 from schedulers.ledger.request import Request, Slo
 from schedulers.ledger.rows import Column
@@ -13,8 +14,8 @@ from schedulers.policies import decode
 from schedulers.policies.view import View
 
 # A step takes 1 s and 1 ms a token of context.
-COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(1.0, 0.0, 0.001), TransferCost(0, 0), 10_000)
-PADDED = CostModel(COST.prefill, DecodeCost(1.0, 0.0, 0.001, "padded"), COST.transfer, 10_000)
+COST = CostModel(prefills(0, 1, 0), decodes(1.0, 0.0, 0.001), TransferCost(0, 0), 10_000)
+PADDED = CostModel(COST.prefill, decodes(1.0, 0.0, 0.001, "padded"), COST.transfer, 10_000)
 LIMITS = Limits(max_batch=4, max_chunk=10, max_context=2000, page_size=1, num_pages=10_000)
 SMALL = Limits(max_batch=4, max_chunk=10, max_context=400, page_size=1, num_pages=400)
 SLO = Slo(10.0, 2.0)
@@ -169,7 +170,7 @@ def test_a_ragged_step_pays_for_the_padding_of_its_batch(name):
     """Three sequences take 1 + 3 * 0.2 + 0.27 s; as a batch of four, 0.2 s more than there is."""
     ready = [("a", 90), ("b", 90), ("c", 90)]
     for buckets, count in (((), 3), ((1, 2, 4), 2), ((1, 2, 3, 4), 3)):
-        step = DecodeCost(1.0, 0.2, 0.001, "ragged", buckets, (1.0,) * len(buckets))
+        step = decodes(1.0, 0.2, 0.001, "ragged", buckets, (1.0,) * len(buckets))
         cost = CostModel(COST.prefill, step, COST.transfer, 10_000)
         instance = ledger(ready=ready)
         assert len(policy(name, cost)(instance, 0.0).work) == count
@@ -222,7 +223,7 @@ def stream(policy, instance, until, limit_s, slo, context=100):
 def test_kairos_plus_brings_the_hopeless_to_their_end():
     """Beside a stream of feasible requests that would fill every step."""
     slo = Slo(10.0, 0.0125)
-    cost = CostModel(COST.prefill, DecodeCost(0.01, 0.0, 1e-5), COST.transfer, 10_000)
+    cost = CostModel(COST.prefill, decodes(0.01, 0.0, 1e-5), COST.transfer, 10_000)
     late = {"slos": {"late": slo}, "first_at": {"late": 20.0}, "tokens": {"late": 90}}
     instance = ledger(ready=[("late", 300)], **late)
     stream(decode.KairosPlus(cost), instance, "late", 600.0, slo)
@@ -230,7 +231,7 @@ def test_kairos_plus_brings_the_hopeless_to_their_end():
 
 def test_kairos_plus_fetches_a_large_request_in_the_end():
     """Its pages are never free by themselves: small ones come all the time."""
-    cost = CostModel(COST.prefill, DecodeCost(0.1, 0.0, 0.0), COST.transfer, 10_000)
+    cost = CostModel(COST.prefill, decodes(0.1, 0.0, 0.0), COST.transfer, 10_000)
     instance = ledger(remote=[("large", 290)], limits=SMALL)
     stream(decode.KairosPlus(cost), instance, "large", 600.0, SLO, context=80)
 

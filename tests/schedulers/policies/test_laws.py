@@ -6,10 +6,11 @@ import random
 
 import numpy as np
 import pytest
+from costs import decodes, prefills
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Instance, Limits, Role
 from schedulers.ledger.request import Request, Slo
 from schedulers.policies import decode, prefill
@@ -24,9 +25,9 @@ def costs():
     seconds = st.floats(0, 0.1)
     return st.builds(
         CostModel,
-        st.builds(PrefillCost, seconds, seconds, seconds, st.sampled_from([1, 8])),
+        st.builds(prefills, seconds, seconds, seconds),
         st.builds(
-            DecodeCost,
+            decodes,
             seconds,
             seconds,
             seconds,

@@ -4,10 +4,11 @@ import itertools
 import math
 
 import pytest
+from costs import decodes, prefills
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Batch, Instance, Limits, Role
 from schedulers.ledger.request import Request, Slo
 from schedulers.policies import decode, routing
@@ -15,8 +16,8 @@ from schedulers.policies.colocated import Colocated
 
 # Llama 3 8B on one H100: see schedulers/profiles.
 COST = CostModel(
-    PrefillCost(5e-3, 32e-6, 0.66e-9),
-    DecodeCost(7e-3, 20e-6, 55e-9),
+    prefills(5e-3, 32e-6, 0.66e-9),
+    decodes(7e-3, 20e-6, 55e-9),
     TransferCost(2e-3, 5.2e-6),
     400_000,
 )
@@ -170,7 +171,7 @@ SECONDS = st.floats(0, 1) | st.just(0.0)
 COSTS = st.builds(
     CostModel,
     st.just(COST.prefill),
-    st.builds(DecodeCost, SECONDS, SECONDS, SECONDS),
+    st.builds(decodes, SECONDS, SECONDS, SECONDS),
     st.just(COST.transfer),
     st.just(400_000),
 )

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from costs import decodes, prefills
 
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.request import Slo
 from schedulers.simulation.scenario import Scenario, simulate
 from schedulers.simulation.workload import SloClass, synthetic
@@ -13,8 +14,8 @@ from schedulers.simulation.workload import SloClass, synthetic
 # decode are both near their capacity.
 PLUS = Scenario(
     CostModel(
-        PrefillCost(5e-3, 32e-6, 0.66e-9),
-        DecodeCost(7e-3, 20e-6, 55e-9),
+        prefills(5e-3, 32e-6, 0.66e-9),
+        decodes(7e-3, 20e-6, 55e-9),
         TransferCost(2e-3, 131072 / 25e9),
         400_000,
     ),

@@ -6,14 +6,15 @@ import random
 
 import numpy as np
 import pytest
+from costs import decodes, prefills
 
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Batch, Instance, Limits, Role
 from schedulers.ledger.request import Request, Slo
 from schedulers.policies import prefill
 
 # A token takes 1 s, a step nothing more: predictions are prompt lengths.
-COST = CostModel(PrefillCost(0.0, 1.0, 0.0), DecodeCost(1, 0, 0), TransferCost(0, 0), 1000)
+COST = CostModel(prefills(0.0, 1.0, 0.0), decodes(1, 0, 0), TransferCost(0, 0), 1000)
 LIMITS = Limits(max_batch=8, max_chunk=10, max_context=200, page_size=1, num_pages=200)
 
 
@@ -121,7 +122,7 @@ def test_no_prompt_is_begun_that_could_not_be_parked(name):
     ],
 )
 def test_packing_joins_what_the_base_cost_pays_for(name, pack, expected):
-    cost = CostModel(PrefillCost(4.0, 1.0, 0.0), COST.decode, COST.transfer, 1000)
+    cost = CostModel(prefills(4.0, 1.0, 0.0), COST.decode, COST.transfer, 1000)
     # Every policy's order is a, b, c, d: by arrival, by deadline and by laxity; sjf takes b first.
     requests = {"a": (0, 90, 3), "b": (1, 91, 2), "c": (2, 93, 3), "d": (3, 95, 4)}
     batch = prefill.POLICIES[name](cost, pack)(ledger(requests), 5.0)
@@ -186,10 +187,11 @@ def test_feasible_first_keeps_the_earliest_of_very_many():
     assert len(order) >= 1000
 
 
-def test_packed_prompts_fill_the_chunk_by_their_padded_rows():
-    cost = CostModel(PrefillCost(4.0, 1.0, 0.0, 5), COST.decode, COST.transfer, 1000)
-    batch = prefill.fcfs(cost)(ledger({"a": (0, 90, 2), "b": (1, 90, 3), "c": (2, 90, 1)}), 5.0)
-    assert dict(batch.work) == {"a": 2, "b": 3}, "two rows of 5 are the chunk of 10"
+def test_packed_prompts_fill_the_chunk():
+    cost = CostModel(prefills(9.0, 1.0, 0.0), COST.decode, COST.transfer, 1000)
+    prompts = {"a": (0, 90, 2), "b": (1, 90, 3), "c": (2, 90, 5), "d": (3, 90, 1)}
+    batch = prefill.fcfs(cost)(ledger(prompts), 5.0)
+    assert dict(batch.work) == {"a": 2, "b": 3, "c": 5}, "together the chunk of 10"
 
 
 @pytest.mark.parametrize("name", prefill.POLICIES)

@@ -4,14 +4,15 @@ import math
 from dataclasses import replace
 
 import pytest
+from costs import decodes, prefills
 
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Batch, Instance, Limits, Role
 from schedulers.ledger.request import Request, Slo
 from schedulers.policies import routing
 
 # A prompt takes 1 s a token; a step 1 s, and 0.01 s a token of context.
-COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(1, 0, 0.01), TransferCost(0, 0), 1000)
+COST = CostModel(prefills(0, 1, 0), decodes(1, 0, 0.01), TransferCost(0, 0), 1000)
 LIMITS = Limits(max_batch=8, max_chunk=10, max_context=200, page_size=1, num_pages=200)
 
 

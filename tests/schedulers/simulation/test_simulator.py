@@ -1,15 +1,16 @@
 """The simulator on workloads whose course can be worked out by hand, and its own laws."""
 
 import pytest
+from costs import decodes, prefills
 
-from schedulers.cost import CostModel, DecodeCost, PrefillCost, TransferCost
+from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.request import Slo
 from schedulers.policies import decode, prefill
 from schedulers.simulation.scenario import Scenario, build, simulate
 from schedulers.simulation.workload import Arrival, SloClass, synthetic
 
 # A prompt takes 1 s a token, a step 1 s a sequence, a transfer 1 s a token.
-COST = CostModel(PrefillCost(0, 1, 0), DecodeCost(0, 1, 0), TransferCost(0, 1), 10_000)
+COST = CostModel(prefills(0, 1, 0), decodes(0, 1, 0), TransferCost(0, 1), 10_000)
 ROOMY = (SloClass(1.0, Slo(1e6, 1e5)),)
 PAIRS = [(first, second) for first in prefill.POLICIES for second in decode.POLICIES]
 
@@ -32,7 +33,7 @@ def test_a_colocated_instance_moves_nothing():
 
 
 def test_a_fetch_begins_in_the_midst_of_a_step():
-    slow = CostModel(COST.prefill, DecodeCost(10, 0, 0), COST.transfer, 10_000)
+    slow = CostModel(COST.prefill, decodes(10, 0, 0), COST.transfer, 10_000)
     arrivals = [Arrival(0.0, 1, 9), Arrival(2.0, 1, 9)]
     first, second = run(arrivals, slow, prefill_policy="fcfs", decode_policy="continuous")
     # Prefilled at 3 s, in the other's step from 2 s to 12 s; moved at 4 s, in the next step.
@@ -45,8 +46,8 @@ def test_a_fetch_begins_in_the_midst_of_a_step():
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_every_request_gets_exactly_its_tokens(first, second, colocated):
     cost = CostModel(
-        PrefillCost(5e-3, 32e-6, 0.66e-9),
-        DecodeCost(7e-3, 20e-6, 55e-9),
+        prefills(5e-3, 32e-6, 0.66e-9),
+        decodes(7e-3, 20e-6, 55e-9),
         TransferCost(2e-3, 5.2e-6),
         40_000,  # so little that some are evicted
     )
@@ -79,8 +80,8 @@ def test_prompts_that_begin_alike_have_their_first_tokens_sooner(policy, colocat
     at what is near the limit without a cache.
     """
     cost = CostModel(
-        PrefillCost(5e-3, 32e-6, 0.66e-9),
-        DecodeCost(7e-3, 20e-6, 55e-9),
+        prefills(5e-3, 32e-6, 0.66e-9),
+        decodes(7e-3, 20e-6, 55e-9),
         TransferCost(2e-3, 5.2e-6),
         80_000,  # so little that not everything stays cached
     )
@@ -109,8 +110,8 @@ def test_prompts_that_begin_alike_have_their_first_tokens_sooner(policy, colocat
 def test_same_seed_same_result_and_noise_keeps_the_mean():
     arrivals = synthetic(300, 5.0, seed=1)
     cost = CostModel(
-        PrefillCost(5e-3, 32e-6, 0.66e-9),
-        DecodeCost(7e-3, 20e-6, 55e-9),
+        prefills(5e-3, 32e-6, 0.66e-9),
+        decodes(7e-3, 20e-6, 55e-9),
         TransferCost(2e-3, 5.2e-6),
         400_000,
     )
@@ -122,7 +123,7 @@ def test_same_seed_same_result_and_noise_keeps_the_mean():
 
 def test_one_token_after_a_prompt_in_chunks_ends_at_once_beside_a_decoder():
     arrivals = [Arrival(0.0, 100, 300), Arrival(0.5, 1400, 1)]
-    cost = CostModel(PrefillCost(5e-3, 32e-6, 0), DecodeCost(7e-3, 0, 0), COST.transfer, 10_000)
+    cost = CostModel(prefills(5e-3, 32e-6, 0), decodes(7e-3, 0, 0), COST.transfer, 10_000)
     outcomes = run(arrivals, cost, colocated=1, chunk=512)
     assert [outcome.num_output for outcome in outcomes] == [300, 1]
 
@@ -131,7 +132,7 @@ def test_one_token_after_a_prompt_in_chunks_ends_at_once_beside_a_decoder():
 def test_a_long_prompt_gets_its_room_in_its_turn(policy):
     """Though short ones fit into whatever is given back, and come without a pause."""
     cost = CostModel(
-        PrefillCost(5e-3, 32e-6, 0), DecodeCost(7e-3, 20e-6, 55e-9), TransferCost(2e-3, 0), 8000
+        prefills(5e-3, 32e-6, 0), decodes(7e-3, 20e-6, 55e-9), TransferCost(2e-3, 0), 8000
     )
     arrivals = [Arrival(0.04 * i, 200, 300) for i in range(600)]
     arrivals.insert(50, Arrival(1.99, 3000, 300))
