@@ -3,7 +3,7 @@
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from kairos_jax.engine.programs import Programs
 from kairos_jax.process.cache import NotPrivate, cache_or_temporary, private_cache_dir, say_unusable
 from kairos_jax.process.command import UsageError
 from kairos_jax.process.logs import ONCE
+from kairos_jax.process.parallel import parallel
 from kairos_jax.process.progress import Progress
 from models.ops import native
 from models.sharding import make_mesh
@@ -47,7 +48,6 @@ def build_engines(
         params = load_weights(config, model, name, mine, progress, alike)
         packed = alike is not None
         engines.append(build_engine(config, model, role, mine, params, packed, programs))
-    # XLA compiles mostly on one thread: two at once take little longer than one.
     named = zip(engines, names, strict=True)
     parallel([functools.partial(warm_up, engine, name, progress) for engine, name in named])
     return engines
@@ -194,34 +194,13 @@ def _is_hopper(device: Any) -> bool:
 def warm_up(engine: JaxEngine, name: str, progress: Progress) -> None:
     """Compiles every shape."""
     total = len(list(engine.shapes)) + 1
-    started = 0
+    started, lock = 0, threading.Lock()
 
     def step(what: str) -> None:
         nonlocal started
-        progress(f"compile {name} steps", started, total)
-        started += 1
+        with lock:  # several are compiled at a time
+            progress(f"compile {name} steps", started, total)
+            started += 1
 
     engine.warm_up(step)
     progress(f"compile {name} steps", total, total)
-
-
-def parallel(jobs: Sequence[Callable[[], None]]) -> None:
-    """Runs the jobs on a thread each; the first error of any is raised here.
-
-    Daemon threads, so that a Ctrl-C need not wait for a compilation.
-    """
-    errors: list[BaseException] = []
-
-    def run(job: Callable[[], None]) -> None:
-        try:
-            job()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(job,), daemon=True) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]

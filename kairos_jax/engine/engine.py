@@ -4,6 +4,8 @@ An engine owns its weights and its page pool on one mesh. One thread drives it. 
 processes, each has an engine, and all of them run the same calls (kairos_jax.engine.followers).
 """
 
+import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from kairos_jax.engine import calls
 from kairos_jax.engine.calls import Call, Part, Read, Score, Step, Token, Write
 from kairos_jax.engine.functions import BLOCK_PAGES, Functions, Shapes
 from kairos_jax.engine.programs import Programs
+from kairos_jax.process.parallel import parallel
 from models import kv_cache
 from models.config import ModelConfig
 from models.ops import KERNELS
@@ -95,8 +98,8 @@ class JaxEngine:
         self._cache = kv_cache.allocate(self._functions.pool)
         self._hidden: jax.Array | None = None  # of the last step, for `Score`
         self._programs = programs
-        # Where programs are kept: by name and shapes, each for arguments of just one kind.
-        self._kept: dict[tuple[Any, ...], Any] = {}
+        # Compiled programs, by name and shapes: each is for arguments of just one kind.
+        self._compiled: dict[tuple[Any, ...], Any] = {}
         self.dispatch: Callable[[Call], Any] = self.run
 
     @property
@@ -107,19 +110,21 @@ class JaxEngine:
     @property
     def num_compiled(self) -> int:
         """Programs compiled so far; it stays where it is after `warm_up`."""
-        return len(self._kept) + self._functions.num_compiled
+        return len(self._compiled) + self._functions.num_compiled
 
     def warm_up(self, progress: Callable[[str], None] = lambda what: None) -> None:
-        """Compiles every shape, by a run of each over padding alone. Where programs are kept they
-        need not run, which takes as long as loading them.
+        """Compiles every shape, several at once, since XLA compiles mostly on one thread. On a mesh
+        that spans processes, by a run of each over padding alone: all must compile in one order.
         """
-        for tokens, sequences in self.shapes:
-            progress(f"{tokens} tokens of {sequences} sequences at most")
-            call = calls.padding(tokens, sequences, self.limits)
-            if self._programs is None:
-                self.dispatch(call)
-            else:
-                self._program(call)
+
+        def compiled(size: tuple[int, int]) -> None:
+            progress("{} tokens of {} sequences at most".format(*size))
+            compile_it = self.dispatch if self.mesh.is_multi_process else self._program
+            compile_it(calls.padding(*size, self.limits))
+
+        at_once = 1 if self.mesh.is_multi_process else os.cpu_count()
+        # The largest take longest.
+        parallel([functools.partial(compiled, size) for size in [*self.shapes][::-1]], at_once)
         progress("page moves")
         self.write_pages([], [self.dispatch(Read(_block_ids([], 0)))])
         self.wait()
@@ -185,17 +190,20 @@ class JaxEngine:
                 self._cache = result
 
     def _program(self, call: Call) -> tuple[Any, tuple[Any, ...]]:
-        """What runs this call, and its arguments: a jitted function, or, where programs are kept,
-        what it is compiled to for these.
+        """What runs this call, and its arguments: what its function is compiled to for these; on a
+        mesh that spans processes the jitted function itself.
         """
         cache, hidden = self._cache, self._hidden
         name, function, args = self._functions.of(call, self.params, cache, hidden)
-        if self._programs is None:
+        if self.mesh.is_multi_process:
             return function, args
         key = (name, *(array.shape for array in call))
-        if key not in self._kept:
-            self._kept[key] = self._programs.compiled(name, function, *args)
-        return self._kept[key], args
+        if key not in self._compiled:
+            if self._programs is None:
+                self._compiled[key] = function.lower(*args).compile()
+            else:
+                self._compiled[key] = self._programs.compiled(name, function, *args)
+        return self._compiled[key], args
 
     def read_pages(self, pages: Sequence[int]) -> KV:
         """See `Engine.read_pages`."""

@@ -42,9 +42,10 @@ def bucket_sizes(limit: int, coarse: int = 4) -> tuple[int, ...]:
 
 # Of prompts fewer tokens are rarely left.
 _LEAST_OF_PROMPTS = 16
-# On an accelerator, steps of fewer tokens than the first take as long; those of fewer than the
-# second read the weights for longer than they compute, so that padding costs little.
-_LEAST_ON_ACCELERATOR, _COARSE_ON_ACCELERATOR = 16, 256
+# The same on an accelerator, where a step of fewer takes as long, and where a shape takes half a
+# minute to compile. Below the last, weights are read for longer than a step computes, or not much
+# shorter: padding costs little.
+_LEAST_ON_ACCELERATOR, _LEAST_OF_PROMPTS_THERE, _COARSE_ON_ACCELERATOR = 16, 64, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class Shapes:
         most = limits.max_chunk * prompts + limits.max_batch * decodes
         least, coarse = 1 if decodes else _LEAST_OF_PROMPTS, 4
         if KERNELS[kernels].on_accelerator:
-            least, coarse = max(least, _LEAST_ON_ACCELERATOR), _COARSE_ON_ACCELERATOR
+            least = _LEAST_ON_ACCELERATOR if decodes else _LEAST_OF_PROMPTS_THERE
+            coarse = _COARSE_ON_ACCELERATOR
         sizes = [size for size in bucket_sizes(most, coarse) if size >= min(least, most)]
         return cls(role, tuple((size, min(size, limits.max_batch)) for size in sizes))
 

@@ -175,8 +175,13 @@ def faults_of(program: hlo.Program, call: Call, functions: Functions) -> list[st
     split = {_bytes(w) for w in weights.values() if w.sharding.shard_shape(w.shape) != w.shape}
     if gathered := program.gathers(split):
         faults.append(f"{gathered} weights are gathered")
-    if moved := program.moved(_shards(weights.values()) - pool):
+    # Activations may have the sizes of a weight.
+    tokens, (_, width) = call[0].shape[-1], functions.params["embed"].shape
+    hidden = {hlo.Shape(each.dtype, (tokens, width)) for each in pool}
+    if moved := program.moved(_shards(weights.values()) - pool, but=hidden):
         faults.append(f"{moved} weights are copied or laid out anew")
+    if through := sum(program.returned[shape] for shape in pool):
+        faults.append(f"the pool of {through} layers comes back from fast memory")
     several = functions.mesh.size > 1
     sums = sum(n for what, n in program.collectives.items() if what.startswith("all-reduce "))
     others = sum(program.collectives.values()) - sums

@@ -17,6 +17,8 @@ COLLECTIVES = (
 )
 _MOVES = ("copy", "transpose", "reshape")
 _FAST = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([1-9]")
+# Of a copy that has begun: what it is of lies in fast memory.
+_FROM_FAST = re.compile(r"^\(\w+\[[\d,]*\]\{[^}]*\}, \w+\[[\d,]*\]\{[^}]*S\([1-9]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|token|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
@@ -49,6 +51,7 @@ class Shape(NamedTuple):
 class Instruction:
     """One line. shapes: of its results. rest: what follows its opcode. in_fast_memory: its first
     result does not lie in a device's main memory, but where it is brought to be computed with.
+    from_fast_memory: it is a copy that brings it back from there.
     """
 
     opcode: str
@@ -56,6 +59,7 @@ class Instruction:
     rest: str
     is_root: bool
     in_fast_memory: bool
+    from_fast_memory: bool
 
     @property
     def largest(self) -> Shape | None:
@@ -84,6 +88,7 @@ class Program:
         aliased: how many of its arguments' arrays its results are written into.
         collectives: how many of each, such as "all-reduce f32[16,4096]".
         moves: arrays that are copied or laid out anew within main memory, and how often.
+        returned: arrays that come back from fast memory, in which they were changed, and how often.
         custom_calls: how many of each target.
         cycles: estimated, without kernels and collectives, where XLA says so: of the longest way
             through each conditional.
@@ -93,15 +98,17 @@ class Program:
     collectives: Counter[str] = field(default_factory=Counter)
     gathered: Counter[Shape] = field(default_factory=Counter)
     moves: Counter[Shape] = field(default_factory=Counter)
+    returned: Counter[Shape] = field(default_factory=Counter)
     custom_calls: Counter[str] = field(default_factory=Counter)
     cycles: int = 0
 
-    def moved(self, shapes: Collection[Shape]) -> int:
+    def moved(self, shapes: Collection[Shape], but: Collection[Shape] = ()) -> int:
         """How many arrays of these shapes, or of a permutation of their dimensions, are copied or
-        laid out anew.
+        laid out anew. but: of just these shapes, what they are does not matter.
         """
         sought = {_sorted(shape) for shape in shapes}
-        return sum(count for shape, count in self.moves.items() if _sorted(shape) in sought)
+        found = (shape for shape in self.moves if _sorted(shape) in sought and shape not in but)
+        return sum(self.moves[shape] for shape in found)
 
     def gathers(self, num_bytes: Collection[int]) -> int:
         """How many all-gathers have a result of one of these sizes."""
@@ -137,7 +144,9 @@ def read(text: str) -> Program:
                 continue
             if line.opcode == "custom-call" and (target := _TARGET.search(line.rest)):
                 program.custom_calls[target[1]] += 1
-            if (shape := line.largest) and _is_move(line, computations):
+            if (shape := line.largest) and line.from_fast_memory:
+                program.returned[shape] += 1
+            elif shape and _is_move(line, computations):
                 program.moves[shape] += 1
     program.cycles = _cycles(entry, computations)
     return program
@@ -162,7 +171,8 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
                 if dtype != "token"
             )
             fast = bool(_FAST.match(result.lstrip("(")))
-            found[name].append(Instruction(opcode, shapes, rest, bool(root), fast))
+            back = bool(_FROM_FAST.match(result))
+            found[name].append(Instruction(opcode, shapes, rest, bool(root), fast, back))
     return found, entry
 
 

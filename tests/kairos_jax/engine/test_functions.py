@@ -15,7 +15,7 @@ from models.ops.linear import as_matrix
 from models.sharding import Rules, make_mesh
 from schedulers.ledger.instance import Limits, Role
 
-LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pages=64)
+LIMITS = Limits(max_batch=4, max_chunk=16, max_context=128, page_size=8, num_pages=64)
 
 
 def functions(directory, num_devices, kernels, role=Role.BOTH):
@@ -44,7 +44,10 @@ def test_devices_exchange_sums_and_logits_and_nothing_else(
         hlo.Shape("f32", leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(described.pool)
     }
+    few = {1, 4, 16, described.shapes.largest[0]}  # a decode step, a chunk, and the largest
     for call, _, function, arguments in described.described():
+        if isinstance(call, Step) and call.tokens.shape[1] not in few:
+            continue
         program = hlo.read(function.lower(*arguments).compile().as_text())
         counted = Counter()
         for what, count in program.collectives.items():
@@ -76,7 +79,7 @@ def test_there_is_a_size_for_every_step(role, kernels):
             assert size[0] >= tokens
             assert size[1] >= sequences
             # Padding wastes a third at most, where a step's time depends on it.
-            assert size[0] <= max(1.5 * tokens, 256 if kernels == "gpu" else 16)
+            assert size[0] <= max(1.5 * tokens, 512 if kernels == "gpu" else 16)
     assert len(sizes) < 21
 
 

@@ -19,7 +19,7 @@ from models.sharding import Rules, make_mesh
 from schedulers.ledger.instance import Limits, Role
 
 ROOT = Path(__file__).parents[3]
-LIMITS = Limits(max_batch=1, max_chunk=16, max_context=64, page_size=8, num_pages=16)
+LIMITS = Limits(max_batch=1, max_chunk=3, max_context=64, page_size=8, num_pages=16)
 
 
 @pytest.fixture(autouse=True)
