@@ -264,14 +264,14 @@ def main(argv: list[str]) -> int:
 def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
     launch.define_config_flag()
-    flags.DEFINE_string("profile", None, "Step times: a file; else they are measured.")
+    flags.DEFINE_string("profile", None, "Step-time profile; default: step times are measured.")
     flags.DEFINE_string("output", "out/agreement", "Folder for report, profile and journals.")
     flags.DEFINE_string("loads", "0.5,0.8,1,1.15,1.3", "Multiples of the knee: L,L,...")
     flags.DEFINE_float("duration_s", 60.0, "Seconds from first arrival to last, a load.", 1.0)
     flags.DEFINE_integer("max_prompt", 1024, "Longest prompt of the workload, tokens.", 1)
     flags.DEFINE_integer("max_output", 128, "Longest output of the workload, tokens.", 1)
     flags.DEFINE_float("prompt_sigma", 1.0, "Spread of prompts: deviation of their logarithm.", 0.0)
-    flags.DEFINE_integer("seed", 0, "Of the workload.")
+    flags.DEFINE_integer("seed", 0, "Seed of the workload.")
 
 
 if __name__ == "__main__":

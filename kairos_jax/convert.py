@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     flags.DEFINE_string("source", None, "Path, hub id or name of a model.")
-    flags.DEFINE_string("output", None, "Directory to write; must be empty or new.")
-    flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the written weights.")
-    flags.DEFINE_enum("format", "orbax", list(_FORMATS), "Of what is written.")
+    flags.DEFINE_string("output", None, "Directory to write; it must be empty or new.")
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "Dtype of the written weights.")
+    flags.DEFINE_enum("format", "orbax", list(_FORMATS), "Format to write.")
     launch.run(main, positional="source")

@@ -257,7 +257,7 @@ def define_flags() -> None:
     flags.DEFINE_float("duration_s", 60.0, "Seconds from the first arrival to the last.", 1.0)
     flags.DEFINE_integer("max_prompt", 1024, "Longest prompt of the workload, tokens.", 1)
     flags.DEFINE_integer("max_output", 128, "Longest output of the workload, tokens.", 1)
-    flags.DEFINE_integer("seed", 0, "Of the workload.")
+    flags.DEFINE_integer("seed", 0, "Seed of the workload.")
 
 
 if __name__ == "__main__":

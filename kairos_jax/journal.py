@@ -33,14 +33,18 @@ from schedulers.policies.colocated import policy_for
 
 def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
-    flags.DEFINE_string("journal", None, "File that a server or a simulation wrote.")
+    flags.DEFINE_string("journal", None, "Journal that a server or a simulation wrote.")
     flags.DEFINE_string("explain", None, "Print why this request waited, by its id.")
-    flags.DEFINE_string("perfetto", None, "File to write the run to, for ui.perfetto.dev.")
+    flags.DEFINE_string("perfetto", None, "File for a trace of the run, for ui.perfetto.dev.")
     flags.DEFINE_bool("check", False, "Ask the policies for every decision again.")
-    flags.DEFINE_string("profile", None, "Step times that the run was scheduled by.")
-    flags.DEFINE_enum("prefill_policy", "kairos_plus", list(prefill.POLICIES), "Of the run.")
-    flags.DEFINE_enum("decode_policy", "kairos_plus", list(decode.POLICIES), "Of the run.")
-    flags.DEFINE_float("pack", math.inf, "Of the run: config.prefill.pack.", 0.0)
+    flags.DEFINE_string("profile", None, "Step-time profile with which the run was scheduled.")
+    flags.DEFINE_enum(
+        "prefill_policy", "kairos_plus", list(prefill.POLICIES), "Prefill policy of the run."
+    )
+    flags.DEFINE_enum(
+        "decode_policy", "kairos_plus", list(decode.POLICIES), "Decode policy of the run."
+    )
+    flags.DEFINE_float("pack", math.inf, "The run's config.prefill.pack.", 0.0)
 
 
 def read(path: str | None) -> list[Record]:

@@ -269,7 +269,7 @@ def define_flags(values: flags.FlagValues) -> None:
     string("profile", None, "A measured profile to look at as well.")
     string("layout", "2:1", "Instances: P:D, colocated or Nxcolocated.")
     integer("num_requests", 6000, "The first of the trace; 0: all.", 0)
-    integer("seed", 0, "Of a synthetic trace.", 0)
+    integer("seed", 0, "Seed of a synthetic trace.", 0)
     integer("workers", 0, "Processes; 0: one for each core.", 0)
     string("output", "out/paper", "Folder for cells, tables and reports.")
 

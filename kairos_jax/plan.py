@@ -50,8 +50,8 @@ def define_flags() -> None:
     """Beside those of the config."""
     assumed = Shares()
     number = partial(flags.DEFINE_float, lower_bound=0.0)
-    flags.DEFINE_enum("chip", None, list(CHIPS), "Chip, instead of the config's.")
-    flags.DEFINE_boolean("fast", False, "By shapes alone: compile nothing.")
+    flags.DEFINE_enum("chip", None, list(CHIPS), "Chip; default: the config's.")
+    flags.DEFINE_boolean("fast", False, "Use shapes alone, compile nothing.")
     number("of_bandwidth", assumed.bandwidth, "Assumed: share of a chip's bandwidth.")
     number("of_flops", assumed.flops, "Assumed: share of a chip's operations a second.")
     number("of_link", assumed.link, "Assumed: share of the bandwidth between chips.")

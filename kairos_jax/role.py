@@ -74,17 +74,21 @@ def define_flags(port: int) -> None:
     debug.define_flags()
     otlp.define_flags()
     logs.define_flags()
-    flags.DEFINE_string("name", None, "Name of the instance; else its role and address.")
-    flags.DEFINE_string("advertise", None, "Host by which peers reach it; else --host.")
+    flags.DEFINE_string("name", None, "Name of the instance; default: its role and address.")
+    flags.DEFINE_string("advertise", None, "Host name under which peers reach it; default: --host.")
     flags.DEFINE_integer("metrics_port", 0, "Port of http://HOST/metrics; 0: none.", 0, 65535)
-    flags.DEFINE_float("router_hang_s", 10.0, "Silence after which a router is dropped.", 0.1)
+    flags.DEFINE_float(
+        "router_hang_s", 10.0, "Seconds of silence after which a router is dropped.", 0.1
+    )
     flags.DEFINE_float(
         "link_s",
         5.0,
         "Seconds for which health waits for a router to link before it is ready.",
         0.0,
     )
-    flags.DEFINE_float("stuck_s", 30.0, "By so much later than predicted, a step hangs.", 0.1)
+    flags.DEFINE_float(
+        "stuck_s", 30.0, "Seconds beyond its prediction after which a step counts as hung.", 0.1
+    )
 
 
 def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> PreparedRole:

@@ -62,9 +62,11 @@ def define_flags() -> None:
         flags.DEFINE_list(
             role.value, [], f"Where {role.value} workers are: host:port, or dns:name:port for all."
         )
-    flags.DEFINE_float("resolve_s", 5.0, "Seconds after which names are resolved again.", 0.1)
+    flags.DEFINE_float("resolve_s", 5.0, "Seconds between two look-ups of dns: names.", 0.1)
     flags.DEFINE_float("heartbeat_s", 0.25, "Seconds between two pings to a worker.", 0.01)
-    flags.DEFINE_float("hang_s", 1.0, "Silence after which a worker is lost.", 0.05)
+    flags.DEFINE_float(
+        "hang_s", 1.0, "Seconds of silence after which a worker counts as lost.", 0.05
+    )
     flags.DEFINE_float(
         "rejoin_s", 10.0, "Seconds that requests wait for a worker when a role has none.", 0.0
     )

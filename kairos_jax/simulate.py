@@ -64,9 +64,11 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     string("profile", None, "Step times: a profile's file, or the name of a packaged one.")
     string("trace", None, "'synthetic', or the file of an Azure or Mooncake trace.")
-    number("rate", None, "Requests a second; else the trace's own, 1 for synthetic.")
+    number("rate", None, "Requests per second; default: the trace's own, 1 for synthetic.")
     enum("arrivals", "trace", ["trace", "poisson"], "Arrival times: the trace's, or Poisson.")
-    integer("num_requests", 0, f"The first of them; 0: all, {NUM_SYNTHETIC} for synthetic.", 0)
+    integer(
+        "num_requests", 0, f"How many, from the start; 0: all, {NUM_SYNTHETIC} for synthetic.", 0
+    )
     integer("num_prefill", 1, "Prefill instances.")
     integer("num_decode", 1, "Decode instances.")
     integer("colocated", 0, "Instances that do both, instead of those.")
@@ -78,19 +80,23 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("max_batch", 256, "Sequences of a decode step, at most.")
     integer("chunk", 4096, "Prompt tokens of a prefill step, at most.")
     integer("page_size", 16, "Tokens of a KV page.")
-    number("parked_tokens", None, "Tokens whose KV may wait in a prefill host's memory; else any.")
+    number(
+        "parked_tokens",
+        None,
+        "Tokens whose KV may wait in a prefill host's memory; default: no limit.",
+    )
     boolean("learn_outputs", True, "Learn from finished requests how long outputs will be.")
     boolean("prefix_cache", False, "Prompts that begin alike, by the trace, share pages.")
     number("pack", 0.0, "Base costs of a prefill step that other prompts may add to it.")
     number("noise", 0.0, "Standard deviation of the logarithm of step times.")
-    number("bias", 0.0, "The policies take times for (1 + bias) times what they are.")
-    integer("seed", 0, "Of noise, classes, Poisson and synthetic workloads.")
-    boolean("advise", False, "Compare all layouts of --devices instead: which holds which rate.")
+    number("bias", 0.0, "Policies believe that steps take (1 + bias) times their real time.")
+    integer("seed", 0, "Seed of noise, classes, Poisson and synthetic workloads.")
+    boolean("advise", False, "Compare all layouts of --devices: the highest rate that each holds.")
     integer("devices", 8, "With --advise: devices of all instances.", 2)
-    number("chip_hour", None, "With --advise: price of a device an hour, to tell costs.", 0.0)
-    string("journal", None, "File to write every decision to, a line of JSON each.")
+    number("chip_hour", None, "With --advise: price of a device per hour, to report costs.", 0.0)
+    string("journal", None, "File for every decision, in JSON lines.")
     string("explain", None, "Print why this request waited: its number in the trace, from 0.")
-    string("perfetto", None, "File to write the run to, for ui.perfetto.dev.")
+    string("perfetto", None, "File for a trace of the run, for ui.perfetto.dev.")
     enum("output", None, ["json"], "json: one JSON object instead of a table.")
 
 

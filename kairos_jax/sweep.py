@@ -66,7 +66,7 @@ def define_flags(values: flags.FlagValues) -> None:
             flags.DEFINE_string,
         )
     )
-    boolean("simulated", False, "Simulate, instead of serving on live engines.")
+    boolean("simulated", False, "Simulate instead of serving on live engines.")
     string("profile", None, "Step times: a file, or the name of a packaged profile.")
     string("trace", None, "'synthetic', or the file of an Azure or Mooncake trace.")
     enum("arrivals", "trace", ["trace", "poisson"], "Arrival times.")
@@ -85,7 +85,7 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("page_size", 16, "Simulated: tokens of a KV page.", 1)
     integer("max_prompt", None, "Live: longest prompt of the workload, tokens.", 1)
     integer("max_output", None, "Live: longest output of the workload, tokens.", 1)
-    integer("seed", 0, "Of classes, Poisson and synthetic workloads.", 0)
+    integer("seed", 0, "Seed of classes, Poisson and synthetic workloads.", 0)
     integer("workers", 0, "Simulated: processes; 0: one for each core.", 0)
     string("output", "out/sweep", "Folder for cells, table and report.")
 

@@ -117,7 +117,7 @@ class DecodeConfig(InstanceConfig):
     kv_tokens: Annotated[
         int, Key("Tokens whose KV the pool of each instance holds.", limits=_HOLDS_ONE)
     ]
-    max_batch: Annotated[int, Key("Sequences of a step, at most.", least=1)]
+    max_batch: Annotated[int, Key("Sequences of a step, at most; of a prefill step too.", least=1)]
     prefix_cache: Annotated[
         bool, Key("As prefill.prefix_cache; a common beginning is then sent to decode only once.")
     ] = True
@@ -156,7 +156,7 @@ class ServerConfig:
     chip: Annotated[
         str,
         Key(
-            "Accelerator that the sizes are for: `kairos plan` reckons with it. Empty: none.",
+            "Accelerator that the sizes are for: `kairos plan` uses it. Empty: none.",
             choices=("", *CHIPS),
         ),
     ] = ""

@@ -55,8 +55,8 @@ def define_distributed_flags() -> None:
     flags.DEFINE_string(
         "coordinator_address", "", "host:port of process 0, if the mesh spans processes."
     )
-    flags.DEFINE_integer("num_processes", 1, "Processes that the mesh spans.", 1)
-    flags.DEFINE_integer("process_id", 0, "Which of these processes this is.", 0)
+    flags.DEFINE_integer("num_processes", 1, "Number of processes that the mesh spans.", 1)
+    flags.DEFINE_integer("process_id", 0, "Number of this process in the mesh, from 0.", 0)
 
 
 def start_distributed() -> Processes:

@@ -40,12 +40,20 @@ def bucket_sizes(limit: int, coarse: int = 4) -> tuple[int, ...]:
     return tuple(sorted(size for size in sizes if size <= limit))
 
 
-# Of prompts fewer tokens are rarely left.
-_LEAST_OF_PROMPTS = 16
-# The same on an accelerator, where a step of fewer takes as long, and where a shape takes half a
-# minute to compile. Below the last, weights are read for longer than a step computes, or not much
-# shorter: padding costs little.
-_LEAST_ON_ACCELERATOR, _LEAST_OF_PROMPTS_THERE, _COARSE_ON_ACCELERATOR = 16, 64, 512
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """least: tokens of the smallest step. least_chunk: of an engine that only prefills; of prompts
+    fewer are rarely left. coarse: see `bucket_sizes`.
+    """
+
+    least: int
+    least_chunk: int
+    coarse: int
+
+
+# Each shape delays the start: by a second or two on a CPU, by half a minute on an accelerator. A
+# small step of an accelerator reads the weights for longer than it computes: there padding is free.
+_ON_CPU, _ON_ACCELERATOR = _Sizes(1, 16, 16), _Sizes(16, 64, 512)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +68,9 @@ class Shapes:
         """kernels: by name (models.ops.KERNELS)."""
         prompts, decodes = role is not Role.DECODE, role is not Role.PREFILL
         most = limits.max_chunk * prompts + limits.max_batch * decodes
-        least, coarse = 1 if decodes else _LEAST_OF_PROMPTS, 4
-        if KERNELS[kernels].on_accelerator:
-            least = _LEAST_ON_ACCELERATOR if decodes else _LEAST_OF_PROMPTS_THERE
-            coarse = _COARSE_ON_ACCELERATOR
-        sizes = [size for size in bucket_sizes(most, coarse) if size >= min(least, most)]
+        of = _ON_ACCELERATOR if KERNELS[kernels].on_accelerator else _ON_CPU
+        least = min(of.least if decodes else of.least_chunk, most)
+        sizes = [size for size in bucket_sizes(most, of.coarse) if size >= least]
         return cls(role, tuple((size, min(size, limits.max_batch)) for size in sizes))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -197,8 +203,9 @@ class Functions:
         pages = np.zeros(BLOCK_PAGES, np.int32)
         made: list[Call] = [calls.padding(*size, self.limits) for size in self.shapes]
         tokens, _ = self.shapes.largest
-        # Of the largest step alone: for others it is the same.
-        made += [Score(np.zeros(tokens, np.int32)), Read(pages), Write(pages, self.block)]
+        if self.shapes.role is not Role.DECODE:
+            made.append(Score(np.zeros(tokens, np.int32)))  # for smaller steps it is the same
+        made += [Read(pages), Write(pages, self.block)]
         whole = NamedSharding(self.mesh, PartitionSpec())
         hidden = jax.ShapeDtypeStruct((tokens, self._hidden_size), self._dtype, sharding=whole)
         for call in made:

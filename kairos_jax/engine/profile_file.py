@@ -16,7 +16,9 @@ from schedulers.fitting import usable
 
 def define_flags() -> None:
     """Of servers. Not at import: other binaries have flags of the same names."""
-    flags.DEFINE_string("profile", None, "Profile to schedule by; else one of its own, kept.")
+    flags.DEFINE_string(
+        "profile", None, "Step-time profile; default: its own is measured and kept."
+    )
 
 
 def read(path: str | Path, kinds: Sequence[str] = KINDS) -> dict[str, Any]:

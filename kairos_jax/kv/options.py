@@ -12,22 +12,32 @@ _MIB = 1 << 20
 def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
     default = TransferOptions()
-    flags.DEFINE_enum("kv_transport", default.kind, ["jax", "grpc"], "How KV comes from others.")
-    flags.DEFINE_string("kv_host", "", "Address the transfer server listens on; else --host.")
-    flags.DEFINE_float("kv_lease_s", default.lease_s, "KV that nobody claims is freed then.", 0.1)
-    flags.DEFINE_float("kv_claim_s", default.claim_s, "KV not fetched then is freed.", 0.1)
+    flags.DEFINE_enum(
+        "kv_transport", default.kind, ["jax", "grpc"], "How KV is received from other processes."
+    )
+    flags.DEFINE_string(
+        "kv_host", "", "Address on which the transfer server listens; default: --host."
+    )
     flags.DEFINE_float(
-        "kv_fetch_s", default.fetch_s, "A fetch of which nothing comes for so long fails.", 0.1
+        "kv_lease_s", default.lease_s, "Seconds after which unclaimed KV is freed.", 0.1
+    )
+    flags.DEFINE_float(
+        "kv_claim_s", default.claim_s, "Seconds after which KV that was not fetched is freed.", 0.1
+    )
+    flags.DEFINE_float(
+        "kv_fetch_s", default.fetch_s, "Seconds without progress after which a KV fetch fails.", 0.1
     )
     for name, text in (
-        ("in_flight", "Most MiB on their way from one peer at once."),
-        ("staged", "Most MiB brought over before there is room for them in the pool."),
-        ("urgent", "KV of at most so many MiB goes ahead of what is larger."),
-        ("transfer", "MiB in one piece of the transfer server's."),
+        ("in_flight", "Most MiB in flight from one peer."),
+        ("staged", "Most MiB fetched before the pool has room for them."),
+        ("urgent", "KV of at most this many MiB goes ahead of larger KV."),
+        ("transfer", "Size of one piece of the transfer server, in MiB."),
     ):
         value = getattr(default, f"{name}_bytes") // _MIB
         flags.DEFINE_integer(f"kv_{name}_mib", value, text, 0 if name == "staged" else 1)
-    flags.DEFINE_integer("kv_parallel_copies", default.parallel_copies, "Of such pieces.", 1)
+    flags.DEFINE_integer(
+        "kv_parallel_copies", default.parallel_copies, "Pieces that are copied at once.", 1
+    )
 
 
 @dataclass(frozen=True, slots=True)

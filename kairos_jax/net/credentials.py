@@ -43,21 +43,23 @@ def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
     define_caller_flags(flags.FLAGS)
     flags.DEFINE_boolean("mutual_tls", False, "Refuse callers without a certificate of --tls_ca.")
-    flags.DEFINE_string("token_file", None, "File of the secret that every internal call bears.")
+    flags.DEFINE_string(
+        "token_file", None, "File with the secret that every internal call carries."
+    )
 
 
 def define_caller_flags(values: flags.FlagValues) -> None:
     """Of a process that calls others."""
     string = functools.partial(flags.DEFINE_string, flag_values=values)
-    string("tls_cert", None, "PEM file: what this process shows its peers.")
+    string("tls_cert", None, "PEM file: the certificate that peers see.")
     string("tls_key", None, "PEM file: the private key of --tls_cert.")
-    string("tls_ca", None, "PEM file: the authorities of the peers' certificates; else no TLS.")
+    string("tls_ca", None, "PEM file: the authorities of the peers' certificates; default: no TLS.")
     string("tls_name", None, "Name in the peers' certificates; else their host.")
 
 
 def define_public_flags() -> None:
     """Of what clients call. They have other certificates than peers, and no token."""
-    flags.DEFINE_string("public_tls_cert", None, "PEM file: what clients are shown.")
+    flags.DEFINE_string("public_tls_cert", None, "PEM file: the certificate that clients see.")
     flags.DEFINE_string("public_tls_key", None, "PEM file: the private key of --public_tls_cert.")
 
 

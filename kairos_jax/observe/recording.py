@@ -21,7 +21,7 @@ _PERIOD_S = 0.5
 
 def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
-    flags.DEFINE_string("journal", None, "File for a record of every decision, as JSON lines.")
+    flags.DEFINE_string("journal", None, "File for a record of every decision, in JSON lines.")
 
 
 Watch = Callable[[Sequence[Record]], object]

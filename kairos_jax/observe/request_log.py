@@ -28,7 +28,7 @@ PERIOD_S = 10.0
 
 def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
-    flags.DEFINE_bool("log_requests", True, "Log a line a request when it ends.")
+    flags.DEFINE_bool("log_requests", True, "Log one line for each request when it ends.")
 
 
 class RequestLog(Observer):

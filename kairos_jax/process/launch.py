@@ -29,13 +29,15 @@ _DEFINE = {
 def define_config_flag() -> None:
     """--config=FILE with --config.KEY=VALUE overrides, and --model in short."""
     flags.DEFINE_string("model", None, "Path, hub id or name of a model: config.model.")
-    flags.DEFINE_integer("cpu_devices", 0, "CPU devices to make; 0: as many as the config asks.", 0)
+    flags.DEFINE_integer(
+        "cpu_devices", 0, "CPU devices to create; 0: as many as the config needs.", 0
+    )
     flags.DEFINE_string(
         "config",
         None,
         "Config file, or name of a packaged one, such as smollm2_135m_cpu or llama3_8b:gpu4.",
     )
-    flags.DEFINE_string("dump_config", None, "Write the config to this new file, and end.")
+    flags.DEFINE_string("dump_config", None, "Write the config to this new file and exit.")
     for each in config_keys():
         _DEFINE[each.kind](_OVERRIDE + each.name, None, each.key.meaning)
 

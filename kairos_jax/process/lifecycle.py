@@ -21,7 +21,11 @@ def define_flags(port: int) -> None:
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
     flags.DEFINE_integer("port", port, "Port to listen on; 0: any free one.", 0, 65535)
     flags.DEFINE_float("grace_s", 30.0, "Seconds that a drain waits for requests.", 0.0)
-    flags.DEFINE_bool("end_with_stdin", False, "Drain when stdin ends, as when its writer dies.")
+    flags.DEFINE_bool(
+        "end_with_stdin",
+        False,
+        "Drain when stdin closes, for example when the parent process dies.",
+    )
 
 
 def asked_to_stop() -> asyncio.Future[int]:

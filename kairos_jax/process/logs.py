@@ -28,8 +28,8 @@ ONCE: Mapping[str, Any] = {"once": True}
 
 def define_flags() -> None:
     """Of servers. Not at import: other binaries have flags of the same names."""
-    flags.DEFINE_enum("log_level", "info", LEVELS, "The least level that is logged.")
-    flags.DEFINE_enum("log_format", "text", list(_FORMATTERS), "Of the log, on stderr.")
+    flags.DEFINE_enum("log_level", "info", LEVELS, "Lowest level that is logged.")
+    flags.DEFINE_enum("log_format", "text", list(_FORMATTERS), "Format of the log on stderr.")
 
 
 def of_request(id: str, **fields: Any) -> dict[str, Any]:

@@ -26,7 +26,9 @@ from schedulers.policies.routing import ADMISSION
 
 def define_flags() -> None:
     """Not at import: other binaries have flags of the same names."""
-    flags.DEFINE_enum("admission", "none", list(ADMISSION), "Which requests are turned away early.")
+    flags.DEFINE_enum(
+        "admission", "none", list(ADMISSION), "Which requests are refused at arrival."
+    )
 
 
 class IdInUse(Exception):

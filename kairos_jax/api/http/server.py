@@ -37,8 +37,12 @@ def define_flags() -> None:
         -1,
         65535,
     )
-    flags.DEFINE_string("api_keys_file", None, "File of keys, one a line, that clients need.")
-    flags.DEFINE_list("cors_origins", [], "Whose pages may read answers of the HTTP API; *: all.")
+    flags.DEFINE_string(
+        "api_keys_file", None, "File of API keys, one per line; clients must send one."
+    )
+    flags.DEFINE_list(
+        "cors_origins", [], "Origins whose pages may read answers of the HTTP API; *: all."
+    )
     flags.DEFINE_list(
         "allowed_hosts",
         [],
@@ -51,7 +55,7 @@ def define_flags() -> None:
         "Render chat templates that requests bring. They are programs; the model's own need no "
         "flag.",
     )
-    flags.DEFINE_integer("http_max_body_mb", 8, "MiB that one HTTP request may have.", 1, 1024)
+    flags.DEFINE_integer("http_max_body_mb", 8, "Largest HTTP request body, in MiB.", 1, 1024)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ def test_devices_exchange_sums_and_logits_and_nothing_else(
         hlo.Shape("f32", leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(described.pool)
     }
-    few = {1, 4, 16, described.shapes.largest[0]}  # a decode step, a chunk, and the largest
+    few = {1, 4, described.shapes.largest[0]}  # decode steps, and the largest
     for call, _, function, arguments in described.described():
         if isinstance(call, Step) and call.tokens.shape[1] not in few:
             continue

@@ -106,7 +106,7 @@ def test_mixed_batches_take_a_small_part_of_the_measurement(measured, form, role
     engine = TimedEngine(form, role=role)
     profile = measured(engine)
     samples = profile["samples"]["mixed"]
-    assert [batch for batch, *_ in samples] == [6, 6, 16, 16, 32, 32]
+    assert [batch for batch, *_ in samples] == [4, 4, 16, 16, 32, 32]
     assert {longest for *_, longest, _ in samples} == {1024}
     assert all(longest < total < batch * longest for batch, total, longest, _ in samples)
     assert engine.decoded_s["mixed"] < 0.15 * (engine.now - engine.decoded_s["mixed"])
