@@ -156,7 +156,7 @@ def show_programs(console: Console, built: Sequence[Any]) -> None:
             f"{each.lower_s + each.compile_s:.1f}",
             _gb(each.memory.temporaries),
             str(sum(each.program.collectives.values())),
-            "; ".join(each.faults) or "none",
+            "; ".join([*each.faults, *(f"known: {words}" for words in each.known)]) or "none",
         )
     console.print(table)
 

@@ -25,6 +25,10 @@ from schedulers.ledger.instance import Role
 
 # Smaller arrays are moved for nothing that matters.
 _LEAST_BYTES = 1 << 20
+# XLA for TPU brings a layer's pool into fast memory where it fits, appends there and brings it
+# back, in one or two layers of a step. And for the log-probabilities of prompts, which few ask for,
+# it lays the head out anew once.
+_KNOWN = ((Step, "comes back from fast memory"), (Score, "1 weights are copied"))
 _DTYPES = {"bfloat16": "bf16", "float32": "f32", "float16": "f16", "int32": "s32"}
 
 
@@ -42,7 +46,8 @@ class Memory:
 @dataclass(slots=True)
 class Built:
     """A program that was compiled, or not. faults: what it does that it should not, in words.
-    error: of the compiler; the fields after it are then as they were.
+    known: the same, where it is known and stays. error: of the compiler; the fields after it are
+    then as they were.
     """
 
     role: Role
@@ -55,6 +60,7 @@ class Built:
     program: hlo.Program = field(default_factory=hlo.Program)
     bytes_accessed: float = 0.0
     faults: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
 
 
 def functions_of(
@@ -126,7 +132,9 @@ def _built(
     costs = compiled.cost_analysis() or {}
     built.bytes_accessed = costs.get("bytes accessed", 0.0)
     built.program = hlo.read(compiled.as_text())
-    built.faults += faults_of(built.program, call, functions)
+    for fault in faults_of(built.program, call, functions):
+        known = any(isinstance(call, of) and words in fault for of, words in _KNOWN)
+        (built.known if known else built.faults).append(fault)
     if not isinstance(call, Read | Write | Score) and built.memory.peak > chip.memory:
         built.faults.append(
             f"takes {built.memory.peak / 1e9:.1f} GB of the {chip.memory / 1e9:.1f} GB there are"

@@ -83,6 +83,11 @@ def weight_moved(program, functions):
     return "1 weights are copied or laid out anew"
 
 
+def pool_brought_back(program, functions):
+    program.returned[shard(functions.pool[0].v)] += 2
+    return "the pool of 2 layers comes back from fast memory"
+
+
 def one_sum_more(program, functions):
     program.collectives["all-reduce f32[2,64]"] += 1
     return "6 all-reduces where 5 do"
@@ -97,7 +102,7 @@ def exchanged(program, functions):
     "spoil",
     [
         *(not_in_place, pool_moved, pool_transposed, weight_gathered, weight_moved),
-        *(one_sum_more, exchanged),
+        *(one_sum_more, exchanged, pool_brought_back),
     ],
 )
 def test_each_fault_is_told(functions, spoil):

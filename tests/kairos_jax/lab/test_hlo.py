@@ -35,6 +35,13 @@ def test_a_pool_that_is_laid_out_anew_is_told_whatever_the_order_of_its_dimensio
     assert turned.moved({hlo.Shape("f32", (64, 9, 512))}) == 0
 
 
+def test_activations_of_a_weights_size_can_be_left_out():
+    turned = compiled(lambda pool: pool.transpose(2, 1, 0), POOL.dims)
+    moved = hlo.Shape("f32", POOL.dims[::-1])
+    assert turned.moved({POOL}, but={moved}) == 0
+    assert turned.moved({POOL}, but={POOL}) == 1, "of just these shapes"
+
+
 @pytest.mark.parametrize("whole_first", [False, True])
 def test_a_weight_that_is_gathered_is_told(whole_first):
     """As the head's was, where the logits were asked to be whole and not in parts before."""
@@ -107,3 +114,19 @@ def test_what_xla_for_tpu_writes():
 )
 def test_sizes(shape, num_bytes):
     assert shape.num_bytes == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("to", "source", "told"),
+    [("S(1)", "", (0, 0)), ("", "S(1)", (0, 1)), ("", "", (1, 0))],
+)
+def test_a_copy_is_told_by_where_it_comes_from(to, source, told):
+    """Into fast memory, back from it, and within main memory."""
+    shape = hlo.Shape("bf16", (1024, 64, 4, 128))
+    kind = "{3,2,1,0:T(4,128)(2,1)%s}"
+    line = (
+        f"  %copy-start.1 = ({shape}{kind % to}, {shape}{kind % source}, u32[]{{:S(2)}}) "
+        "copy-start(%param.1)"
+    )
+    program = hlo.read(f"HloModule m\n\nENTRY %main (p: bf16[2]) -> bf16[2] {{\n{line}\n}}\n")
+    assert (program.moved({shape}), program.returned[shape]) == told
