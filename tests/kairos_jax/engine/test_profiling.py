@@ -94,8 +94,8 @@ def test_the_form_is_the_one_that_the_steps_have(measured, form, kernels, caplog
     profiling._decode(engine, [200] * 15 + [1900])
     assert cost.decode_s([200] * 15 + [1900]) == pytest.approx(engine.now, rel=0.01)
     engine.now = 0.0
-    profiling._beside(engine, 12, 300, 200)
-    beside_s = cost.decode_s([300] * 12) + cost.prefill_s(200) - cost.shared_s
+    profiling._beside(engine, 16, 300, 200)
+    beside_s = cost.decode_s([300] * 16) + cost.prefill_s(200) - cost.shared_s
     assert beside_s == pytest.approx(engine.now, rel=0.02)
     assert set(profile["fit"]) == {"prefill", "decode", "beside", "transfer"}
 
@@ -109,7 +109,7 @@ def test_mixed_batches_take_a_small_part_of_the_measurement(measured, form, role
     assert [batch for batch, *_ in samples] == [4, 4, 16, 16, 32, 32]
     assert {longest for *_, longest, _ in samples} == {1024}
     assert all(longest < total < batch * longest for batch, total, longest, _ in samples)
-    assert engine.decoded_s["mixed"] < 0.15 * (engine.now - engine.decoded_s["mixed"])
+    assert engine.decoded_s["mixed"] < 0.2 * (engine.now - engine.decoded_s["mixed"])
 
 
 def test_small_limits_have_mixed_batches_too(measured):
