@@ -121,6 +121,7 @@ class Worker:
         """Ends the loop after the step it is at, and waits for that, `timeout_s` at most."""
         self._inbox.put(_Stop())
         self._thread.join(timeout_s)
+        self._step_thread.join(timeout_s)
 
     def _run(self) -> None:
         try:
