@@ -131,6 +131,10 @@ class CostModel:
             + again * cost.per_context_token_s
         )
 
+    def together_s(self, prefill_s: float, decode_s: float) -> float:
+        """A step of both, given a step of each; either may be 0: there is none."""
+        return prefill_s + decode_s - (self.shared_s if prefill_s and decode_s else 0.0)
+
     @property
     def shared_s(self) -> float:
         """What a step that prefills and decodes saves beside a step of each: it has one base."""

@@ -118,9 +118,7 @@ def unpack(tokens: Any, sequences: Any) -> tuple[StepInput, SamplingInput]:
     pages. Two arrays for all, since every array that goes to a device takes its time, 20 us or
     more.
     """
-    count, context, temperature, top_k, top_p, min_p, _, logprobs = (
-        sequences[:, column] for column in range(_NUMBERS - 2)
-    )
+    count, context = sequences[:, 0], sequences[:, 1]
     xp: Any = np if isinstance(sequences, np.ndarray) else jnp
     inputs = StepInput(
         tokens=tokens[0],
@@ -130,7 +128,15 @@ def unpack(tokens: Any, sequences: Any) -> tuple[StepInput, SamplingInput]:
         contexts=context,
         pages=sequences[:, _NUMBERS:],
     )
-    how = SamplingInput(
+    return inputs, _how(sequences)
+
+
+def _how(sequences: Any) -> SamplingInput:
+    """How each sequence samples: the second of what `unpack` gives."""
+    context, temperature, top_k, top_p, min_p, _, logprobs = (
+        sequences[:, column] for column in range(1, _NUMBERS - 2)
+    )
+    return SamplingInput(
         temperature=temperature.view("float32"),
         top_k=top_k,
         top_p=top_p.view("float32"),
@@ -139,7 +145,6 @@ def unpack(tokens: Any, sequences: Any) -> tuple[StepInput, SamplingInput]:
         position=context,
         logprobs=logprobs,
     )
-    return inputs, how
 
 
 def padding(num_tokens: int, num_sequences: int, limits: Limits) -> Step:
@@ -147,8 +152,7 @@ def padding(num_tokens: int, num_sequences: int, limits: Limits) -> Step:
     table_pages = limits.pages_for(limits.max_context)
     sequences = np.zeros((num_sequences, _NUMBERS + table_pages), np.int32)
     tokens = np.zeros((3, num_tokens), np.int32)
-    _, how = unpack(tokens, sequences)
-    how.top_p[:] = 1.0
+    _how(sequences).top_p[:] = 1.0
     past = limits.num_pages * limits.page_size
     tokens[2] = np.arange(past, past + num_tokens)
     return Step(tokens, sequences)
@@ -166,8 +170,7 @@ def step(parts: Sequence[Part], num_tokens: int, num_sequences: int, limits: Lim
     counts, starts, samples = numbers.T
     sequences[:count, 0], sequences[:count, 1] = counts, starts + counts
     # After what is not its sequence's last nothing is to be drawn.
-    _, how = unpack(tokens, sequences)
-    rest = samples == 0
+    how, rest = _how(sequences), samples == 0
     how.temperature[:count][rest] = how.logprobs[:count][rest] = 0
     ids = [
         id for part in parts for id in part.seq.token_ids(part.start, part.start + part.num_tokens)
@@ -190,7 +193,7 @@ def _head(seq: Seq, width: int) -> np.ndarray:
     if seq.head is None:
         params: SamplingParams = seq.request.sampling or SamplingParams()
         row = np.zeros((1, width), np.int32)
-        _, how = unpack(np.zeros((3, 0), np.int32), row)
+        how = _how(row)
         how.temperature[0], how.seed[0] = params.temperature, divmod(params.seed, 1 << 32)[::-1]
         how.top_k[0], how.top_p[0], how.min_p[0] = params.top_k, params.top_p, params.min_p
         how.logprobs[0] = params.logprobs is not None

@@ -105,9 +105,29 @@ class Blocks(NamedTuple):
         return jnp.sum(self.counts > 0, dtype=jnp.int32)
 
 
-def block_size(step: StepInput, most: int) -> int:
-    """Tokens of a block for backends whose blocks all take as long: one where a step of this shape
-    may have no more tokens than sequences, as decode steps do.
+def by_blocks(
+    attend: Callable[[Array, Array, Array, Array], Array],
+    q: Float[Array, "T N H"],
+    step: StepInput,
+    most: int,
+) -> Float[Array, "T N H"]:
+    """Attention in blocks of up to `most` tokens. attend: (q [W, B, N, H], the pages of each
+    block's sequence [W, M], `Blocks.start`, `Blocks.counts`) -> output [W, B, N, H].
+
+    Where a step of this shape has no more tokens than sequences, as decode steps do, blocks of one
+    token attend all at once. Else one after the other: they differ in length, and the contexts of
+    all of them at once would fill the memory.
     """
     tokens = step.tokens.shape[0]
-    return 1 if tokens <= step.contexts.shape[0] else min(most, tokens)
+    size = 1 if tokens <= step.contexts.shape[0] else min(most, tokens)
+    blocks = Blocks.of(step, size)
+    table = jnp.asarray(step.pages)[blocks.sequence]
+    arrays = blocks.cut(q, size), table, blocks.start, blocks.counts
+    if size == 1:
+        return blocks.joined(attend(*arrays))
+
+    def one(index, out):
+        some = [jax.lax.dynamic_slice_in_dim(array, index, 1) for array in arrays]
+        return jax.lax.dynamic_update_slice_in_dim(out, attend(*some), index, 0)
+
+    return blocks.joined(jax.lax.fori_loop(0, blocks.num, one, jnp.zeros_like(arrays[0])))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.kv_cache import LayerCache, StepInput
-from models.ops.attention import LAYOUT, MASKED, Blocks, block_size
+from models.ops.attention import LAYOUT, MASKED, by_blocks
 
 _BLOCK = 64
 
@@ -25,26 +25,8 @@ def attention(
 ) -> tuple[Float[Array, "T N H"], LayerCache]:
     """Appends k and v to the layer's pages and attends. See `models.ops.attention.Attention`."""
     layer = LAYOUT.append(k, v, layer, step)
-    size = block_size(step, _BLOCK)
-    blocks = Blocks.of(step, size)
-    attend = functools.partial(_attend, layer)
-    arrays = (
-        blocks.cut(q, size),
-        jnp.asarray(step.pages)[blocks.sequence],
-        blocks.start,
-        blocks.counts,
-    )
-    if size == 1:
-        return blocks.joined(attend(*arrays)), layer
-
-    # Blocks differ in length (the first of a prompt sees the least): one at a time, each loops over
-    # its own pages only, which skips the upper triangle.
-    def one(index, out):
-        some = [jax.lax.dynamic_slice_in_dim(array, index, 1) for array in arrays]
-        return jax.lax.dynamic_update_slice_in_dim(out, attend(*some), index, 0)
-
-    out = jax.lax.fori_loop(0, blocks.num, one, jnp.zeros_like(arrays[0]))
-    return blocks.joined(out), layer
+    # Each block loops over its own pages only, which skips the upper triangle.
+    return by_blocks(functools.partial(_attend, layer), q, step, _BLOCK), layer
 
 
 def _attend(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models.kv_cache import Layer, LayerCache, Layout, StepInput, pad_heads
-from models.ops.attention import Blocks, block_size
+from models.ops.attention import by_blocks
 
 # A token's keys lie together: what is gathered comes in pieces that are as large as can be, and no
 # kernel for GPU has the pool laid out anew.
@@ -49,27 +49,10 @@ def gathered(
     cudnn: by cuDNN, if it takes these arrays.
     """
     head, width = q.shape[-1], layer[-1].shape[layout.arrays[-1].index("h")]
-    size = block_size(step, _BLOCK)
-    blocks = Blocks.of(step, size)
     # cuDNN takes no float32, and heads of 128 at most.
     cudnn = cudnn and q.dtype in (jnp.bfloat16, jnp.float16) and width <= 128
     attend = functools.partial(_attend, layout, layer, head**-0.5, "cudnn" if cudnn else "xla")
-    arrays = (
-        blocks.cut(pad_heads(q, width), size),
-        jnp.asarray(step.pages)[blocks.sequence],
-        blocks.start,
-        blocks.counts,
-    )
-    if size == 1:
-        return blocks.joined(attend(*arrays))[..., :head]
-
-    # One at a time: the contexts of all of them at once would fill the memory.
-    def one(index, out):
-        some = [jax.lax.dynamic_slice_in_dim(array, index, 1) for array in arrays]
-        return jax.lax.dynamic_update_slice_in_dim(out, attend(*some), index, 0)
-
-    out = jax.lax.fori_loop(0, blocks.num, one, jnp.zeros_like(arrays[0]))
-    return blocks.joined(out)[..., :head]
+    return by_blocks(attend, pad_heads(q, width), step, _BLOCK)[..., :head]
 
 
 def _attend(

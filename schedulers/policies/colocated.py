@@ -122,7 +122,7 @@ class Colocated:
             # A prompt has only the time that decode leaves it.
             prompts.pace = instance.pace / max(1 - batch.predicted_s / limit_s, 0.1)
         more = self.prefill(prompts, now)
-        predicted_s = batch.predicted_s + more.predicted_s - (shared_s if more.work else 0.0)
+        predicted_s = self.cost.together_s(more.predicted_s, batch.predicted_s)
         return Batch({**batch.work, **more.work}, batch.fetch, (), predicted_s)
 
     def _chunk(self, prompts: Instance, spare_s: float) -> int:

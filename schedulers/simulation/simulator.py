@@ -141,11 +141,8 @@ class Simulation:
         prompts = zip(counts[~decodes], rows.computed[where[~decodes]], strict=True)
         chunks = [(int(count), int(computed)) for count, computed in prompts]
         contexts = rows.length[where[decodes]]
-        prefill_s = self.cost.prefill_step_s(chunks)
-        if not contexts.size:
-            return prefill_s
-        shared_s = self.cost.shared_s if chunks else 0.0
-        return prefill_s + self.cost.decode_of(contexts) - shared_s
+        decode_s = self.cost.decode_of(contexts) if contexts.size else 0.0
+        return self.cost.together_s(self.cost.prefill_step_s(chunks), decode_s)
 
     def _step_done(self, now: float, node: "_Node", batch: Batch) -> list["_Node"]:
         node.busy = False
