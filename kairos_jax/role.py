@@ -102,9 +102,10 @@ def prepare(config: ServerConfig, role: Role, profile_path: Path | None) -> Prep
         agree(processes, common | {"config": asdict(config) | {"model": config.name}})
     with bars(log.info) as progress:
         model = open_model(config)
-        programs = open_programs(config, model, [role], devices)
+        does = config.role(role)
+        programs = open_programs(config, model, [does], devices)
         weights = load_weights(config, model, role.value, devices, progress)
-        engine = build_engine(config, model, role, devices, weights, programs=programs)
+        engine = build_engine(config, model, does, devices, weights, programs=programs)
         if not processes.leads:
             followers.follow(engine, processes)
             lifecycle.end(0)
@@ -159,7 +160,8 @@ async def serve(
         on_expired=lambda id: worker.post(Cancel(id)),
     )
     server.add_late(transport.add_to)
-    cost = CostModel.from_profile(prepared.measured, (role.value,))
+    kinds = ("prefill", "decode") if config.fluid else (role.value,)
+    cost = CostModel.from_profile(prepared.measured, kinds)
     worker = build_worker(config, role, server.name, engine, cost, transport, emit, journal)
     workers.append(worker)
     await server.open(worker, config, prepared)
@@ -249,7 +251,7 @@ def _run(role: Role) -> int:
     if values.process_id > 0:  # it follows, and has no service of its own
         prepare(config, role, path)
     carried = TransferOptions.from_flags(options.host)
-    if role is Role.DECODE:
+    if role is Role.DECODE or config.fluid:
         # What it offers are its own evicted sequences, which nobody else would fetch.
         carried = replace(carried, lease_s=math.inf)
     if carried.kind == "jax" and net.cert:

@@ -178,6 +178,14 @@ class ServerConfig:
             "there are no decode instances."
         ),
     ] = False
+    fluid: Annotated[
+        bool,
+        Key(
+            "Roles flow: every instance prefills and decodes, as the load needs, with the "
+            "kv_tokens and max_batch of decode. How many instances prefill and decode says where "
+            "they begin."
+        ),
+    ] = False
     prefill: PrefillConfig
     decode: DecodeConfig
     slo: SloConfig
@@ -201,16 +209,25 @@ class ServerConfig:
     @property
     def roles(self) -> tuple[Role, ...]:
         """Of each instance, in the order in which they get their devices."""
+        return tuple(map(self.role, self.begins))
+
+    @property
+    def begins(self) -> tuple[Role, ...]:
+        """With which job each instance begins. Where roles do not flow, that is its role."""
         if self.colocated:
             return (Role.BOTH,) * self.prefill.instances
         return (Role.PREFILL,) * self.prefill.instances + (Role.DECODE,) * self.decode.instances
 
+    def role(self, begins: Role) -> Role:
+        """Of an instance that begins with a job."""
+        return Role.BOTH if self.fluid else begins
+
     @property
     def names(self) -> tuple[str, ...]:
-        """An id for each instance: its role, and its number among those of its role."""
+        """An id for each instance: where it begins, and its number among those that begin there."""
         words = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.BOTH: "colocated"}
-        roles = self.roles
-        return tuple(f"{words[role]}-{roles[:i].count(role)}" for i, role in enumerate(roles))
+        begins = self.begins
+        return tuple(f"{words[role]}-{begins[:i].count(role)}" for i, role in enumerate(begins))
 
     @property
     def num_devices(self) -> int:
@@ -225,8 +242,12 @@ class ServerConfig:
             return f"{prefill.instances} x {prefill.devices} colocated"
         return (
             f"{prefill.instances} x {prefill.devices} prefill + "
-            f"{decode.instances} x {decode.devices} decode"
+            f"{decode.instances} x {decode.devices} decode{', fluid' if self.fluid else ''}"
         )
+
+    @property
+    def _handing_over(self) -> tuple[Role, ...]:
+        return (Role.PREFILL, Role.BOTH) if self.fluid else (Role.PREFILL,)
 
     def devices(self, role: Role) -> int:
         """Devices of one instance."""
@@ -242,7 +263,7 @@ class ServerConfig:
             max_context=self.max_context,
             page_size=self.page_size,
             num_pages=kv_tokens // self.page_size,
-            parked_tokens=prefill.parked_tokens if role is Role.PREFILL else math.inf,
+            parked_tokens=prefill.parked_tokens if role in self._handing_over else math.inf,
         )
 
 
@@ -303,6 +324,13 @@ def _check(config: ServerConfig) -> None:
         raise ConfigError(
             f"config.max_tokens must be below max_context {config.max_context}, "
             f"got {config.max_tokens}"
+        )
+    if config.fluid and config.colocated:
+        raise ConfigError("config.fluid must be False where config.colocated is True, got True")
+    if config.fluid and config.prefill.devices != config.decode.devices:
+        raise ConfigError(
+            f"config.decode.devices must be as prefill.devices, {config.prefill.devices}, where "
+            f"config.fluid is True, got {config.decode.devices}"
         )
     # Else the longest request could never get its pages, and would wait for ever.
     for name, tokens in (

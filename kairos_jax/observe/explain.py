@@ -21,6 +21,7 @@ _PREEMPTED = "preempted on {}"
 _FAR = "its KV not yet fetched by {}"
 _HERE = "its KV on {}, not yet admitted"
 _DECODES = "held back on {}"
+_PLACED = {"stay": "kept at", "hand_over": "leaves"}
 _FIGURE = re.compile(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?")
 
 
@@ -117,6 +118,9 @@ class _Timeline:
         elif event.verb == "fetched" and event.id == self.id:
             took_s = event.at - self._fetch_at
             self._say(event.at, f"its KV is on {event.instance.id}: the transfer took {_s(took_s)}")
+        elif event.verb in _PLACED and event.id == self.id:
+            _, why = event.args
+            self._say(event.at, f"{_PLACED[event.verb]} {event.instance.id}: {why}")
 
     def finish(self) -> list[str]:
         """The lines; where the journal ends before the request did, the last one says so."""

@@ -141,6 +141,10 @@ class Metrics(Observer):
         elif outcome != "cancelled":
             self._answered(stream, stream.timing(), name)
 
+    def placed(self, stream: Stream, stays: bool) -> None:
+        """A request goes on where its prompt was computed, or elsewhere."""
+        self._placements.labels("stays" if stays else "elsewhere").inc()
+
     def transfer_failed(self, source: str, target: str) -> None:
         """KV did not move from one worker to another."""
         names = (id.partition("@")[0] for id in (source, target))
@@ -212,6 +216,12 @@ class Metrics(Observer):
         registry = self.registry
         self._recoveries = Counter(
             "kairos_recoveries", "Requests that were prefilled again.", ["cause"], registry=registry
+        )
+        self._placements = Counter(
+            "kairos_placements",
+            "Requests by where they went on after their prompts, where roles flow.",
+            ["goes"],
+            registry=registry,
         )
         self._failed_transfers = Counter(
             "kairos_transfers_failed",

@@ -26,17 +26,21 @@ from kairos_jax.worker.messages import (
     Draining,
     Event,
     Failed,
+    GoOn,
     Lost,
     Moved,
     Offered,
     Outlined,
     Output,
+    Parked,
     Prefetch,
     Release,
     Returned,
+    Stay,
     Submit,
 )
 from kairos_jax.worker.page_keys import page_keys
+from schedulers.ledger.instance import Role
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +102,7 @@ class Dispatch:
             request = replace(request, page_keys=keys)
         submit = Submit(request, stream.trace)
         peer = fleet.choose_prefill(peers, submit)
-        stream.peers = [peer]
+        stream.peers, stream.unplaced = [peer], True
         peer.submit(submit)
 
     def forget(self, stream: Stream) -> bool:
@@ -159,6 +163,8 @@ class Dispatch:
         match event:
             case Offered(_, ticket):
                 self._on_offered(stream, ticket)
+            case Parked(_, ticket):
+                self._hand_over(stream, ticket)
             case Moved(_, at):
                 self._on_moved(stream, at)
             case Lost(_, error):
@@ -222,6 +228,31 @@ class Dispatch:
                 peer.cancel(stream.request.id)
             self.forget(stream)
             self._over(stream, output.finish_reason)
+        elif stream.unplaced:
+            self._place(stream)
+        stream.unplaced = False
+
+    def _place(self, stream: Stream) -> None:
+        """Decides where a stream goes on that has its first token, where roles flow. Until it has
+        been handed over, it goes on where it is.
+        """
+        (home,), request = stream.peers, stream.request
+        assert stream.first_token_at is not None
+        late = stream.first_token_at > request.deadline
+        length = len(request.prompt) + len(stream.tokens)
+        placed = self.fleet.place(home, length, request.slo, late)
+        if placed is None:
+            return
+        peer, why = placed
+        if peer is home:
+            home.stays(length, request.slo)
+            home.post(Stay(request.id, why))
+        else:
+            peer.book(request.id, length, request.slo)
+            stream.peers.insert(0, peer)
+            home.post(GoOn(request.id, why))
+        for each in self._observers:
+            each.placed(stream, peer is home)
 
     def _on_offered(self, stream: Stream, ticket: Ticket) -> None:
         """Its KV may go ahead of it to where it will be decoded."""
@@ -277,8 +308,10 @@ class Dispatch:
         ahead.
         """
         try:
-            peers = self.fleet.taking(prefill=False)
+            peers = self.fleet.onward(stream.peers[-1])
         except WorkerLost as error:
+            if stream.peers[-1].role is Role.BOTH:  # which can do it all again
+                return self._recover(stream, str(error), "handed_back")
             again = functools.partial(self._hand_over, stream, ticket)
             return self._await_worker(stream, str(error), again)
         *ahead, source = stream.peers

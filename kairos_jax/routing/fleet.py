@@ -8,6 +8,7 @@ from kairos_jax.worker.messages import Submit
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Request, Slo
+from schedulers.policies import flowing
 from schedulers.policies.routing import ADMISSION, is_full, relief_s, route_decode, route_prefill
 
 # The least that a client which is turned away is told to wait.
@@ -96,6 +97,32 @@ class Fleet:
         job = "prefills" if prefill else "decodes"
         raise WorkerLost(f"no instance that {job} takes requests ({self.last_loss})")
 
+    def onward(self, source: Peer) -> list[Peer]:
+        """The workers to which a request that `source` has may be handed over. Raises WorkerLost as
+        `taking`.
+        """
+        if source.role is not Role.BOTH:
+            return self.taking(prefill=False)
+        others = [peer for peer in self.taking(prefill=True) if peer is not source]
+        if not others:
+            raise WorkerLost(f"no other instance takes requests ({self.last_loss})")
+        now = self.clock()
+        return [peer for peer in others if peer.summary(now).receives] or others
+
+    def place(self, home: Peer, length: int, slo: Slo, late: bool) -> tuple[Peer, str] | None:
+        """Where a request of so many tokens goes on that has its first token, and why: on `home`,
+        which has its KV, or elsewhere. late: it has missed its TTFT. None where roles do not flow.
+        """
+        now, peers = self.clock(), [home]
+        for peer in self._taking(prefill=True):
+            if peer is not home and peer.role is Role.BOTH and not self._avoided(home, peer):
+                peers.append(peer)
+        summaries = [peer.summary(now) for peer in peers]
+        if home.role is not Role.BOTH or not flowing.flows(summaries):
+            return None
+        placed = flowing.place(length, slo, late, summaries, 0, self.cost, now)
+        return peers[placed.index], placed.why
+
     def check_served(self) -> None:
         """Raises WorkerLost where no request could be brought to its end."""
         if any(peer.role is Role.PREFILL for peer in self.taking(prefill=True)):
@@ -106,6 +133,8 @@ class Fleet:
         self.check_served()
         now = self.clock()
         summaries = [peer.summary(now) for peer in self._taking(prefill=True)]
+        if flowing.flows(summaries):
+            summaries = flowing.by_decoding(summaries)
         if is_full(len(request.prompt), summaries):
             raise Full(
                 "every instance that prefills holds all the KV for decode that it may, and as much "
@@ -141,7 +170,8 @@ class Fleet:
         ] or peers
         summaries = [peer.summary(now) for peer in peers]
         cached = [peer.cached(message.request) for peer in peers]
-        return peers[route_prefill(message.request, summaries, self.cost, now, cached)]
+        route = flowing.route_prompt if flowing.flows(summaries) else route_prefill
+        return peers[route(message.request, summaries, self.cost, now, cached)]
 
     def choose_decode(
         self, peers: Sequence[Peer], length: int, slo: Slo, source: Peer | None = None

@@ -23,6 +23,11 @@ class Observer(Protocol):
     def first_token(self, stream: Stream) -> None:
         """The first token of a request has come."""
 
+    def placed(self, stream: Stream, stays: bool) -> None:
+        """A request that has its first token goes on where its prompt was computed, or elsewhere.
+        Only where roles flow.
+        """
+
     def next_token(self, gap_s: float) -> None:
         """Another token of a request has come, so many seconds after the one before it."""
 

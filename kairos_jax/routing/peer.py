@@ -74,11 +74,19 @@ class Peer:
 
     def prefetch(self, message: Prefetch, slo: Slo) -> None:
         """Announces a request that will be handed over, and keeps a place for it."""
-        length = len(message.prompt) + 1
         self.post(message)
-        self._unseen.book(
-            message.ticket.request_id,
-            lambda summary: summary.with_context(length, slo, self.cost),
+        self.book(message.ticket.request_id, len(message.prompt) + 1, slo)
+
+    def book(self, id: str, length: int, slo: Slo) -> None:
+        """Keeps a place for a sequence of so many tokens that will be handed over."""
+        self._unseen.book(id, lambda summary: summary.with_context(length, slo, self.cost))
+
+    def stays(self, length: int, slo: Slo) -> None:
+        """A sequence whose prompt it has computed will be decoded here too."""
+        self._unseen.told(
+            lambda summary: replace(
+                summary, decoding=summary.with_context(length, slo, self.cost).decoding
+            )
         )
 
     def unbook(self, id: str) -> None:
@@ -89,6 +97,8 @@ class Peer:
         """Whether it has room and time for a further sequence of so many tokens."""
         summary = self.summary(now)
         after = summary.with_context(length, slo, self.cost)
+        if self.role is Role.BOTH:  # its load counts prompts, which may go on elsewhere
+            return after.room >= 0 and (after.decoding <= 1 or not summary.decoding)
         return after.room >= 0 and (after.load <= 1 or not summary.load)
 
     def cancel(self, id: str) -> None:
@@ -110,5 +120,6 @@ def _with_request(summary: Summary, request: Request, cost: CostModel, cached: i
     own_s = prompt_s(request, summary, cost, cached)
     summary = summary.with_prompt(request.deadline, own_s, request.arrival)
     if summary.role is Role.BOTH:
-        return summary.with_context(len(request.prompt), request.slo, cost)
+        after = summary.with_context(len(request.prompt), request.slo, cost)
+        summary = replace(after, decoding=summary.decoding)
     return replace(summary, parked_room=summary.parked_room - len(request.prompt))

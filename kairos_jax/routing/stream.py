@@ -55,7 +55,8 @@ class Stream:
     it had to be recovered from a failure; aboard: ids of the workers that failed and may have done
     so by it. stalled_at: since when no worker could go on with it. trace: W3C headers of the trace
     that it is a part of, at first the client's. span: of `Tracing`, its own in that. worst_slack_s:
-    see `Timing`. cached_tokens: of the prompt as the client sent it, found in the prefix cache.
+    see `Timing`. unplaced: where it goes on after its first token is not decided yet.
+    cached_tokens: of the prompt as the client sent it, found in the prefix cache.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Stream:
     aboard: set[str] = field(default_factory=set)
     stalled_at: float | None = None
     refused_at: float | None = None
+    unplaced: bool = True
     trace: Mapping[str, str] = field(default_factory=dict)
     span: Any = None
     begun_at: float | None = None

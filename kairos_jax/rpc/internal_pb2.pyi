@@ -7,13 +7,15 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ToWorker(_message.Message):
-    __slots__ = ("hello", "submit", "handover", "release", "cancel", "prefetch", "ping")
+    __slots__ = ("hello", "submit", "handover", "release", "cancel", "prefetch", "stay", "go_on", "ping")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     HANDOVER_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     PREFETCH_FIELD_NUMBER: _ClassVar[int]
+    STAY_FIELD_NUMBER: _ClassVar[int]
+    GO_ON_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Request
@@ -21,8 +23,10 @@ class ToWorker(_message.Message):
     release: str
     cancel: str
     prefetch: Prefetch
+    stay: Place
+    go_on: Place
     ping: Ping
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Request, _Mapping]] = ..., handover: _Optional[_Union[Handover, _Mapping]] = ..., release: _Optional[str] = ..., cancel: _Optional[str] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Request, _Mapping]] = ..., handover: _Optional[_Union[Handover, _Mapping]] = ..., release: _Optional[str] = ..., cancel: _Optional[str] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ..., stay: _Optional[_Union[Place, _Mapping]] = ..., go_on: _Optional[_Union[Place, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
 
 class Prefetch(_message.Message):
     __slots__ = ("ticket", "prompt")
@@ -32,8 +36,16 @@ class Prefetch(_message.Message):
     prompt: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class Place(_message.Message):
+    __slots__ = ("id", "why")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    why: str
+    def __init__(self, id: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
 class FromWorker(_message.Message):
-    __slots__ = ("welcome", "stepped", "moved", "lost", "died", "outlined", "returned", "draining", "pong", "offered", "failed")
+    __slots__ = ("welcome", "stepped", "moved", "lost", "died", "outlined", "returned", "draining", "pong", "offered", "failed", "parked")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEPPED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +57,7 @@ class FromWorker(_message.Message):
     PONG_FIELD_NUMBER: _ClassVar[int]
     OFFERED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     stepped: Stepped
     moved: Moved
@@ -56,7 +69,8 @@ class FromWorker(_message.Message):
     pong: Pong
     offered: Offered
     failed: Failed
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., lost: _Optional[_Union[Lost, _Mapping]] = ..., died: _Optional[_Union[Died, _Mapping]] = ..., outlined: _Optional[_Union[Outlined, _Mapping]] = ..., returned: _Optional[_Union[Returned, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    parked: Offered
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., lost: _Optional[_Union[Lost, _Mapping]] = ..., died: _Optional[_Union[Died, _Mapping]] = ..., outlined: _Optional[_Union[Outlined, _Mapping]] = ..., returned: _Optional[_Union[Returned, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., parked: _Optional[_Union[Offered, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router", "version", "oldest")
@@ -107,7 +121,7 @@ class Status(_message.Message):
     def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., parked: _Optional[int] = ..., used_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., parked_tokens: _Optional[float] = ..., parked_limit: _Optional[float] = ..., steps: _Optional[int] = ..., measured_s: _Optional[float] = ..., predicted_s: _Optional[float] = ..., sequences: _Optional[int] = ..., begun: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("instance", "incarnation", "role", "model", "fingerprint", "dtype", "limits", "profile_json", "mesh_size", "device_kind", "kv_address", "prefix_cache", "version")
+    __slots__ = ("instance", "incarnation", "role", "model", "fingerprint", "dtype", "limits", "profile_json", "mesh_size", "device_kind", "kv_address", "prefix_cache", "version", "fluid")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +135,7 @@ class Welcome(_message.Message):
     KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    FLUID_FIELD_NUMBER: _ClassVar[int]
     instance: str
     incarnation: str
     role: str
@@ -134,7 +149,8 @@ class Welcome(_message.Message):
     kv_address: str
     prefix_cache: bool
     version: int
-    def __init__(self, instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., profile_json: _Optional[str] = ..., mesh_size: _Optional[int] = ..., device_kind: _Optional[str] = ..., kv_address: _Optional[str] = ..., prefix_cache: _Optional[bool] = ..., version: _Optional[int] = ...) -> None: ...
+    fluid: bool
+    def __init__(self, instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., profile_json: _Optional[str] = ..., mesh_size: _Optional[int] = ..., device_kind: _Optional[str] = ..., kv_address: _Optional[str] = ..., prefix_cache: _Optional[bool] = ..., version: _Optional[int] = ..., fluid: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_batch", "max_chunk", "max_context", "page_size", "num_pages", "parked_tokens")
@@ -316,7 +332,7 @@ class Died(_message.Message):
     def __init__(self, error: _Optional[str] = ..., aboard: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Outlined(_message.Message):
-    __slots__ = ("free_s", "due_in_s", "ahead_s", "pace", "load", "room", "num_received", "end_s", "parked_room")
+    __slots__ = ("free_s", "due_in_s", "ahead_s", "pace", "load", "room", "num_received", "end_s", "parked_room", "decoding", "receives")
     FREE_S_FIELD_NUMBER: _ClassVar[int]
     DUE_IN_S_FIELD_NUMBER: _ClassVar[int]
     AHEAD_S_FIELD_NUMBER: _ClassVar[int]
@@ -326,6 +342,8 @@ class Outlined(_message.Message):
     NUM_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     END_S_FIELD_NUMBER: _ClassVar[int]
     PARKED_ROOM_FIELD_NUMBER: _ClassVar[int]
+    DECODING_FIELD_NUMBER: _ClassVar[int]
+    RECEIVES_FIELD_NUMBER: _ClassVar[int]
     free_s: float
     due_in_s: _containers.RepeatedScalarFieldContainer[float]
     ahead_s: _containers.RepeatedScalarFieldContainer[float]
@@ -335,7 +353,9 @@ class Outlined(_message.Message):
     num_received: int
     end_s: float
     parked_room: float
-    def __init__(self, free_s: _Optional[float] = ..., due_in_s: _Optional[_Iterable[float]] = ..., ahead_s: _Optional[_Iterable[float]] = ..., pace: _Optional[float] = ..., load: _Optional[float] = ..., room: _Optional[float] = ..., num_received: _Optional[int] = ..., end_s: _Optional[float] = ..., parked_room: _Optional[float] = ...) -> None: ...
+    decoding: float
+    receives: bool
+    def __init__(self, free_s: _Optional[float] = ..., due_in_s: _Optional[_Iterable[float]] = ..., ahead_s: _Optional[_Iterable[float]] = ..., pace: _Optional[float] = ..., load: _Optional[float] = ..., room: _Optional[float] = ..., num_received: _Optional[int] = ..., end_s: _Optional[float] = ..., parked_room: _Optional[float] = ..., decoding: _Optional[float] = ..., receives: _Optional[bool] = ...) -> None: ...
 
 class Returned(_message.Message):
     __slots__ = ("id", "ticket")

@@ -30,14 +30,14 @@ def build_workers(
     their ledgers.
     """
     return [
-        build_worker(config, role, name, engine, cost, transport, emit, journal)
-        for role, name, engine in zip(config.roles, config.names, engines, strict=True)
+        build_worker(config, begins, name, engine, cost, transport, emit, journal)
+        for begins, name, engine in zip(config.begins, config.names, engines, strict=True)
     ]
 
 
 def build_worker(
     config: ServerConfig,
-    role: Role,
+    begins: Role,
     name: str,
     engine: Engine,
     cost: CostModel,
@@ -45,8 +45,10 @@ def build_worker(
     emit: Callable[[Event], None],
     journal: Journal | None = None,
 ) -> Worker:
-    """One worker, not yet started."""
-    instance = Instance(name, role, engine.limits)
+    """One worker, not yet started. begins: as of `ServerConfig.begins`."""
+    role = config.role(begins)
+    receives = config.fluid and begins is Role.DECODE
+    instance = Instance(name, role, engine.limits, receives=receives)
     if journal:
         instance.journal = journal.recorder(instance)
     policy = build_policy(config, role, cost)

@@ -22,6 +22,7 @@ from kairos_jax.worker.messages import (
     Died,
     Draining,
     Failed,
+    GoOn,
     Handover,
     Hello,
     Lost,
@@ -29,11 +30,13 @@ from kairos_jax.worker.messages import (
     Offered,
     Outlined,
     Output,
+    Parked,
     Ping,
     Pong,
     Prefetch,
     Release,
     Returned,
+    Stay,
     Stepped,
     Submit,
     Welcome,
@@ -148,6 +151,20 @@ TO_WORKER = (
         lambda message, now: message.id,
         lambda sent, sender: Cancel(sent),
     ),
+    Entry(
+        Stay,
+        "stay",
+        For.REQUEST,
+        lambda message, now: pb.Place(id=message.id, why=message.why),
+        lambda sent, sender: Stay(sent.id, sent.why),
+    ),
+    Entry(
+        GoOn,
+        "go_on",
+        For.REQUEST,
+        lambda message, now: pb.Place(id=message.id, why=message.why),
+        lambda sent, sender: GoOn(sent.id, sent.why),
+    ),
 )
 
 FROM_WORKER = (
@@ -178,6 +195,13 @@ FROM_WORKER = (
         For.REQUEST,
         lambda event, now: pb.Offered(id=event.id, ticket=_ticket(event.ticket)),
         lambda said, sender: Offered(said.id, _to_ticket(said.ticket)),
+    ),
+    Entry(
+        Parked,
+        "parked",
+        For.REQUEST,
+        lambda event, now: pb.Offered(id=event.id, ticket=_ticket(event.ticket)),
+        lambda said, sender: Parked(said.id, _to_ticket(said.ticket)),
     ),
     Entry(
         Moved,
@@ -377,6 +401,8 @@ def _outlined(event: Outlined, now: float) -> pb.Outlined:
         num_received=event.num_received,
         end_s=summary.end_s,
         parked_room=summary.parked_room,
+        decoding=summary.decoding,
+        receives=summary.receives,
     )
 
 
@@ -392,6 +418,8 @@ def _to_outlined(said: pb.Outlined, sender: Sender) -> Outlined:
         said.room,
         said.end_s,
         said.parked_room,
+        said.decoding,
+        said.receives,
     )
     return Outlined(sender.instance, summary, said.num_received)
 

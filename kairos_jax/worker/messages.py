@@ -58,6 +58,24 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Stay:
+    """This request, which could go on elsewhere, goes on here. why: in words."""
+
+    id: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class GoOn:
+    """This request, which has its first token, is to go on elsewhere, if it still runs here: its KV
+    is offered. why: in words.
+    """
+
+    id: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class HandBack:
     """Give back what waits and has not begun, and with `running` all there is; from now on, take
     nothing new.
@@ -66,7 +84,7 @@ class HandBack:
     running: bool
 
 
-Message = Submit | Handover | Prefetch | Release | Cancel | HandBack
+Message = Submit | Handover | Prefetch | Release | Cancel | Stay | GoOn | HandBack
 """All that is said to a worker."""
 
 
@@ -97,6 +115,14 @@ class Stepped:
 @dataclass(frozen=True, slots=True)
 class Offered:
     """The first KV of this request is on offer, while the rest of its prompt is still computed."""
+
+    id: str
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """This request has stopped here, as it was told by `GoOn`: its KV is there to be fetched."""
 
     id: str
     ticket: Ticket
@@ -174,7 +200,7 @@ class Outlined:
     num_received: int
 
 
-Event = Stepped | Offered | Moved | Lost | Failed | Returned | Draining | Died | Outlined
+Event = Stepped | Offered | Parked | Moved | Lost | Failed | Returned | Draining | Died | Outlined
 """All that a worker says."""
 
 
@@ -198,7 +224,7 @@ class Welcome:
 
     incarnation: random, new at each start. profile: its step times (see `schedulers.cost`).
     kv_address: "host:port" of its KV service. version: of its protocol; 0 for one that does not
-    tell.
+    tell. fluid: its role is where it begins; it does both.
     """
 
     instance: str
@@ -214,6 +240,7 @@ class Welcome:
     kv_address: str = ""
     prefix_cache: bool = False
     version: int = 0
+    fluid: bool = False
 
 
 @dataclass(frozen=True, slots=True)

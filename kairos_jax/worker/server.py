@@ -139,6 +139,7 @@ class RoleServer:
             kv_address=self.address,
             prefix_cache=worker.page_keys is not None,
             version=codec.VERSION,
+            fluid=config.fluid,
         )
         self.service.open(worker, welcome)
         worker.start()

@@ -302,7 +302,8 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
     def _check(self, message: Submit | Handover | Prefetch) -> None:
         """Raises ValueError for a message that would end the step loop."""
         role, kind = self._welcome.role, type(message).__name__
-        if role is (Role.DECODE if isinstance(message, Submit) else Role.PREFILL):
+        other = Role.DECODE if isinstance(message, Submit) else Role.PREFILL
+        if role is other and not self._welcome.fluid:
             raise ValueError(f"a {kind} is not for a worker whose role is {role.value!r}")
         if isinstance(message, Prefetch):
             return

@@ -40,6 +40,10 @@ class Unseen:
         self._adds.append(add)
         self._summary = add(self._summary)
 
+    def told(self, add: Callable[[Summary], Summary]) -> None:
+        """Something is known that the next summary will count. add: as of `sent`."""
+        self._summary = add(self._summary)
+
     def update(self, summary: Summary, num_received: int, now: float) -> None:
         """Takes a new summary, in which the first `num_received` requests sent count."""
         while len(self._adds) > self._num_sent - num_received:

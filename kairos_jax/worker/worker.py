@@ -25,6 +25,7 @@ from kairos_jax.worker.messages import (
     Draining,
     Event,
     Failed,
+    GoOn,
     HandBack,
     Handover,
     Lost,
@@ -33,9 +34,11 @@ from kairos_jax.worker.messages import (
     Offered,
     Outlined,
     Output,
+    Parked,
     Prefetch,
     Release,
     Returned,
+    Stay,
     Stepped,
     Submit,
 )
@@ -193,6 +196,14 @@ class Worker:
                 self._drop_offer(id)
             case Cancel(id):
                 self._forget(id)
+            case Stay(id, why):
+                if id in self.instance.running:
+                    self.instance.stay(id, why)
+            case GoOn(id, why):
+                # If it has ended or was evicted meanwhile, it stays.
+                if seq := self.instance.running.get(id):
+                    self.instance.hand_over(id, why)
+                    self.emit(Parked(id, self._park(seq)))
             case HandBack(running):
                 self._hand_back(running)
             case _Fetched():

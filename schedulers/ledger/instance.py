@@ -100,12 +100,20 @@ class Instance:
     there is one, is told of each verb: `schedulers.ledger.journal` replays them.
 
     pace: recent measured / predicted step time, so that a prediction is anchored on what steps
-    cost at present. outputs: how long recently finished outputs were.
+    cost at present. outputs: how long recently finished outputs were. receives: where roles flow,
+    whether it begins with decode: others hand their sequences over to it first.
     """
 
-    def __init__(self, id: str, role: Role, limits: Limits, learn_outputs: bool = True):
+    def __init__(
+        self,
+        id: str,
+        role: Role,
+        limits: Limits,
+        learn_outputs: bool = True,
+        receives: bool = False,
+    ):
         self.id = id
-        self.role = role
+        self.role, self.receives = role, receives
         self.limits = limits
         self.pool = Pool(limits.num_pages, limits.page_size)
         self.pages = self.pool.table
@@ -146,7 +154,10 @@ class Instance:
         """Tokens whose KV may still be parked, those of running prompts set aside."""
         if math.isinf(self.limits.parked_tokens):
             return math.inf
-        return self.limits.parked_tokens - self.parked_tokens - self.running.num_tokens
+        prompts = self.running.num_tokens
+        if self.role is Role.BOTH:
+            prompts = float(self.running.length[self.running.count == 0].sum())
+        return self.limits.parked_tokens - self.parked_tokens - prompts
 
     # The verbs.
 
@@ -264,6 +275,21 @@ class Instance:
             if id in rows:
                 left.append(self._finish(id, why))
         return left
+
+    def stay(self, id: str, why: str) -> None:
+        """`id`, which could go on elsewhere, goes on here. why: in words, for those who ask."""
+        if self.journal:
+            self.journal("stay", id, why)
+
+    def hand_over(self, id: str, why: str) -> Seq:
+        """`id`, which runs here and has its first token, is to go on elsewhere: parks it. Not while
+        a step of it is under way. why: as of `stay`.
+        """
+        if self.journal:
+            self.journal("hand_over", id, why)
+        if not self.running[id].num_tokens:
+            raise ValueError(f"request {id!r} is to be handed over in the midst of its prompt")
+        return self._park(id)
 
     def copied(self, id: str) -> None:
         """The KV of `id`, which is parked, has been copied out of the pool: frees its pages."""

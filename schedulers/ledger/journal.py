@@ -3,12 +3,14 @@
 A record is a plain sequence, a line of JSON: instance id, verb, time in seconds, and what the verb
 was told. No prompt's text or token ids are in it.
 
-    "instance"  role, limits by name (null for infinity), learn_outputs: an instance's first record
+    "instance"  role, limits by name (null for infinity), learn_outputs, and whether it receives if
+                it does: an instance's first record
     "add"       [id, arrival, num_prompt, max_tokens, ttft, tpot, serial, and page_keys if it has
                 any], num_tokens, first_token_at
     "begin"     whole, work, fetch, evict, predicted_s
     "end"       stopped
     "fetched", "copied", "release", "cancel"    id
+    "stay", "hand_over"     id, why
 
 whole: every running sequence takes a token, in the order of its row, and `work` is only what is
 added to them. So the usual decode step costs a few bytes, however large its batch is.
@@ -28,7 +30,7 @@ from schedulers.ledger.request import Request, Seq, Slo
 
 Record = Sequence[Any]
 
-_OF_AN_ID = frozenset({"fetched", "copied", "release", "cancel"})
+_OF_AN_ID = frozenset({"fetched", "copied", "release", "cancel", "stay", "hand_over"})
 # Ids that a message names at most.
 _NAMED = 5
 
@@ -51,7 +53,9 @@ class Journal:
         limits = dataclasses.asdict(instance.limits)
         if math.isinf(instance.limits.parked_tokens):
             limits["parked_tokens"] = None
-        append((id, "instance", clock(), instance.role.value, limits, instance.outputs.learn))
+        receives = (True,) if instance.receives else ()
+        kind = instance.role.value, limits, instance.outputs.learn
+        append((id, "instance", clock(), *kind, *receives))
 
         def record(verb: str, *args: Any) -> None:
             match verb:
@@ -258,6 +262,9 @@ def _args(instance: Instance, verb: str, at: float, args: list[Any]) -> tuple[An
         case "end":
             (stopped,) = args
             return instance.under_way, at, tuple(stopped)
+        case "stay" | "hand_over":
+            id, why = args
+            return id, why
         case _ if verb in _OF_AN_ID:
             (id,) = args
             return (id,)
@@ -288,9 +295,11 @@ def _request(id, arrival, num_prompt, max_tokens, ttft, tpot, serial, page_keys=
     return Request(id, arrival, prompt, max_tokens, slo, serial=serial, page_keys=page_keys)
 
 
-def _instance(id: str, role: str, limits: Mapping[str, Any], learn_outputs: bool) -> Instance:
+def _instance(
+    id: str, role: str, limits: Mapping[str, Any], learn_outputs: bool, receives: bool = False
+) -> Instance:
     finite = {name: value for name, value in limits.items() if value is not None}
-    return Instance(id, Role(role), Limits(**finite), learn_outputs)
+    return Instance(id, Role(role), Limits(**finite), learn_outputs, receives)
 
 
 def _number(value: Any) -> Any:

@@ -14,7 +14,11 @@ import numpy as np
 from schedulers.cost import CostModel, Number
 from schedulers.ledger.instance import Instance, Role
 from schedulers.ledger.request import Request, Slo
-from schedulers.ledger.rows import Rows
+from schedulers.ledger.rows import Column, Rows
+from schedulers.policies.view import View
+
+# A sequence whose next tokens would have to come faster than this share of its TPOT is lost.
+_KEEPS = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,8 @@ class Summary:
     tokens whose KV it could still take in. end_s: seconds until, as expected, the first of its
     sequences has ended. parked_room: tokens of prompts that it should still be sent: without a
     bound, unless it has to wait until parked KV is fetched; then as many wait as may be parked.
+    decoding: the share of its time that the sequences with a first token need, each at the pace at
+    which it keeps its SLO; those that cannot keep it need none. receives: see `Instance`.
     """
 
     id: str
@@ -39,6 +45,8 @@ class Summary:
     room: float
     end_s: float = math.inf
     parked_room: float = math.inf
+    decoding: float = 0.0
+    receives: bool = False
 
     @property
     def work_s(self) -> float:
@@ -82,10 +90,15 @@ class Summary:
 
     def with_context(self, length: int, slo: Slo, cost: CostModel, late: bool = False) -> "Summary":
         """The summary with a further sequence to decode; late: as of `added_load`."""
-        added = self.added_load(length, slo, cost, late)
-        if added and not self.load:  # the first one pays the base of its steps
-            added = min(added + self.pace * cost.decode.base_s / slo.tpot, 1.0)
-        return replace(self, load=self.load + added, room=self.room - length)
+        own = self.added_load(length, slo, cost, late)
+        # The first one pays the base of its steps.
+        with_base = min(own + self.pace * cost.decode.base_s / slo.tpot, 1.0) if own else 0.0
+        return replace(
+            self,
+            load=self.load + (own if self.load else with_base),
+            room=self.room - length,
+            decoding=self.decoding + (own if self.decoding else with_base),
+        )
 
 
 def outline(
@@ -94,11 +107,13 @@ def outline(
     now: float,
     demotes: bool = True,
     demotes_late: bool = True,
+    without: str = "",
 ) -> Summary:
     """Sums up a ledger.
 
     demotes: its prefill policy puts hopeless prompts behind all others, which they do not delay.
-    demotes_late: its decode policy does so with sequences that have missed their TTFT.
+    demotes_late: its decode policy does so with sequences that have missed their TTFT. without: a
+    sequence that does not count in `decoding`.
     """
     due: list[float] = []
     ahead_s: list[float] = []
@@ -109,13 +124,14 @@ def outline(
             seconds, deadline = seconds[live], deadline[live]
         order = deadline.argsort(kind="stable")
         due, ahead_s = deadline[order].tolist(), seconds[order].cumsum().tolist()
-    load = room = 0.0
+    load = room = decoding = 0.0
     end_s = parked_room = math.inf
-    if instance.role is Role.PREFILL:
+    if instance.role is not Role.DECODE:
         parked_room = _parked_room(instance)
-    else:
+    if instance.role is not Role.PREFILL:
         load, room = _load(instance, cost, now, demotes_late), _room(instance)
         end_s = _end_s(instance, cost)
+        decoding = _decoding(instance, cost, now, without)
     free_s = max(instance.busy_until - now, 0.0)
     return Summary(
         instance.id,
@@ -128,6 +144,8 @@ def outline(
         room,
         end_s,
         parked_room,
+        decoding,
+        instance.receives,
     )
 
 
@@ -149,7 +167,7 @@ def route_prefill(
     for index, summary in enumerate(summaries):
         found = cached[index] if cached else 0
         own_s = cost.prefill_s(len(request.prompt) - found, found)
-        finish_s = _first_token_s(request, summary, own_s)
+        finish_s = first_token_s(request, summary, cost, found)
         late = now + finish_s > request.deadline
         key = (
             float(summary.parked_room < math.inf),
@@ -188,8 +206,7 @@ def always(request: Request, summaries: Sequence[Summary], cost: CostModel, now:
 
 def late_s(request: Request, summaries: Sequence[Summary], cost: CostModel, now: float) -> float:
     """By how many seconds its first token would be late on the instance where it comes soonest."""
-    base = cost.prefill_s(len(request.prompt))
-    soonest_s = min(_first_token_s(request, summary, base) for summary in summaries)
+    soonest_s = min(first_token_s(request, summary, cost) for summary in summaries)
     return max(now + soonest_s - request.deadline, 0.0)
 
 
@@ -221,15 +238,18 @@ def prompt_s(request: Request, summary: Summary, cost: CostModel, cached: int = 
     return summary.pace * cost.prefill_s(len(request.prompt) - cached, cached)
 
 
+def first_token_s(request: Request, summary: Summary, cost: CostModel, cached: int = 0) -> float:
+    """Seconds until a prompt that comes now would have its first token there. cached: as of
+    `prompt_s`.
+    """
+    own_s = prompt_s(request, summary, cost, cached)
+    return _stretch(summary) * summary.finish_s(request.deadline, own_s)
+
+
 def share(length: Number, tpot: Number, cost: CostModel) -> Number:
     """Share of an instance's time that a sequence needs beside others, at a step a TPOT."""
     decode = cost.decode
     return (decode.decoded_s + decode.decoded_context_s * length) / tpot
-
-
-def _first_token_s(request: Request, summary: Summary, prefill_s: float) -> float:
-    """Seconds until its first token, if its prompt takes so many at a pace of 1."""
-    return _stretch(summary) * summary.finish_s(request.deadline, summary.pace * prefill_s)
 
 
 def _stretch(summary: Summary) -> float:
@@ -281,6 +301,22 @@ def _load(instance: Instance, cost: CostModel, now: float, demotes_late: bool) -
         if tpot[row] < shortest:
             shortest, its_own = float(tpot[row]), float(own[row])
     return total + min(pace * base_s / shortest, 1.0 - its_own)
+
+
+def _decoding(instance: Instance, cost: CostModel, now: float, without: str) -> float:
+    """See `Summary`."""
+    if not (instance.running or instance.waiting):
+        return 0.0
+    view = View(cost, instance, now, _KEEPS)
+    counts = view.feasible & (view.cells[Column.COUNT] > 0)
+    if without in instance.running:
+        counts[list(instance.running).index(without)] = False
+    if not counts.any():
+        return 0.0
+    with np.errstate(over="ignore"):  # a TPOT may be as short as a client likes
+        own = np.minimum(view.own[counts] / view.period[counts], 1.0)
+        base = min(view.base_s / float(view.cells[Column.TPOT][counts].min()), 1.0)
+    return base + float(own.sum())
 
 
 def _first_at(instance: Instance, rows: Rows, now: float) -> np.ndarray:

@@ -1,5 +1,7 @@
 """How the sequences of a decode instance stand to their SLOs, all at once."""
 
+import math
+
 import numpy as np
 
 from schedulers.cost import CostModel
@@ -10,6 +12,9 @@ from schedulers.policies.room import prefix
 # Slack is spread over what an output is as likely to outlast as not: of a long tail (a lognormal
 # of sigma 0.86) the median is this part of the mean.
 _MEDIAN = 0.7
+# Where steps of all are this much shorter than a TPOT, one that is behind can still catch up: down
+# to a period of the second share of its TPOT.
+_SPARE, _CATCH_UP = 1.1, 0.4
 
 
 class View:
@@ -37,7 +42,16 @@ class View:
             self.own = instance.pace * self.own
         self.base_s = instance.pace * cost.decode_base_s
         in_time = cells[Column.FIRST_AT] <= cells[Column.DEADLINE]
-        self.feasible = in_time & (self.period >= least * tpot) & (tpot >= self.base_s)
+        counts = in_time & (tpot >= self.base_s)
+        least = min(least, self._catch_up(counts & (self.period >= _CATCH_UP * tpot)))
+        self.feasible = counts & (self.period >= least * tpot)
+
+    def _catch_up(self, some: np.ndarray) -> float:
+        """The shortest period, as a share of TPOT, that is kept if all of `some` step each time."""
+        if not some.any():
+            return math.inf
+        step_s = self.base_s + float(self.own[some].sum())
+        return max(_SPARE * step_s / float(self.cells[Column.TPOT][some].min()), _CATCH_UP)
 
     def serve(self, target: float, newcomers: float) -> tuple[np.ndarray, np.ndarray]:
         """Which feasible ones to serve: those of least remaining work, while the load is at most

@@ -12,7 +12,7 @@ import numpy as np
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Instance, Limits, Policy, Role
 from schedulers.ledger.request import Request, Seq
-from schedulers.policies import decode, prefill, routing
+from schedulers.policies import decode, flowing, prefill, routing
 from schedulers.policies.colocated import policy_for
 from schedulers.simulation.attainment import Outcome, summarize
 from schedulers.simulation.bound import most_on_time
@@ -29,7 +29,8 @@ class Scenario:
 
     cost: what steps and transfers really take, and the KV that each instance holds. classes: SLOs
     of the requests and their shares. colocated: instances that do both jobs, in the place of
-    prefill and decode ones. max_batch: sequences a decode step; chunk: prompt tokens a prefill
+    prefill and decode ones. fluid: roles flow; num_prefill and num_decode say where instances
+    begin. max_batch: sequences a decode step; chunk: prompt tokens a prefill
     step; pack: base costs of a prefill step that other prompts may add (`policies.prefill`).
     prefix_cache: whether prompts that begin alike (`Arrival.blocks`) share pages.
     parked_tokens: KV that waits outside of each prefill instance's pool, in host memory, at most.
@@ -44,6 +45,7 @@ class Scenario:
     num_prefill: int = 1
     num_decode: int = 1
     colocated: int = 0
+    fluid: bool = False
     prefill_policy: str = "kairos_plus"
     decode_policy: str = "kairos_plus"
     max_batch: int = 256
@@ -71,6 +73,8 @@ class Scenario:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.fluid and self.colocated:
+            raise ValueError("fluid does not go with colocated: it needs instances that decode")
         if not self.parked_tokens >= 1:
             raise ValueError(f"parked_tokens must be at least 1, got {self.parked_tokens}")
         if not self.pack >= 0:
@@ -84,7 +88,8 @@ class Scenario:
     def layout(self) -> str:
         if self.colocated:
             return f"{self.colocated} colocated"
-        return f"{self.num_prefill} prefill + {self.num_decode} decode"
+        fluid = ", fluid" if self.fluid else ""
+        return f"{self.num_prefill} prefill + {self.num_decode} decode{fluid}"
 
 
 def simulate(scenario: Scenario, arrivals: Sequence[Arrival]) -> dict[str, Any]:
@@ -124,21 +129,29 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
         for index, (arrival, which) in enumerate(zip(arrivals, classes, strict=True))
     ]
 
-    def outlines(instances: Sequence[Instance], now: float) -> list[routing.Summary]:
+    def outlines(
+        instances: Sequence[Instance], now: float, without: str = ""
+    ) -> list[routing.Summary]:
         demotes = scenario.prefill_policy in prefill.DEMOTING
         demotes_late = scenario.decode_policy in decode.DEMOTING
         return [
-            routing.outline(instance, believed, now, demotes, demotes_late)
+            routing.outline(instance, believed, now, demotes, demotes_late, without)
             for instance in instances
         ]
 
     def route_prefill(request: Request, instances: Sequence[Instance], now: float) -> int:
         cached = [instance.pool.cached(request) for instance in instances]
-        return routing.route_prefill(request, outlines(instances, now), believed, now, cached)
+        route = flowing.route_prompt if scenario.fluid else routing.route_prefill
+        return route(request, outlines(instances, now), believed, now, cached)
 
     def route_decode(seq: Seq, instances: Sequence[Instance], now: float) -> int:
         slo = seq.request.slo
         return routing.route_decode(seq.length, slo, outlines(instances, now), believed, now)
+
+    def place(seq: Seq, instances: Sequence[Instance], home: int, now: float) -> flowing.Placement:
+        request, summaries = seq.request, outlines(instances, now, seq.request.id)
+        late = now > request.deadline
+        return flowing.place(seq.length, request.slo, late, summaries, home, believed, now)
 
     return Simulation(
         requests,
@@ -147,6 +160,7 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
         scenario.cost,
         route_prefill,
         route_decode,
+        place,
         noise=scenario.noise,
         seed=_seed(scenario.seed, _NOISE),
     )
@@ -203,14 +217,14 @@ def _limits(scenario: Scenario, arrivals: Sequence[Arrival], longest_output: int
 def _fleet(scenario: Scenario, cost: CostModel, limits: Mapping[Role, Limits]) -> Fleet:
     """cost: what the policies believe."""
 
-    def made(id: str, role: Role) -> Instance:
-        return Instance(id, role, limits[role], scenario.learn_outputs)
-
-    def instances(role: Role, count: int) -> list[tuple[Instance, Policy]]:
-        policy = policy_for(
-            role, cost, scenario.prefill_policy, scenario.decode_policy, scenario.pack
-        )
-        return [(made(f"{role.value}{i}", role), policy) for i in range(count)]
+    def instances(begins: Role, count: int) -> list[tuple[Instance, Policy]]:
+        role = Role.BOTH if scenario.fluid else begins
+        receives = scenario.fluid and begins is Role.DECODE
+        policies = scenario.prefill_policy, scenario.decode_policy
+        policy = policy_for(role, cost, *policies, scenario.pack)
+        ids = [f"{begins.value}{index}" for index in range(count)]
+        learn = scenario.learn_outputs
+        return [(Instance(id, role, limits[role], learn, receives), policy) for id in ids]
 
     if scenario.colocated:
         return Fleet(instances(Role.BOTH, scenario.colocated), ())

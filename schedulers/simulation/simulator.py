@@ -15,15 +15,23 @@ import numpy as np
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Batch, Instance, Policy, Role, during_step, fetchable
 from schedulers.ledger.request import Request, Seq
+from schedulers.policies.flowing import Placement
 from schedulers.simulation.attainment import Outcome
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """The instances of a server, each with its policy."""
+    """The instances of a server, each with its policy: those that begin with prefill, and those
+    that begin with decode. If some do both, and there are any of the latter, roles flow.
+    """
 
     prefill: Sequence[tuple[Instance, Policy]]
     decode: Sequence[tuple[Instance, Policy]]
+
+
+def stays(seq: Seq, instances: Sequence[Instance], home: int, now: float) -> Placement:
+    """Where a sequence goes on, wherever roles do not flow."""
+    return Placement(home, "")
 
 
 class Simulation:
@@ -31,8 +39,9 @@ class Simulation:
 
     requests: by arrival, with `serial` 0, 1, 2, ...; outputs: tokens that each will generate [R].
     cost: what steps and transfers really take. route_prefill, route_decode: (request or sequence,
-    instances, now) -> index of the instance. noise: the logarithm's standard deviation of each
-    step's time, whose mean stays.
+    instances, now) -> index of the instance. place: where roles flow, (sequence with its first
+    token, instances, index of its own, now) -> where it goes on. noise: the logarithm's standard
+    deviation of each step's time, whose mean stays.
     """
 
     def __init__(
@@ -43,11 +52,12 @@ class Simulation:
         cost: CostModel,
         route_prefill: Callable[[Request, Sequence[Instance], float], int],
         route_decode: Callable[[Seq, Sequence[Instance], float], int],
+        place: Callable[[Seq, Sequence[Instance], int, float], Placement] = stays,
         noise: float = 0.0,
         seed: int = 0,
     ):
         self.requests, self.outputs, self.fleet, self.cost = requests, outputs, fleet, cost
-        self.route_prefill, self.route_decode = route_prefill, route_decode
+        self.route_prefill, self.route_decode, self.place = route_prefill, route_decode, place
         self.noise = noise
         self.outcomes: list[Outcome | None] = [None] * len(requests)
         self.now = 0.0
@@ -56,8 +66,10 @@ class Simulation:
         self._order = itertools.count()
         self._events: list[tuple] = []
         self._nodes = [_Node(*pair) for pair in (*fleet.prefill, *fleet.decode)]
-        self._prefill = self._nodes[: len(fleet.prefill)]
-        self._decode = self._nodes[len(fleet.prefill) :] or self._prefill
+        self._prefill = [node for node in self._nodes if node.instance.role is not Role.DECODE]
+        # Where sequences may go on when they have their first tokens: without any, all stay.
+        decodes = [node for node in self._nodes if node.instance.role is not Role.PREFILL]
+        self._decode = decodes if fleet.decode else []
         self._home: dict[str, _Node] = {}
         self._copied_at: dict[str, float] = {}
 
@@ -147,21 +159,41 @@ class Simulation:
     def _step_done(self, now: float, node: "_Node", batch: Batch) -> list["_Node"]:
         node.busy = False
         instance = node.instance
-        stopped = self._stopped(node, batch)
+        stopped, stay = self._stopped(node, batch), self._first_tokens(node, batch)
         woken = [node]
         for seq in instance.end(batch, now, stopped):
             if seq.finish_reason:
                 self._finished(seq, now)
                 continue
-            instance.copied(seq.request.id)
             which = 0
             if len(self._decode) > 1:
                 which = self.route_decode(seq, [n.instance for n in self._decode], now)
-            to = self._decode[which]
-            to.instance.add(seq.request, 1, now)
-            self._home[seq.request.id] = node
-            woken.append(to)
+            woken.append(self._hand_over(seq, node, which, now))
+        home = self._decode.index(node) if stay else 0
+        for seq in stay:
+            if seq.finish_reason:
+                continue
+            placed = self.place(seq, [n.instance for n in self._decode], home, now)
+            if placed.index == home:
+                instance.stay(seq.request.id, placed.why)
+            else:
+                instance.hand_over(seq.request.id, placed.why)
+                woken.append(self._hand_over(seq, node, placed.index, now))
         return woken
+
+    def _first_tokens(self, node: "_Node", batch: Batch) -> list[Seq]:
+        """Who gets its first token by this step and could stay, where roles flow."""
+        if node.instance.role is not Role.BOTH or not self._decode:
+            return []
+        work = batch.work
+        return [seq for seq in node.instance.unbegun() if work.get(seq.request.id) == seq.remaining]
+
+    def _hand_over(self, seq: Seq, node: "_Node", which: int, now: float) -> "_Node":
+        to = self._decode[which]
+        node.instance.copied(seq.request.id)
+        to.instance.add(seq.request, 1, now)
+        self._home[seq.request.id] = node
+        return to
 
     def _stopped(self, node: "_Node", batch: Batch) -> list[str]:
         """Whose outputs end with this step."""

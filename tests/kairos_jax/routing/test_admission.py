@@ -12,7 +12,7 @@ from kairos_jax.routing.fleet import LEAST_RETRY_S, Full
 from kairos_jax.routing.peer import Peer
 from kairos_jax.routing.router import Router
 from kairos_jax.worker.build import build_worker
-from kairos_jax.worker.messages import Outlined
+from kairos_jax.worker.messages import Moved, Outlined
 from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Request, Slo
@@ -117,10 +117,12 @@ def test_a_server_whose_decode_is_stuck_turns_away_and_takes_again():
 
     async def main():
         loop, transport = asyncio.get_running_loop(), LocalTransport()
-        router, outlined = Router(loop, 64, cost), asyncio.Event()
+        router, outlined, moved = Router(loop, 64, cost), asyncio.Event(), asyncio.Event()
 
         def emit(event):
             router.emit(event)
+            if isinstance(event, Moved):
+                loop.call_soon_threadsafe(moved.set)
             if isinstance(event, Outlined) and event.summary.parked_room < math.inf:
                 loop.call_soon_threadsafe(outlined.set)
 
@@ -137,6 +139,8 @@ def test_a_server_whose_decode_is_stuck_turns_away_and_takes_again():
         for prompt in prompts[:3]:
             streams.append(router.submit(asked_of_real(prompt)))
             firsts.append(await anext(aiter(streams[-1])))
+            # Else the KV of two might come before decode's first step, and both would fit.
+            await moved.wait()
         outlined.clear()  # it may have been stuck for a moment before
         streams.append(router.submit(asked_of_real(prompts[3])))
         await outlined.wait()

@@ -3,18 +3,14 @@ that the test plays.
 """
 
 import asyncio
-import math
 from dataclasses import replace
 
 import pytest
-from fleet import COST, PROMPT, asked, in_loop
+from fleet import PROMPT, Played, asked, in_loop
 
-from kairos_jax.engine.calls import Token
 from kairos_jax.kv.transport import Ticket
 from kairos_jax.routing import dispatch, trials
 from kairos_jax.routing.fleet import WorkerLost
-from kairos_jax.routing.peer import Peer
-from kairos_jax.routing.router import Router
 from kairos_jax.worker.codec import RemoteError
 from kairos_jax.worker.messages import (
     Cancel,
@@ -25,86 +21,15 @@ from kairos_jax.worker.messages import (
     Moved,
     Offered,
     Outlined,
-    Output,
     Prefetch,
     Release,
     Returned,
-    Stepped,
     Submit,
 )
 from models.sampling import SamplingParams
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Slo
 from schedulers.policies.routing import Summary
-
-
-class Played:
-    """A router whose workers are played by the test. posts: what each was sent and did not read."""
-
-    def __init__(self, *ids, max_requests=10, **kwargs):
-        loop = asyncio.get_running_loop()
-        self.now = 0.0
-        self.router = Router(loop, max_requests, COST, lambda: self.now, **kwargs)
-        self.posts = {}
-        for id in ids:
-            self.join(id)
-
-    def join(self, id):
-        self.posts[id] = []
-        role = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}[id[0]]
-        idle = Summary(id, role, 0.0, [], [], 1.0, 0.0, math.inf)
-        self.router.join(Peer(id, role, self.posts[id].append, COST, idle, 0.0))
-
-    async def say(self, event):
-        self.router.emit(event)
-        await asyncio.sleep(0)
-
-    async def output(self, id, token, ticket=False, finish_reason=None):
-        carried = Ticket(id, 1) if ticket else None
-        at = self.now
-        await self.say(Stepped((Output(id, Token(token), at, at, finish_reason, carried),)))
-
-    async def sent(self, peer, kind):
-        """The next message of a kind that a peer is sent; those before it are dropped."""
-        async with asyncio.timeout(30):
-            while True:
-                while self.posts[peer]:
-                    if isinstance(message := self.posts[peer].pop(0), kind):
-                        return message
-                await asyncio.sleep(0)
-
-    def taken(self, peer, kind):
-        """All messages of a kind that a peer was sent; the others are dropped."""
-        messages = self.posts[peer][:]
-        self.posts[peer].clear()
-        return [each for each in messages if isinstance(each, kind)]
-
-    def read(self, peer):
-        """The one message that a peer was sent."""
-        (message,) = self.posts[peer]
-        self.posts[peer].clear()
-        return message
-
-    async def fail(self, peer, *aboard):
-        """A step with these streams fails there."""
-        await self.say(Died(peer, RuntimeError("boom"), tuple(each.request.id for each in aboard)))
-
-    async def replace_prefill(self, said):
-        """A step of the one prefill worker fails with all that it has, and another joins. said: it
-        raised; else the process crashed.
-        """
-        (old,) = [peer for peer in self.router.peers if peer.role is Role.PREFILL]
-        self.join(f"p{int(old.id[1:]) + 1}")
-        if said:
-            await self.fail(old.id, *[s for s in self.router.streams if s.peers == [old]])
-        else:
-            await self.say(Died(old.id, ConnectionError("recvmsg: reset by 10.2.0.7:50071")))
-
-    async def prefilled(self, token=11):
-        """The request at p0 has its first token. Returns what the decode worker is told."""
-        submit = self.read("p0")
-        await self.output(submit.request.id, token, ticket=True)
-        return self.read("d0")
 
 
 @in_loop

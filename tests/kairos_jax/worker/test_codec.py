@@ -20,6 +20,7 @@ from kairos_jax.worker.messages import (
     Draining,
     Event,
     Failed,
+    GoOn,
     HandBack,
     Handover,
     Hello,
@@ -28,11 +29,13 @@ from kairos_jax.worker.messages import (
     Offered,
     Outlined,
     Output,
+    Parked,
     Ping,
     Pong,
     Prefetch,
     Release,
     Returned,
+    Stay,
     Stepped,
     Submit,
     Welcome,
@@ -99,6 +102,8 @@ messages = st.one_of(
     st.builds(Prefetch, tickets, st.lists(tokens, max_size=4).map(tuple)),
     st.builds(Release, ids),
     st.builds(Cancel, ids),
+    st.builds(Stay, ids, ids),
+    st.builds(GoOn, ids, ids),
 )
 
 
@@ -132,13 +137,15 @@ def test_the_outputs_of_a_step_arrive_as_they_were(outputs, now):
 
 def summary(id, skew):
     due = [2.0 + skew, 9.0 + skew]
-    return Summary(id, Role.BOTH, 1.0, due, [1.0, 2.5], 1.5, 0.5, 8.0, 4.0, math.inf)
+    rest = 4.0, math.inf, 0.25, True
+    return Summary(id, Role.BOTH, 1.0, due, [1.0, 2.5], 1.5, 0.5, 8.0, *rest)
 
 
 EVENTS = [
     (Moved("a", 3.0), Moved("a", 3.0 + SKEW)),
     (Failed("a", "not_finite", "why"), Failed("a", "not_finite", "why")),
     (Offered("a", Ticket("a", 3, 9, "h:1")), Offered("a", Ticket("a", 3, 9, "h:1"))),
+    (Parked("a", Ticket("a", 3, 9, "h:1")), Parked("a", Ticket("a", 3, 9, "h:1"))),
     (Returned("a"), Returned("a")),
     (Returned("a", Ticket("a", 3, 9, "h:1")), Returned("a", Ticket("a", 3, 9, "h:1"))),
     (Draining("here"), Draining("there")),
@@ -174,6 +181,7 @@ WELCOME = Welcome(
     kv_address="10.0.0.1:50061",
     prefix_cache=True,
     version=3,
+    fluid=True,
 )
 STATUS = Status(1, 2, 3, 4, 5, 6.5, math.inf, 7, 8.5, 9.5, 10, ("a", "b"))
 
@@ -209,7 +217,7 @@ def test_every_event_says_whom_it_is_for():
     told[Died] = codec.address_of(Died("x", MemoryError()))
     assert set(told) == set(get_args(Event))
     assert told[Stepped] == (For.OUTPUTS, ())
-    for kind in (Moved, Offered, Returned, Lost, Failed):
+    for kind in (Moved, Offered, Parked, Returned, Lost, Failed):
         assert told[kind] == (For.REQUEST, "a")
     assert (told[Died], told[Draining]) == ((For.INSTANCE, "x"), (For.INSTANCE, "here"))
 

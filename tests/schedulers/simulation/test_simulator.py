@@ -1,9 +1,15 @@
 """The simulator on workloads whose course can be worked out by hand, and its own laws."""
 
+import math
+import re
+from collections import Counter
+
 import pytest
 from costs import decodes, prefills
 
+from kairos_jax.observe.explain import explain
 from schedulers.cost import CostModel, TransferCost
+from schedulers.ledger.journal import Journal, check, from_lines, to_lines
 from schedulers.ledger.request import Slo
 from schedulers.policies import decode, prefill
 from schedulers.simulation.scenario import Scenario, build, simulate
@@ -145,3 +151,66 @@ def test_a_long_prompt_gets_its_room_in_its_turn(policy):
     )
     outcome = build(scenario, arrivals).run()[50]
     assert outcome.first_token_at < 15.0, "the last short one comes at 24 s"
+
+
+# A small fleet with so much to decode that one instance does not do.
+BUSY = CostModel(
+    prefills(5e-3, 32e-6, 0.66e-9), decodes(7e-3, 60e-6, 2e-7), TransferCost(2e-3, 5.2e-6), 400_000
+)
+
+
+PLACED = ("stay", "hand_over")
+
+
+def flowing(arrivals, **options):
+    """A journaled run in which roles flow: (simulation, outcomes, records)."""
+    slo = (SloClass(1.0, Slo(1.0, 0.025)),)
+    simulation = build(Scenario(BUSY, slo, 2, 1, fluid=True, **options), arrivals)
+    journal = Journal(lambda: simulation.now)
+    for instance, _ in (*simulation.fleet.prefill, *simulation.fleet.decode):
+        instance.journal = journal.recorder(instance)
+    outcomes = simulation.run()
+    return simulation, outcomes, list(from_lines(to_lines(journal.take())))
+
+
+@pytest.mark.parametrize("parked_tokens", [math.inf, 9000])
+def test_where_roles_flow_every_request_gets_its_tokens_and_decisions_replay(parked_tokens):
+    arrivals = synthetic(400, 36.0, seed=5, max_prompt=8000)
+    simulation, outcomes, records = flowing(arrivals, parked_tokens=parked_tokens, noise=0.1)
+    assert [each.num_output for each in outcomes] == [each.num_output for each in arrivals]
+    pairs = (*simulation.fleet.prefill, *simulation.fleet.decode)
+    assert check(records, {instance.id: policy for instance, policy in pairs}) > 1000
+    for instance, _ in pairs:
+        instance.check()
+        assert not any((instance.waiting, instance.running, instance.parked))
+    verbs = Counter(record[1] for record in records)
+    assert min(verbs["stay"], verbs["hand_over"]) > 20, "an overload of both jobs"
+    assert verbs["release"] == verbs["hand_over"]
+
+
+def test_explained_is_where_a_request_went_and_why():
+    simulation, _, records = flowing(synthetic(400, 36.0, seed=5, max_prompt=8000))
+    pairs = (*simulation.fleet.prefill, *simulation.fleet.decode)
+    policies = {instance.id: policy for instance, policy in pairs}
+    of_verb = {verb: args[0] for _, verb, _, *args in records[::-1] if verb in PLACED}
+    stayed, moved = ("\n".join(explain(records, policies, of_verb[verb])) for verb in PLACED)
+    assert re.search(r"kept at prefill\d: decode0 decodes \d+% of its time", stayed)
+    assert "handed over to" not in stayed
+    assert re.search(r"leaves prefill\d: decode0 decodes \d+% of its time", moved)
+    assert "handed over to decode0" in moved
+
+
+@pytest.mark.parametrize("rate", [24.0, 40.0])
+def test_flowing_roles_keep_at_least_what_fixed_ones_do(rate):
+    arrivals = synthetic(600, rate, seed=3, max_prompt=4000)
+    slo = (SloClass(1.0, Slo(1.0, 0.025)),)
+    fixed, fluid = (
+        simulate(Scenario(BUSY, slo, 2, 1, fluid=flows), arrivals)["e2e_attainment"]
+        for flows in (False, True)
+    )
+    assert fluid >= fixed - 0.5
+
+
+def test_fluid_needs_instances_that_decode():
+    with pytest.raises(ValueError, match="fluid does not go with colocated"):
+        Scenario(COST, ROOMY, 0, 0, colocated=2, fluid=True)

@@ -1,0 +1,127 @@
+"""Roles that flow: every instance prefills and decodes, as the load needs.
+
+The layout says where each instance begins. One that begins with decode receives: others hand over
+the sequences whose prompts they have computed to it, as long as it has time and room for them; else
+a sequence goes where others decode already, so that the base of a step is paid for, or stays where
+its KV is. Prompts go where nothing decodes, as long as their first tokens come early there; else
+also to those that decode, and to a receiving instance if its sequences leave it time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from schedulers.cost import CostModel
+from schedulers.ledger.request import Request, Slo
+from schedulers.policies.colocated import SHORT
+from schedulers.policies.routing import Summary, first_token_s, route_decode, route_prefill, share
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How far instances are filled. receives, stays: shares of the time of an instance that
+    sequences may need where others hand theirs over, and where they do not. early: the share of
+    its TTFT within which a prompt has its first token where nothing decodes, or others are asked
+    too. busy: the share of its time that decode takes on an instance that gets no prompts.
+    """
+
+    receives: float = 0.88
+    stays: float = 0.92
+    early: float = 0.8
+    busy: float = 0.8
+
+
+BOUNDS = Bounds()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """index: of the instance where a sequence goes on. why: in words."""
+
+    index: int
+    why: str
+
+
+def flows(summaries: Sequence[Summary]) -> bool:
+    """Whether roles flow between these instances."""
+    return any(summary.receives for summary in summaries)
+
+
+def by_decoding(summaries: Sequence[Summary]) -> list[Summary]:
+    """The summaries with the share of its time that decode takes as the load of each: prompts that
+    are there may go on elsewhere. A receiving instance keeps its steps short (`SHORT`), which takes
+    more of them.
+    """
+    return [
+        replace(each, load=min(each.decoding / SHORT, 1.0) if each.receives else each.decoding)
+        for each in summaries
+    ]
+
+
+def route_prompt(
+    request: Request,
+    summaries: Sequence[Summary],
+    cost: CostModel,
+    now: float,
+    cached: Sequence[int] = (),
+    bounds: Bounds = BOUNDS,
+) -> int:
+    """The instance that computes a prompt, of a fleet whose roles flow. cached: as of
+    `route_prefill`.
+    """
+    summaries, found = by_decoding(summaries), cached or [0] * len(summaries)
+    everywhere = range(len(summaries))
+    free = [i for i in everywhere if summaries[i].load < bounds.busy] or list(everywhere)
+    soonest = {i: first_token_s(request, summaries[i], cost, found[i]) for i in free}
+    within_s = request.arrival + bounds.early * request.slo.ttft - now
+    for some in ([i for i in free if not summaries[i].load], free):
+        best = min(some, key=soonest.__getitem__, default=-1)
+        if best >= 0 and soonest[best] <= within_s:
+            return best
+    left = [summaries[i] for i in free]
+    return free[route_prefill(request, left, cost, now, [found[i] for i in free])]
+
+
+def place(
+    length: int,
+    slo: Slo,
+    late: bool,
+    summaries: Sequence[Summary],
+    home: int,
+    cost: CostModel,
+    now: float,
+    bounds: Bounds = BOUNDS,
+) -> Placement:
+    """Where a sequence of so many tokens goes on, of a fleet whose roles flow. late: it has missed
+    its TTFT. home: the index of the instance that has its KV, and whose `decoding` does not count
+    it.
+    """
+    receiving = [i for i, each in enumerate(summaries) if each.receives]
+    first = receiving[
+        route_decode(
+            length,
+            slo,
+            [replace(summaries[i], load=summaries[i].decoding) for i in receiving],
+            cost,
+            now,
+        )
+    ]
+    if late:
+        return Placement(first, "its first token was late")
+
+    def load_with(index: int) -> float:
+        each = summaries[index]
+        base_s = 0.0 if each.decoding else cost.decode.base_s
+        return each.decoding + each.pace * (base_s / slo.tpot + share(length, slo.tpot, cost))
+
+    at = summaries[first]
+    told = f"{at.id} decodes {at.decoding:.0%} of its time"
+    if at.room < length:
+        told += f" and has room for {max(at.room, 0):.0f} tokens"
+    elif load_with(first) <= bounds.receives:
+        return Placement(first, told)
+    others = [i for i, each in enumerate(summaries) if not each.receives]
+    for index in sorted(others, key=lambda i: (not summaries[i].decoding, i != home)):
+        fits = index == home or summaries[index].room >= length
+        if fits and load_with(index) <= bounds.stays:
+            return Placement(index, told)
+    return Placement(first, f"{told}, and no other instance has more")
