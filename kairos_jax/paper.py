@@ -267,7 +267,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     string("trace", None, "File of an Azure or Mooncake trace, or 'synthetic'.")
     string("profile", None, "A measured profile to look at as well.")
-    string("layout", "2:1", "Instances: P:D, colocated or Nxcolocated.")
+    string("layout", "2:1", "Instances: P:D, P:Dfluid, colocated or Nxcolocated.")
     integer("num_requests", 6000, "The first of the trace; 0: all.", 0)
     integer("seed", 0, "Seed of a synthetic trace.", 0)
     integer("workers", 0, "Processes; 0: one for each core.", 0)

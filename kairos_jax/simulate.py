@@ -45,7 +45,7 @@ from schedulers.simulation.workload import (
 
 _NUM_SYNTHETIC_ADVISE = 50_000
 _RUN_ONLY = (
-    *("rate", "num_prefill", "num_decode", "colocated"),
+    *("rate", "num_prefill", "num_decode", "colocated", "fluid"),
     *("journal", "explain", "perfetto"),
 )
 
@@ -72,6 +72,7 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("num_prefill", 1, "Prefill instances.")
     integer("num_decode", 1, "Decode instances.")
     integer("colocated", 0, "Instances that do both, instead of those.")
+    boolean("fluid", False, "Roles flow: the numbers of instances say where they begin.")
     number("ttft", None, "SLO: seconds to the first token.")
     number("tpot", None, "SLO: seconds per token after the first.")
     string("classes", None, "SHARE:TTFT:TPOT,... instead of one SLO for all.")
@@ -105,7 +106,7 @@ def scenario_of(values: Any) -> Scenario:
     profile = profile_file.read(_given(values, "profile"))
     two = not values.colocated
     if not two:
-        _refuse(values, ("num_prefill", "num_decode"), "--{} does not go with --colocated")
+        _refuse(values, ("num_prefill", "num_decode", "fluid"), "--{} does not go with --colocated")
     try:
         return Scenario(
             CostModel.from_profile(profile),
@@ -113,6 +114,7 @@ def scenario_of(values: Any) -> Scenario:
             num_prefill=values.num_prefill if two else 0,
             num_decode=values.num_decode if two else 0,
             colocated=values.colocated,
+            fluid=values.fluid,
             prefill_policy=values.prefill_policy,
             decode_policy=values.decode_policy,
             max_batch=values.max_batch,

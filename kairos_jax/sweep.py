@@ -73,7 +73,7 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("num_requests", 0, f"0: all, {NUM_SYNTHETIC} for synthetic.", 0)
     string("rates", None, "Requests a second: R,R,...")
     string("policies", PAIRS, "PREFILL+DECODE,...; the first is the baseline.")
-    string("layouts", None, "Instances: P:D, colocated or Nxcolocated, and more.")
+    string("layouts", None, "Instances: P:D, P:Dfluid, colocated or Nxcolocated, and more.")
     string("max_batches", None, "Sequences of a decode step, at most: N,N,...")
     string("packs", None, "Base costs that prompts may add to a step: 0,inf,...")
     alias("max_batch", "max_batches")

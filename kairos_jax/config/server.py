@@ -242,7 +242,7 @@ class ServerConfig:
             return f"{prefill.instances} x {prefill.devices} colocated"
         return (
             f"{prefill.instances} x {prefill.devices} prefill + "
-            f"{decode.instances} x {decode.devices} decode{', fluid' if self.fluid else ''}"
+            f"{decode.instances} x {decode.devices} decode{' (fluid)' if self.fluid else ''}"
         )
 
     @property

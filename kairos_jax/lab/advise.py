@@ -1,6 +1,6 @@
-"""Which layout of a number of devices holds the highest rate: all colocated, or so many for prefill
-and so many for decode. Each is simulated at rates that close in on where attainment falls under the
-target.
+"""Which layout of a number of devices holds the highest rate: all colocated, or so many that begin
+with prefill and so many with decode, in fixed roles or in such that flow. Each is simulated at
+rates that close in on where attainment falls under the target.
 
 The layouts are searched side by side, one simulation of each at a time, as many as there are
 processes. Which rates a layout is simulated at does not depend on the others.
@@ -43,18 +43,20 @@ Sizes = tuple[int, int]
 def layouts(scenario: Scenario, devices: int, of_instance: Sizes = (1, 1)) -> list[Scenario]:
     """The scenario on each layout that takes all of so many devices.
 
-    of_instance: devices of a prefill and of a decode instance. Instances that do both are there
-    only where these are alike.
+    of_instance: devices of a prefill and of a decode instance. Instances that do both, and roles
+    that flow, are there only where these are alike.
     """
     of_prefill, of_decode = of_instance
     split = [
-        replace(scenario, colocated=0, num_prefill=count, num_decode=rest // of_decode)
+        replace(scenario, colocated=0, fluid=False, num_prefill=count, num_decode=rest // of_decode)
         for count in range(1, devices // of_prefill + 1)
         if (rest := devices - count * of_prefill) > 0 and rest % of_decode == 0
     ]
     if of_prefill == of_decode and devices % of_prefill == 0:
-        both = replace(scenario, colocated=devices // of_prefill, num_prefill=0, num_decode=0)
-        return [both, *split]
+        both = replace(
+            scenario, colocated=devices // of_prefill, fluid=False, num_prefill=0, num_decode=0
+        )
+        return [both, *split, *(replace(each, fluid=True) for each in split)]
     return split
 
 
@@ -124,8 +126,9 @@ def guess(scenario: Scenario, arrivals: Sequence[Arrival]) -> float:
     batch = _batch_within(cost, tpot, context, scenario.max_batch)
     prefill_s = cost.prompt_s(round(prompt), 0, scenario.chunk)
     decode_s = output * cost.decode_step_s(batch, batch * context, context) / batch
-    if scenario.colocated:
-        return scenario.colocated / (prefill_s + decode_s)
+    if scenario.colocated or scenario.fluid:
+        instances = scenario.colocated + scenario.num_prefill + scenario.num_decode
+        return instances / (prefill_s + decode_s)
     return min(scenario.num_prefill / prefill_s, scenario.num_decode / decode_s)
 
 
@@ -215,6 +218,7 @@ class _Search:
             "colocated": self.scenario.colocated,
             "num_prefill": self.scenario.num_prefill,
             "num_decode": self.scenario.num_decode,
+            "fluid": self.scenario.fluid,
             "rate": self.rate,
             "num_requests": self.num_requests,
             "curve": sorted(self.curve),
@@ -223,14 +227,14 @@ class _Search:
 
 def _answer(ranking: Sequence[_Search], devices: int) -> str:
     best = ranking[0]
-    colocated = bool(best.scenario.colocated)
     if not best.rate:
         return f"No layout of {devices} devices holds {TARGET:g} % attainment at any rate tried."
     text = (
         f"{best.scenario.layout} holds the highest rate at {TARGET:g} % attainment: "
         f"{best.rate:.3g} requests/s"
     )
-    others = [s for s in ranking if bool(s.scenario.colocated) != colocated] or ranking[1:]
+    kind = _kind(best.scenario)
+    others = [search for search in ranking if _kind(search.scenario) != kind] or ranking[1:]
     if not others:
         return text + "."
     rival = others[0]
@@ -238,6 +242,10 @@ def _answer(ranking: Sequence[_Search], devices: int) -> str:
     if best.rate - rival.rate <= RESOLUTION * best.rate:
         text += ", which is no difference at this resolution"
     return text + "."
+
+
+def _kind(scenario: Scenario) -> tuple[bool, bool]:
+    return bool(scenario.colocated), scenario.fluid
 
 
 # Of this process: what `_attainment` simulates. Sent to it once, not with each simulation.

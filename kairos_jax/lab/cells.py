@@ -30,27 +30,31 @@ _FORMAT = 1  # of a cell's file: another number, and none is taken for a result
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Instances of a server: some for prefill and some for decode, or colocated ones."""
+    """Instances of a server: some for prefill and some for decode, or colocated ones. fluid: roles
+    flow, and the numbers say where instances begin.
+    """
 
     num_prefill: int = 0
     num_decode: int = 0
     colocated: int = 0
+    fluid: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
-        """From "P:D", "colocated" or "Nxcolocated", or as it is written. Raises ValueError."""
-        if written := re.fullmatch(r"([1-9]\d*) prefill \+ ([1-9]\d*) decode", text):
-            return cls(int(written[1]), int(written[2]))
+        """From "P:D", "P:Dfluid", "colocated" or "Nxcolocated", or as it is written. Raises
+        ValueError.
+        """
+        for form in (
+            r"([1-9]\d*) prefill \+ ([1-9]\d*) decode( \(fluid\))?",
+            r"([1-9]\d*):([1-9]\d*)(fluid)?",
+        ):
+            if written := re.fullmatch(form, text):
+                return cls(int(written[1]), int(written[2]), fluid=bool(written[3]))
         if written := re.fullmatch(r"([1-9]\d*) colocated", text):
             return cls(colocated=int(written[1]))
-        before, colon, after = text.partition(":")
-        number, x, word = text.rpartition("x")
-        counts = [before, after] if colon else [number if x else "1"]
-        if not all(count.isdecimal() and int(count) for count in counts) or not (
-            colon or word == "colocated"
-        ):
-            raise ValueError(f"a layout must be P:D, colocated or Nxcolocated, got {text!r}")
-        return cls(*map(int, counts)) if colon else cls(colocated=int(counts[0]))
+        if written := re.fullmatch(r"(?:([1-9]\d*)x)?colocated", text):
+            return cls(colocated=int(written[1] or 1))
+        raise ValueError(f"a layout must be P:D, P:Dfluid, colocated or Nxcolocated, got {text!r}")
 
     @property
     def instances(self) -> int:
@@ -61,7 +65,8 @@ class Layout:
         """Such as "2 prefill + 1 decode": its name in all that is written, as of `Scenario`."""
         if self.colocated:
             return f"{self.colocated} colocated"
-        return f"{self.num_prefill} prefill + {self.num_decode} decode"
+        fluid = " (fluid)" if self.fluid else ""
+        return f"{self.num_prefill} prefill + {self.num_decode} decode{fluid}"
 
 
 @dataclass(frozen=True, slots=True)

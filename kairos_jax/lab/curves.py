@@ -41,7 +41,8 @@ class Timeline:
 
     def __init__(self, instances: Sequence[Instance]):
         self._prefill = [each for each in instances if each.role is not Role.DECODE]
-        self._decode = next(each for each in instances if each.role is not Role.PREFILL)
+        decode = [each for each in instances if each.role is not Role.PREFILL]
+        self._decode = next((each for each in decode if each.receives), decode[0])
         self._decode.journal = self._on_verb
         self._samples: list[tuple[float, int, int, float]] = []
         self._next_at, self._period_s = -np.inf, 0.0

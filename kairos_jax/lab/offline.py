@@ -138,6 +138,7 @@ def _laid_out(config: ServerConfig, layout: Layout) -> ServerConfig:
     return replace(
         config,
         colocated=colocated,
+        fluid=layout.fluid,
         prefill=replace(config.prefill, instances=layout.colocated or layout.num_prefill),
         decode=replace(config.decode, instances=layout.num_decode or 1),
     )

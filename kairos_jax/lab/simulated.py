@@ -29,6 +29,7 @@ def scenario_of(config: ServerConfig, cost: CostModel) -> Scenario:
         num_prefill=0 if colocated else first.instances,
         num_decode=0 if colocated else second.instances,
         colocated=first.instances if colocated else 0,
+        fluid=config.fluid,
         prefill_policy=first.policy,
         decode_policy=second.policy,
         pack=first.pack,
@@ -40,7 +41,7 @@ def layout_of(config: ServerConfig) -> Layout:
     """Of the server that the config describes."""
     if config.colocated:
         return Layout(colocated=config.prefill.instances)
-    return Layout(config.prefill.instances, config.decode.instances)
+    return Layout(config.prefill.instances, config.decode.instances, fluid=config.fluid)
 
 
 def devices_text(config: ServerConfig) -> str:

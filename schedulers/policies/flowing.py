@@ -95,33 +95,33 @@ def place(
     its TTFT. home: the index of the instance that has its KV, and whose `decoding` does not count
     it.
     """
-    receiving = [i for i, each in enumerate(summaries) if each.receives]
-    first = receiving[
-        route_decode(
-            length,
-            slo,
-            [replace(summaries[i], load=summaries[i].decoding) for i in receiving],
-            cost,
-            now,
-        )
-    ]
-    if late:
-        return Placement(first, "its first token was late")
 
     def load_with(index: int) -> float:
         each = summaries[index]
         base_s = 0.0 if each.decoding else cost.decode.base_s
         return each.decoding + each.pace * (base_s / slo.tpot + share(length, slo.tpot, cost))
 
-    at = summaries[first]
-    told = f"{at.id} decodes {at.decoding:.0%} of its time"
-    if at.room < length:
-        told += f" and has room for {max(at.room, 0):.0f} tokens"
-    elif load_with(first) <= bounds.receives:
-        return Placement(first, told)
+    receiving = [i for i, each in enumerate(summaries) if each.receives]
+    fit = [i for i in receiving if summaries[i].room >= length and load_with(i) <= bounds.receives]
+    if fit and not late:
+        first = max(fit, key=lambda i: summaries[i].decoding)
+        return Placement(first, _told(summaries[first], length))
+    by_decoding = [replace(summaries[i], load=summaries[i].decoding) for i in receiving]
+    first = receiving[route_decode(length, slo, by_decoding, cost, now)]
+    if late:
+        return Placement(first, "its first token was late")
+    told = _told(summaries[first], length)
     others = [i for i, each in enumerate(summaries) if not each.receives]
     for index in sorted(others, key=lambda i: (not summaries[i].decoding, i != home)):
         fits = index == home or summaries[index].room >= length
         if fits and load_with(index) <= bounds.stays:
             return Placement(index, told)
     return Placement(first, f"{told}, and no other instance has more")
+
+
+def _told(summary: Summary, length: int) -> str:
+    """How an instance stands that receives, in words."""
+    told = f"{summary.id} decodes {summary.decoding:.0%} of its time"
+    if summary.room < length:
+        told += f" and has room for {max(summary.room, 0):.0f} tokens"
+    return told

@@ -88,7 +88,7 @@ class Scenario:
     def layout(self) -> str:
         if self.colocated:
             return f"{self.colocated} colocated"
-        fluid = ", fluid" if self.fluid else ""
+        fluid = " (fluid)" if self.fluid else ""
         return f"{self.num_prefill} prefill + {self.num_decode} decode{fluid}"
 
 

@@ -73,7 +73,7 @@ def test_layouts_are_read_and_written_alike(text, layout):
     "text", ["", "2", "2:", ":1", "0:1", "1:1:1", "0xcolocated", "x:1", "-1:1", "0 colocated"]
 )
 def test_a_layout_that_is_none(text):
-    with pytest.raises(ValueError, match="must be P:D, colocated or Nxcolocated"):
+    with pytest.raises(ValueError, match="must be P:D, P:Dfluid, colocated or Nxcolocated"):
         Layout.parse(text)
 
 

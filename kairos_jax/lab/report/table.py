@@ -36,6 +36,7 @@ def row(result: Result) -> dict[str, Any]:
         "num_prefill": cell.layout.num_prefill,
         "num_decode": cell.layout.num_decode,
         "colocated": cell.layout.colocated,
+        "fluid": cell.layout.fluid,
         "prefill_policy": prefill,
         "decode_policy": decode,
         "max_batch": cell.max_batch,

@@ -43,6 +43,9 @@ def test_layouts_are_all_colocated_and_every_split():
         "1 prefill + 3 decode",
         "2 prefill + 2 decode",
         "3 prefill + 1 decode",
+        "1 prefill + 3 decode (fluid)",
+        "2 prefill + 2 decode (fluid)",
+        "3 prefill + 1 decode (fluid)",
     ]
 
 
@@ -51,7 +54,8 @@ def test_layouts_of_instances_of_several_devices():
         return [each.layout for each in layouts(SCENARIO, *arguments)]
 
     assert named(8, (1, 4)) == ["4 prefill + 1 decode"]
-    assert named(8, (4, 4)) == ["2 colocated", "1 prefill + 1 decode"]
+    fluid = "1 prefill + 1 decode (fluid)"
+    assert named(8, (4, 4)) == ["2 colocated", "1 prefill + 1 decode", fluid]
     assert named(8, (2, 4)) == ["2 prefill + 1 decode"]
     assert named(4, (1, 2)) == ["2 prefill + 1 decode"]
 
@@ -102,7 +106,12 @@ def test_few_simulations_find_where_attainment_falls_slowly(monkeypatch, slope):
 
 
 def test_the_answer_names_the_best_and_its_best_rival(monkeypatch):
-    holds(monkeypatch, lambda scenario: 10.0 * scenario.colocated + 15.0 * scenario.num_decode)
+    holds(
+        monkeypatch,
+        lambda scenario: (
+            10.0 * scenario.colocated + 15.0 * scenario.num_decode * (not scenario.fluid)
+        ),
+    )
     answer = advise(SCENARIO, ARRIVALS, 4, workers=1)["answer"]
     assert answer.startswith("1 prefill + 3 decode holds the highest rate at 90 % attainment: 4")
     assert answer.endswith("of 4 colocated.")
@@ -136,8 +145,8 @@ def test_progress_is_told_to_its_end(monkeypatch):
     holds(monkeypatch, lambda scenario: 10.0)
     told: list[tuple[int, int]] = []
     advise(SCENARIO, ARRIVALS, 3, lambda done, total: told.append((done, total)), workers=1)
-    assert told[0] == (0, 36)
-    assert told[-1][0] == told[-1][1] < 36
+    assert told[0] == (0, 60)
+    assert told[-1][0] == told[-1][1] < 60
     assert told == sorted(told, key=lambda each: each[0])
 
 
@@ -151,7 +160,9 @@ def test_as_a_process_it_prints_one_object():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert {each["layout"] for each in result["ranking"]} == {"2 colocated", "1 prefill + 1 decode"}
+    split = "1 prefill + 1 decode"
+    found = {each["layout"] for each in result["ranking"]}
+    assert found == {"2 colocated", split, f"{split} (fluid)"}
     assert result["answer"].endswith(".")
     assert result["num_requests"] == 60
 
