@@ -93,7 +93,8 @@ class _Trace:
         self._origin = math.nan
         self._last_at = -math.inf
         self._pids: dict[str, int] = {}
-        self._steps: dict[int, tuple[Batch, float, float]] = {}
+        # Of each instance, those that have begun: batch, when, and the time predicted.
+        self._steps: dict[int, list[tuple[Batch, float, float]]] = {}
         # Of requests in progress: the number that is their row, and the phase that they are in.
         self._rows: dict[str, tuple[int, str]] = {}
         self._num_rows = 0
@@ -107,6 +108,7 @@ class _Trace:
         # With room for what is still open.
         other.names, other.events = list(self.names), deque(self.events)
         other._rows, other._arrows = dict(self._rows), dict(self._arrows)
+        other._steps = {pid: list(steps) for pid, steps in self._steps.items()}
         return other
 
     def add(self, ledgers: Ledgers, record: Record) -> None:
@@ -162,7 +164,8 @@ class _Trace:
             self._put("i", pid, now, name="moves", s="t", args=args)
         if not batch.work:
             return
-        self._steps[pid] = batch, now, instance.pace * batch.predicted_s
+        step = batch, now, instance.pace * batch.predicted_s
+        self._steps.setdefault(pid, []).append(step)
         for id in [id for id in batch.work if id in instance.waiting]:
             self._phase(id, "decode" if instance.waiting[id].num_tokens else "prefill", now)
             if id in self._arrows:
@@ -172,7 +175,9 @@ class _Trace:
     def _ended(self, event: Event, left: list[Seq]) -> None:
         instance, now = event.instance, event.at
         pid = self._pids[instance.id]
-        batch, begun_at, predicted_s = self._steps.pop(pid)
+        batch, begun_at, predicted_s = self._steps[pid].pop(0)
+        # One that was dispatched behind it begins now.
+        self._steps[pid] = [(later, now, s) for later, _, s in self._steps[pid]]
         tokens = sum(batch.work.values())
         what = "step" if instance.role is Role.BOTH else instance.role.value
         args = {
@@ -215,7 +220,7 @@ class _Trace:
         rows = running.where(batch.work)
         tpot = running.tpot[rows][running.count[rows] > 0]
         if tpot.size:
-            slack_s = float(tpot.min()) - self._steps[pid][2]
+            slack_s = float(tpot.min()) - self._steps[pid][-1][2]
             counters["step slack, ms"] = {"slack": 1e3 * slack_s}
         for name, args in counters.items():
             self._put("C", pid, now, name=name, args=args)
