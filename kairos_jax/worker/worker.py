@@ -261,15 +261,13 @@ class Worker:
         """Decides, and begins what was decided; if that is a step, reads the inbox until the next
         decision is due. Returns whether there was something to do.
         """
-        asked_at = self.clock()
-        # When what is decided is to begin.
-        now = max(asked_at, self.instance.busy_until)
+        now = self.clock()
         batch = self._decide(now)
         if batch:
             self._begin(batch, now)
         if batch.work:
             self._start_step(batch, now)
-            self._host_s += _NEWEST * (self.clock() - asked_at - self._host_s)
+            self._host_s += _NEWEST * (self.clock() - now - self._host_s)
         self._tell()
         # Only now, so that the summary counts the step under way. What that step gives is told
         # after it.
@@ -344,7 +342,7 @@ class Worker:
         """
         (flight,) = self._flights
         flight.expected = True
-        for seq in self.instance.expect(max(self.clock(), self.instance.busy_until)):
+        for seq in self.instance.expect(self.clock()):
             if self.instance.role is Role.PREFILL and seq.request.max_tokens > 1:
                 flight.tickets[seq.request.id] = self.moves.offer(seq)
         self._offer_parts(flight)

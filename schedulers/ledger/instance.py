@@ -235,8 +235,8 @@ class Instance:
     def begin(self, batch: Batch, now: float) -> None:
         """Takes back and reserves the pages that the decision says, and moves its work to running.
 
-        `now` is when the policy was asked; where the step is to run behind one that is expected,
-        the time for which it was asked.
+        `now` is when the policy was asked. Behind a step that is expected, this one begins with
+        that one's end.
         """
         if self.journal:
             self.journal("begin", now, batch)
@@ -264,8 +264,9 @@ class Instance:
             self._admit(id, now)
         if self.role is not Role.PREFILL:
             self.pool.grow(self.running)
-        self._steps.append(_Step(batch, now, self.running.num_removed, joined))
-        self.busy_until = now + self.pace * batch.predicted_s
+        begun_at = max(now, self.busy_until)
+        self._steps.append(_Step(batch, begun_at, self.running.num_removed, joined))
+        self.busy_until = begun_at + self.pace * batch.predicted_s
 
     def fetched(self, id: str) -> Seq:
         """The KV of `id`, which waits, has been written to its pages: from now on it may step, and
@@ -278,20 +279,21 @@ class Instance:
             self.journal("fetched", id)
         return seq
 
-    def expect(self, at: float) -> list[Seq]:
+    def expect(self, now: float) -> list[Seq]:
         """Books what the step under way is certain to do, before its result is there: the next step
-        can then be decided and begun. `at` is when it will end, as it seems.
+        can then be decided and begun. Until `end`, its tokens count as told when it is predicted to
+        end, or `now` if it is late.
 
         Sequences that it ends or parks move to `ending`, where they keep their pages. They are
         returned. An output that its token stops goes on until `end` says so.
         """
         if self.journal:
-            self.journal("expect", at)
+            self.journal("expect", now)
         if not self.under_way or len(self._steps) > 1:
             raise ValueError(f"instance {self.id!r}: no step can be expected to end")
         (step,) = self._steps
         step.booked = True
-        self._book(step, at, -math.inf)
+        self._book(step, max(now, self.busy_until), -math.inf)
         left = [seq.request.id for seq in step.prompts if seq.num_tokens and self._ends(seq)]
         return [self.running.move(id, self.ending) for id in (*step.full, *left)]
 

@@ -60,8 +60,8 @@ class Journal:
                     now, batch = args
                     append((id, verb, now, *_pack(instance, batch)))
                 case "expect":
-                    (at,) = args
-                    append((id, verb, at))
+                    (now,) = args
+                    append((id, verb, now))
                 case "end":
                     now, _, stopped = args
                     append((id, verb, now, stopped))

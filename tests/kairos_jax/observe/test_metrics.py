@@ -156,7 +156,7 @@ async def test_what_is_in_progress_is_told_as_it_is_at_the_time(harness):
     decode.gate.clear()
     prefill.gate.clear()
     waiting = harness.stub.Generate(fakes.ask([2] * 20, 60))
-    while harness.router.num_streams < 2 or not harness.workers[0].instance.under_way:
+    while harness.router.num_streams < 2 or not harness.workers[0].instance.next_to_end:
         await asyncio.sleep(0)
     seen = told(harness.metrics)
     assert seen("kairos_requests_in_progress", state="running") == 1

@@ -152,8 +152,9 @@ class Verbs:
 
     def expect(self):
         (step,) = self.steps
-        self.book(step, at := self.now + self.rng.uniform(0.01, 1.0))
-        left = self.instance.expect(at)
+        self.now += self.rng.uniform(0.0, 0.2)
+        self.book(step, max(self.now, self.instance.busy_until))
+        left = self.instance.expect(self.now)
         assert {seq.request.id for seq in left} == set(step.full)
         for id in step.full:
             self.model[id].place = "ending"
