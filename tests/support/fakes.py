@@ -232,7 +232,9 @@ class FakeEngine:
 
     def _read(self, pages):
         empty = [NONE] * self.page_size
-        rows = [self.pool.get(page, empty) for page in pages] + [empty] * (-len(pages) % BLOCK_PAGES)
+        rows = [self.pool.get(page, empty) for page in pages] + [empty] * (
+            -len(pages) % BLOCK_PAGES
+        )
         return list(np.array(rows, np.int32).reshape(-1, BLOCK_PAGES, self.page_size))
 
 

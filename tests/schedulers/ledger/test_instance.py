@@ -333,6 +333,75 @@ def test_pace_follows_the_measured_steps_slowly():
     assert instance.pace == pace
 
 
+def decoding(ids, max_tokens=9):
+    """A decode instance that has the KV of these."""
+    instance = Instance("d", Role.DECODE, LIMITS)
+    for id in ids:
+        instance.add(request(id, max_tokens=max_tokens), 1, 0.0)
+    instance.begin(Batch(fetch=tuple(ids)), 0.0)
+    for id in ids:
+        instance.fetched(id)
+    return instance
+
+
+def test_a_step_behind_another_begins_when_that_ends():
+    instance = Instance("p", Role.PREFILL, LIMITS)
+    for id in ("a", "b"):
+        instance.add(request(id))
+    instance.begin(first := Batch({"a": 6}, predicted_s=1.0), 10.0)
+    (left,) = instance.expect(10.5)
+    assert (left.request.id, left.first_token_at) == ("a", 11.0), "by when it is predicted"
+    instance.begin(second := Batch({"b": 6}, predicted_s=2.0), 10.6)
+    b = instance.running["b"]
+    assert (b.begun_at, instance.busy_until) == (10.6, 13.0)
+    instance.end(first, 12.0)
+    assert left.first_token_at == 12.0
+    assert (b.begun_at, instance.busy_until) == (12.0, 12.0 + 2 * instance.pace)
+    pace = instance.pace
+    instance.end(second, 14.0)
+    assert instance.pace == pace + (1.0 - pace) / 12, "it took two seconds, as predicted"
+
+
+def test_what_a_token_stops_is_in_the_step_behind_and_gets_nothing_of_it():
+    instance = decoding(["a", "b"])
+    instance.begin(first := Batch({"a": 1, "b": 1}), 1.0)
+    assert instance.expect(1.5) == []
+    instance.begin(second := Batch(instance.running.ones), 1.5)
+    (a,) = instance.end(first, 2.0, ["a"])
+    assert (a.request.id, a.finish_reason, a.num_tokens) == ("a", "stop", 2)
+    assert instance.end(second, 3.0) == []
+    assert [seq.num_tokens for seq in instance.running.values()] == [3]
+    assert a.num_tokens == 2
+    instance.check()
+
+
+def test_what_has_all_its_tokens_keeps_its_pages_until_its_result_is_there():
+    instance = decoding(["a"], max_tokens=2)
+    free = instance.pages.num_free
+    instance.begin(first := Batch({"a": 1}), 1.0)
+    (a,) = instance.expect(1.5)
+    assert list(instance.ending) == ["a"]
+    assert instance.get("a") is a
+    assert not instance.running
+    assert instance.pages.num_free == free
+    assert instance.end(first, 2.0, ["a"]) == [a]
+    assert a.finish_reason == "stop", "the last that it may have is a stop token"
+    assert instance.pages.num_free == LIMITS.num_pages
+
+
+def test_a_prompt_that_lacks_what_the_expected_step_gives_back_awaits_it():
+    limits = dataclasses.replace(LIMITS, num_pages=14)
+    instance = Instance("p", Role.PREFILL, limits)
+    for id, num_prompt in (("a", 20), ("small", 8), ("large", 16)):
+        instance.add(request(id, num_prompt))
+    instance.begin(first := Batch({"a": 20}), 0.0)
+    instance.expect(0.5)
+    assert instance.awaits_result, "the large one needs 8 pages, 4 are free, and 10 are held"
+    instance.cancel("large")
+    assert not instance.awaits_result
+    instance.end(first, 1.0)
+
+
 def test_parked_room_sets_running_prompts_aside():
     limits = dataclasses.replace(LIMITS, parked_tokens=40)
     instance = Instance("p", Role.PREFILL, limits)
@@ -361,6 +430,16 @@ def test_verbs_that_cannot_be():
         instance.add(request("a"))
     with pytest.raises(ValueError, match="'d': a step has ended that was not begun"):
         instance.end(Batch({"a": 1}), 1.0)
+    with pytest.raises(ValueError, match="'d': no step can be expected to end"):
+        instance.expect(1.0)
+    busy = decoding(["a"])
+    busy.begin(Batch({"a": 1}), 0.0)
+    with pytest.raises(ValueError, match="'d': a step began behind one that is not expected"):
+        busy.begin(Batch({"a": 1}), 0.0)
+    busy.expect(0.5)
+    busy.begin(Batch({"a": 1}), 0.5)
+    with pytest.raises(ValueError, match="'d': no step can be expected to end"):
+        busy.expect(1.0)
     with pytest.raises(AssertionError, match="request 'a' was scheduled before its KV arrived"):
         instance.begin(Batch({"a": 1}), 0.0)
     for number in range(7):

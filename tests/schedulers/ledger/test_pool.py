@@ -405,3 +405,29 @@ def test_check_notices(held, message):
     table.alloc(3)
     with pytest.raises(AssertionError, match=message):
         table.check(held)
+
+
+def test_a_prompt_awaits_the_pages_that_an_expected_step_computes_of_it():
+    instance = Instance("p", Role.PREFILL, LIMITS)
+    instance.add(request("a", [1, 2, 3, 4, 5]))
+    instance.begin(first := Batch({"a": 5}), 0.0)
+    instance.add(request("other", [7, 7, 7, 7, 7]))
+    instance.expect(0.5)
+    assert not instance.awaits_result
+    alike = instance.add(request("alike", [1, 2, 3, 4, 9]))
+    assert instance.awaits_result
+    assert alike.computed == 0, "what is not known to be finite is not shared"
+    instance.end(first, 1.0)
+    assert alike.computed == 4
+    instance.check()
+
+
+def test_what_turns_out_not_to_be_finite_is_never_cached():
+    instance = Instance("p", Role.PREFILL, LIMITS)
+    instance.add(request("a", [1, 2, 3, 4, 5]))
+    instance.begin(first := Batch({"a": 5}), 0.0)
+    instance.expect(0.5)
+    instance.cancel("a")
+    instance.end(first, 1.0)
+    assert cached(instance, [1, 2, 3, 4, 5]) == 0
+    assert instance.pages.num_free == LIMITS.num_pages
