@@ -16,12 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from kairos_jax.engine.calls import Token, wants_prompt_logprobs
 from kairos_jax.engine.engine import Engine
 from kairos_jax.kv.transport import KVTransport, Ticket
 from kairos_jax.process.logs import of_request
+from kairos_jax.worker.flights import Ended, Flight, Flights
 from kairos_jax.worker.messages import (
     Cancel,
     Died,
@@ -61,37 +62,11 @@ _NEWEST = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class _Ended:
-    """The step that was dispatched first of those under way is over."""
-
-    tokens: dict[str, Token] | BaseException
-
-
-@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
 
-_Item = Message | Fetched | _Ended | _Stop
-_Wait = Callable[[], dict[str, Token]]
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A step that was dispatched and whose result is not booked.
-
-    begun_at: when it was decided, or when the step before it ended. seqs: those whose tokens are
-    wanted, by id: not what is forgotten meanwhile. expected: it is in the ledger ahead of its
-    result. waited_for: a decision needs its result. tickets: of the KV that was offered ahead of
-    it, by id.
-    """
-
-    batch: Batch
-    begun_at: float
-    seqs: dict[str, Seq]
-    expected: bool = False
-    waited_for: bool = False
-    tickets: dict[str, Ticket] = field(default_factory=dict)
+_Item = Message | Fetched | Ended | _Stop
 
 
 class Worker:
@@ -118,19 +93,18 @@ class Worker:
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._kept: deque[_Item] = deque()  # read during a step, to be handled after it
         self._untold: Callable[[], Stepped] | None = None  # what the last step gave
-        self._steps: queue.SimpleQueue[_Wait | None] = queue.SimpleQueue()
-        self._flights: deque[_Flight] = deque()  # two at most
+        self._flights = Flights(f"steps-{instance.id}", self._inbox.put)
         self._host_s = 0.0  # what the host needs for a step, from the decision on
         self._num_received = 0
         self._draining = False
-        self._aboard: tuple[str, ...] = ()  # requests of the step that fails, if one does
+        self._aboard: tuple[str, ...] = ()  # requests of a step that has failed
         self.moves = Moves(instance, engine, transport, clock, self._inbox.put)
-        self._thread = _thread(self._run, f"worker-{instance.id}")
-        self._step_thread = _thread(self._run_steps, f"steps-{instance.id}")
+        name = f"worker-{instance.id}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         """Starts the step loop."""
-        self._step_thread.start()
+        self._flights.start()
         self._thread.start()
 
     def post(self, message: Message) -> None:
@@ -141,7 +115,7 @@ class Worker:
         """Ends the loop after the step it is at, and waits for that, `timeout_s` at most."""
         self._inbox.put(_Stop())
         self._thread.join(timeout_s)
-        self._step_thread.join(timeout_s)
+        self._flights.join(timeout_s)
 
     def _run(self) -> None:
         try:
@@ -154,16 +128,7 @@ class Worker:
             self.emit(Died(self.instance.id, error, self._aboard))
             self.moves.release_all()
         finally:
-            self._steps.put(None)
-
-    def _run_steps(self) -> None:
-        """Waits for each step, on the thread that is there for it."""
-        while (wait := self._steps.get()) is not None:
-            try:
-                tokens = wait()
-            except BaseException as error:
-                tokens = error
-            self._inbox.put(_Ended(tokens))
+            self._flights.stop()
 
     def _drain(self, wait: bool) -> bool:
         """Reads all messages, waiting for one if told to. False: the loop is to end."""
@@ -200,7 +165,7 @@ class Worker:
                 self._hand_back(running)
             case Fetched():
                 self._fetched(message)
-            case _Ended():
+            case Ended():
                 self._end(message)
 
     def _add(self, message: Submit | Handover) -> None:
@@ -252,8 +217,7 @@ class Worker:
         """
         self.instance.cancel(id)
         self.moves.forget(id)
-        for flight in self._flights:
-            flight.seqs.pop(id, None)
+        self._flights.drop(id)
 
     # One turn of the loop.
 
@@ -285,7 +249,7 @@ class Worker:
             batch = self.policy(self.instance, now)
             if not batch.evict:
                 return batch
-        self._flights[0].waited_for = True
+        self._flights.first.waited_for = True
         return Batch()
 
     def _begin(self, batch: Batch, now: float) -> None:
@@ -297,12 +261,14 @@ class Worker:
             self.moves.fetch(self.instance.waiting[id])
 
     def _start_step(self, batch: Batch, now: float) -> None:
-        self._aboard = tuple(batch.work)
         seqs = {id: self.instance.running[id] for id in batch.work}
-        self._steps.put(self.engine.start([(seqs[id], n) for id, n in batch.work.items()]))
-        self.ran.num_ahead += bool(self._flights)
-        self._flights.append(_Flight(batch, now, seqs))
-        self._aboard = tuple(self._flights[0].batch.work)
+        try:
+            wait = self.engine.start([(seqs[id], count) for id, count in batch.work.items()])
+        except BaseException:
+            self._aboard = tuple(batch.work)
+            raise
+        self.ran.num_ahead += len(self._flights)
+        self._flights.add(Flight(batch, now, seqs), wait)
 
     def _while_under_way(self) -> None:
         """Reads the inbox until no step is under way, or the next is to be dispatched behind it.
@@ -315,11 +281,11 @@ class Worker:
                 self._expect()
                 return
             # A Prefetch too: left for later, it would be overtaken by its Handover.
-            if isinstance(message, Submit | Handover | Prefetch | _Ended):
+            if isinstance(message, Submit | Handover | Prefetch | Ended):
                 self._receive(message)
             else:
                 self._kept.append(message)
-            if self._flights and isinstance(message, _Ended):
+            if self._flights and isinstance(message, Ended):
                 self._tell()
             if self._inbox.empty() and self.instance.under_way and fetchable(self.instance):
                 now = self.clock()
@@ -330,9 +296,10 @@ class Worker:
         """Seconds for which the next decision may wait for messages. None: it waits for the result
         of a step.
         """
-        if self._flights[0].expected:
+        flight = self._flights.first
+        if flight.expected:
             return None
-        step_s = self.instance.pace * self._flights[0].batch.predicted_s
+        step_s = self.instance.pace * flight.batch.predicted_s
         lead_s = min(2 * self._host_s + _SPREAD * step_s, _MOST * step_s)
         return max(self.instance.busy_until - lead_s - self.clock(), 0.0)
 
@@ -340,21 +307,20 @@ class Worker:
         """Books what the step under way is certain to do. The KV of its prompts is copied out right
         behind it, so that no handover waits for the next step too.
         """
-        (flight,) = self._flights
+        flight = self._flights.first
         flight.expected = True
         for seq in self.instance.expect(self.clock()):
             if self.instance.role is Role.PREFILL and seq.request.max_tokens > 1:
                 flight.tickets[seq.request.id] = self.moves.offer(seq)
         self._offer_parts(flight)
 
-    def _end(self, ended: _Ended) -> None:
+    def _end(self, ended: Ended) -> None:
         """Books the result of a step."""
+        now = self.clock()
+        flight = self._flights.land(now)
         if isinstance(ended.tokens, BaseException):
+            self._aboard = tuple(flight.batch.work)
             raise ended.tokens
-        now, flight = self.clock(), self._flights.popleft()
-        self._aboard = ()
-        for later in self._flights:
-            later.begun_at, self._aboard = now, tuple(later.batch.work)
         seqs, batch = flight.seqs, flight.batch
         tokens = self._valid({id: token for id, token in ended.tokens.items() if id in seqs})
         self.ran.add(now - flight.begun_at, batch.predicted_s, len(batch.work))
@@ -383,17 +349,16 @@ class Worker:
         was dispatched before that was known.
         """
         self.moves.drop_offer(id)
-        for flight in self._flights:
-            self.ran.num_wasted += flight.seqs.pop(id, None) is not None
+        self.ran.num_wasted += self._flights.drop(id)
 
     def _finish(self) -> None:
         """Waits for the steps under way, and tells what they gave."""
         while self._flights:
-            if isinstance(message := self._inbox.get(), _Ended):
+            if isinstance(message := self._inbox.get(), Ended):
                 self._end(message)
                 self._tell()
 
-    def _offer_parts(self, flight: _Flight) -> None:
+    def _offer_parts(self, flight: Flight) -> None:
         """Offers what the step computes of prompts that go on, where that gains."""
         if self.transport.overlaps and self.instance.role is Role.PREFILL:
             for seq in filter(None, map(self.instance.running.get, flight.batch.work)):
@@ -419,11 +384,6 @@ class Worker:
         if stepped := self._untold:
             self._untold = None
             self.emit(stepped())
-
-
-def _thread(target: Callable[[], None], name: str) -> threading.Thread:
-    """Daemons: a step that never ends must not keep the process alive."""
-    return threading.Thread(target=target, name=name, daemon=True)
 
 
 def _unbegun(seq: Seq) -> bool:
