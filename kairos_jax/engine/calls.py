@@ -1,6 +1,7 @@
 """What runs on a mesh, as arrays: made of a ledger's work, and read again as tokens."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -118,8 +119,9 @@ class Part(NamedTuple):
         is wanted.
         """
         request = self.seq.request
-        left = min(self.num_tokens, len(request.prompt) - 1 - self.start)
-        return left if left > 0 and wants_prompt_logprobs(request) else 0
+        if not wants_prompt_logprobs(request):
+            return 0
+        return max(min(self.num_tokens, len(request.prompt) - 1 - self.start), 0)
 
 
 def unpack(tokens: Any, sequences: Any) -> tuple[StepInput, SamplingInput]:
@@ -201,15 +203,18 @@ def step(
     tokens, sequences = call
     heads = np.concatenate([_head(part.seq, sequences.shape[1]) for part in parts])
     sequences[:count] = heads.reshape(count, -1)
-    numbers = np.array([(part.num_tokens, part.start, part.samples) for part in parts], np.int32)
-    counts, starts, samples = numbers.T
-    sequences[:count, 0], sequences[:count, 1] = counts, starts + counts
     past = num_lanes(limits)
-    sequences[:count, _LANE] = [past if part.lane is None else part.lane for part in parts]
+    numbers = [
+        (number, start, samples, past if lane is None else lane)
+        for _, start, number, samples, lane in parts
+    ]
+    counts, starts, samples, lanes_to = np.array(numbers, np.int32).T
+    sequences[:count, 0], sequences[:count, 1] = counts, starts + counts
+    sequences[:count, _LANE] = lanes_to
     # After what is not its sequence's last nothing is to be drawn.
     how, rest = _how(sequences), samples == 0
     how.temperature[:count][rest] = how.logprobs[:count][rest] = 0
-    ids = [id for part in parts for id in _ids(part, lanes)]
+    ids = list(itertools.chain.from_iterable(_ids(part, lanes) for part in parts))
     total = len(ids)
     tokens[0, :total] = ids
     owner = np.repeat(np.arange(count), counts)
@@ -222,9 +227,10 @@ def step(
 
 def _ids(part: Part, lanes: Mapping[str, int]) -> list[int]:
     """Of its tokens; of the last one its lane, below 0, where the id is still to come."""
-    ids = part.seq.token_ids(part.start, part.start + part.num_tokens)
-    if len(ids) < part.num_tokens:
-        ids.append(-1 - lanes[part.seq.request.id])
+    seq, start, count, *_ = part
+    ids = seq.token_ids(start, start + count)
+    if len(ids) < count:
+        ids.append(-1 - lanes[seq.request.id])
     return ids
 
 

@@ -151,13 +151,14 @@ class JaxEngine:
         room = most_tokens
         lanes = self._free_lanes()
         for seq, count in work:
-            start, end = seq.computed, seq.computed + count
+            start, length = seq.computed, seq.length
+            end = start + count
             while start < end:
                 if not room or len(parts) == most_sequences:
                     runs.append((parts, self.run_parts(parts)))
                     parts, room = [], most_tokens
                 some = min(end - start, room)
-                samples = start + some == seq.length
+                samples = start + some == length
                 lane = next(lanes, None) if samples else None
                 parts.append(Part(seq, start, some, samples, lane))
                 start, room = start + some, room - some
