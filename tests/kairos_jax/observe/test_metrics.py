@@ -207,6 +207,12 @@ async def test_steps_are_held_against_what_was_predicted(harness):
     assert predicted == pytest.approx(8 * 1.01e-4, rel=0.01)
     assert seen("kairos_worker_step_seconds_sum", **of) == pytest.approx(worker.ran.seconds.sum)
     assert seen("kairos_worker_step_time_ratio_count", **of) == 8
+    for name, count in (
+        ("steps_ahead", worker.ran.num_ahead),
+        ("steps_waited_for", worker.ran.num_waited),
+        ("rows_wasted", worker.ran.num_wasted),
+    ):
+        assert seen(f"kairos_worker_{name}_total", **of) == count
     assert seen("kairos_worker_pace_ratio", **of) == worker.instance.pace
 
 

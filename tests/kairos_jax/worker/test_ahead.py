@@ -75,14 +75,14 @@ class Alone:
     or when it does not dispatch one.
     """
 
-    def __init__(self, role=Role.BOTH, config=TIGHT, transport=None):
+    def __init__(self, role=Role.BOTH, config=TIGHT, transport=None, cost=COST):
         self.transport = transport or LocalTransport()
-        self.journal = Journal(fakes.time.monotonic)
+        self.journal, self.cost = Journal(fakes.time.monotonic), cost
         self.config, self.engine = config, Engine(config.limits(role))
         self.events = queue.SimpleQueue()
         self.tokens, self.ended = {}, {}
         self.worker = build_worker(
-            config, role, "w", self.engine, COST, self.transport, self.emit, self.journal
+            config, role, "w", self.engine, cost, self.transport, self.emit, self.journal
         )
         self._decide, self.worker._decide = self.worker._decide, self.decide
         self._finish, self.worker._finish = self.worker._finish, self.finish
@@ -128,7 +128,7 @@ class Alone:
         assert not self.worker.moves.holds_tickets
         assert self.transport.num_offers == 0
         self.transport.close()
-        policy = build_policy(self.config, ledger.role, COST)
+        policy = build_policy(self.config, ledger.role, self.cost)
         records = list(self.journal.take())
         assert check(records, {"w": policy}) > 0
         return records
@@ -152,6 +152,46 @@ def test_a_step_is_dispatched_before_the_result_of_the_one_before():
         log = alone.engine.log
         assert log.index(("start", number + 1)) < log.index(("result", number))
     assert alone.worker.ran.num_ahead == 5
+
+
+def test_a_request_that_arrives_during_a_step_is_in_the_next():
+    """Long before its end the next is not decided; here that is predicted to be minutes away."""
+    alone = Alone(cost=COST.scaled(1e7))
+    alone.submit("a", [1] * 9, 2)
+    alone.worker.start()
+    alone.until(lambda: alone.engine.steps)
+    alone.submit("b", [2] * 9, 2)
+    alone.engine.let_go(1)
+    alone.until(lambda: len(alone.engine.steps) == 2)
+    assert alone.engine.steps == [["a"], ["a", "b"]]
+    alone.engine.let_go(99)
+    alone.until(lambda: len(alone.ended) == 2)
+    assert alone.worker.ran.num_ahead == 0
+    alone.stop()
+
+
+def test_how_long_a_decision_waits_for_messages():
+    """Until the host needs the time, and a prediction cannot be trusted; then for a result."""
+    alone = Alone(cost=COST.scaled(1e3))
+    worker, ledger = alone.worker, alone.worker.instance
+    now, worker.clock = 10.0, lambda: now
+    ledger.add(Request("a", 0.0, [1] * 9, 2, SLO))
+    batch = worker.policy(ledger, now)
+    worker._begin(batch, now)
+    worker._start_step(batch, now)
+    step_s = batch.predicted_s
+    for host_s, lead_s in (
+        (0.0, 0.0),
+        (1e-3, 4e-3),
+        (0.01, 0.02 + 0.05 * step_s),
+        (9.0, step_s / 2),
+    ):
+        worker._host_s = host_s
+        assert worker._spare_s() == pytest.approx(step_s - lead_s)
+    now += step_s
+    assert worker._spare_s() == 0.0
+    worker._expect()
+    assert worker._spare_s() is None
 
 
 def test_an_output_that_its_token_stops_costs_a_row_and_gives_no_token():
