@@ -204,17 +204,18 @@ def step(
     heads = np.concatenate([_head(part.seq, sequences.shape[1]) for part in parts])
     sequences[:count] = heads.reshape(count, -1)
     past = num_lanes(limits)
-    numbers = [
+    rows = [
         (number, start, samples, past if lane is None else lane)
         for _, start, number, samples, lane in parts
     ]
-    counts, starts, samples, lanes_to = np.array(numbers, np.int32).T
+    numbers = np.fromiter(itertools.chain.from_iterable(rows), np.int32, 4 * count)
+    counts, starts, samples, lanes_to = numbers.reshape(count, 4).T
     sequences[:count, 0], sequences[:count, 1] = counts, starts + counts
     sequences[:count, _LANE] = lanes_to
     # After what is not its sequence's last nothing is to be drawn.
     how, rest = _how(sequences), samples == 0
     how.temperature[:count][rest] = how.logprobs[:count][rest] = 0
-    ids = list(itertools.chain.from_iterable(_ids(part, lanes) for part in parts))
+    ids = _ids(parts, lanes)
     total = len(ids)
     tokens[0, :total] = ids
     owner = np.repeat(np.arange(count), counts)
@@ -225,12 +226,18 @@ def step(
     return call
 
 
-def _ids(part: Part, lanes: Mapping[str, int]) -> list[int]:
-    """Of its tokens; of the last one its lane, below 0, where the id is still to come."""
-    seq, start, count, *_ = part
-    ids = seq.token_ids(start, start + count)
-    if len(ids) < count:
-        ids.append(-1 - lanes[seq.request.id])
+def _ids(parts: Iterable[Part], lanes: Mapping[str, int]) -> list[int]:
+    """Of all tokens; a lane, below 0, for the last one of a sequence where the id is to come."""
+    ids: list[int] = []
+    for seq, start, count, *_ in parts:
+        at = start - len(seq.request.prompt)
+        if count == 1 and 0 <= at < len(seq.tokens):  # as most are
+            ids.append(seq.tokens[at])
+            continue
+        known = seq.token_ids(start, start + count)
+        ids += known
+        if len(known) < count:
+            ids.append(-1 - lanes[seq.request.id])
     return ids
 
 

@@ -151,7 +151,7 @@ class JaxEngine:
         room = most_tokens
         lanes = self._free_lanes()
         for seq, count in work:
-            start, length = seq.computed, seq.length
+            start, length = seq.computed_and_length
             end = start + count
             while start < end:
                 if not room or len(parts) == most_sequences:
