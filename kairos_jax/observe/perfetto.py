@@ -118,7 +118,6 @@ class _Trace:
         # With room for what is still open.
         other.names, other.events = list(self.names), deque(self.events)
         other._rows, other._arrows = dict(self._rows), dict(self._arrows)
-        other._steps = {pid: list(steps) for pid, steps in self._steps.items()}
         return other
 
     def add(self, ledgers: Ledgers, record: Record) -> None:

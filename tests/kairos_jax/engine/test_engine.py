@@ -135,23 +135,6 @@ def test_tokens_that_are_on_the_device_alone_are_the_golden_ones(tiny_llama, one
     assert (one_device.num_compiled, wasted) == (compiled, 0)
 
 
-def test_steps_ahead_change_no_token_and_no_logprob(tiny_llama, one_device):
-    """Drawn ones, with stop tokens in their midst, and with log-probabilities of the prompt."""
-    asked = [
-        request("drawn", [5, 6, 7], 20, temperature=0.9, seed=1),
-        request("stops", [8, 9], 20, temperature=1.2, top_p=0.9, seed=2),
-        request("told", list(range(40)), 6, logprobs=3, prompt_logprobs=2),
-        request("one", [1] * 33, 1),
-    ]
-    plain = colocated(one_device, asked)
-    stop = plain["stops"][7].id
-    first = next(at for at, token in enumerate(plain["stops"]) if token.id == stop)
-    asked[1] = dataclasses.replace(asked[1], stop=frozenset({stop}))
-    tokens, wasted = ahead(one_device, asked)
-    assert tokens == plain | {"stops": plain["stops"][: first + 1]}
-    assert wasted == 1
-
-
 @pytest.mark.parametrize(
     ("family", "prefill", "decode"),
     # qwen2 has two kv heads, of which four devices have two copies each.
@@ -321,6 +304,23 @@ def test_prompt_logprobs_are_those_of_a_plain_step(tiny_llama, one_device, score
             seq.cells[Column.COMPUTED] += count
         check_scores(scored, sampled["a"], 3)
         assert not seq.scored
+
+
+def test_steps_ahead_change_no_token_and_no_logprob(tiny_llama, one_device):
+    """Drawn ones, with stop tokens in their midst, and with log-probabilities of the prompt."""
+    asked = [
+        request("drawn", [5, 6, 7], 20, temperature=0.9, seed=1),
+        request("stops", [8, 9], 20, temperature=1.2, top_p=0.9, seed=2),
+        request("told", list(range(40)), 6, logprobs=3, prompt_logprobs=2),
+        request("one", [1] * 33, 1),
+    ]
+    plain = colocated(one_device, asked)
+    stop = plain["stops"][7].id
+    first = next(at for at, token in enumerate(plain["stops"]) if token.id == stop)
+    asked[1] = dataclasses.replace(asked[1], stop=frozenset({stop}))
+    tokens, wasted = ahead(one_device, asked)
+    assert tokens == plain | {"stops": plain["stops"][: first + 1]}
+    assert wasted == 1
 
 
 @pytest.mark.slow
