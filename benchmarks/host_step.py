@@ -1,11 +1,12 @@
 """What the host adds to a step: a worker's loop over an engine whose device takes no time.
 
-  python benchmarks/host_step.py [--sizes=64:1024,256:8192] [--output=json]
+  python benchmarks/host_step.py [--sizes=64:1024,256:8192] [--device] [--output=json]
 
 The loop is the worker's own, with its ledger, policies and threads, and so is what the engine makes
-of the ledger's work. In place of the compiled step there is one that has ended at once. Each size
-is a batch of sequences and the length of their contexts; told is the time from the tokens of one
-step to those of the next, in milliseconds.
+of the ledger's work. In place of the compiled step there is one that has ended at once; with
+--device, one that takes the time of an H100's, give or take 2 %. Each size is a batch of sequences
+and the length of their contexts. Told is the time from the tokens of one step to those of the next,
+in milliseconds; with --device, the time in which the device has nothing to do between two steps.
 """
 
 import json
@@ -38,21 +39,42 @@ _STEP = StepCost(7e-3, 2e-5, 1e-9, 2e-5, 5e-8)
 _COST = CostModel(_STEP, _STEP, TransferCost(2e-3, 5e-6), 10**7)
 
 _SIZES = flags.DEFINE_list("sizes", ["64:1024", "256:8192"], "Sequences and context of each.")
+_DEVICE = flags.DEFINE_bool("device", False, "Whether steps take time.")
 _STEPS = flags.DEFINE_integer("steps", 300, "Steps of each size that count.", 10)
 _OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "How to print the result.")
 
 
-class Instant:
-    """Samples that are there at once: the same token for all."""
+class Samples:
+    """The same token for all, there at a time of `time.perf_counter`."""
 
-    def __init__(self, sequences: int):
-        self._packed = np.zeros((sequences, 42), np.int32)
+    def __init__(self, sequences: int, at: float):
+        self._packed, self._at = np.zeros((sequences, 42), np.int32), at
 
     def copy_to_host_async(self) -> None:
         """As of an array."""
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        # A sleep is late by up to a tenth of a millisecond.
+        while (left := self._at - time.perf_counter()) > 0:
+            time.sleep(left - 2e-4 if left > 3e-4 else 0)
         return self._packed
+
+
+class Device:
+    """Runs steps one after the other. idle_s: for how long it had none, before each."""
+
+    def __init__(self, step_s: float):
+        self.step_s, self.idle_s = step_s, []
+        self._free_at = 0.0
+        self._random = np.random.default_rng(0)
+
+    def run(self, call: Any) -> Samples:
+        """Dispatches a `Step`."""
+        now = time.perf_counter()
+        begun = max(now, self._free_at)
+        self.idle_s.append(begun - self._free_at)
+        self._free_at = begun + self.step_s * self._random.normal(1.0, 0.02)
+        return Samples(len(call.sequences), self._free_at)
 
 
 def measure(batch: int, context: int) -> dict[str, Any]:
@@ -70,7 +92,8 @@ def measure(batch: int, context: int) -> dict[str, Any]:
     params = RandomCheckpoint(shape).load(mesh, rules, "float32")
     shapes = Shapes.for_role(Role.BOTH, limits)
     engine = JaxEngine(shape, params, mesh, rules, limits, shapes)
-    engine.dispatch = lambda call: Instant(len(call.sequences))  # type: ignore[union-attr]
+    device = Device(_COST.decode_s(batch * [context]) if _DEVICE.value else 0.0)
+    engine.dispatch = device.run
     ended, told_at = threading.Event(), []
 
     def emit(event: Event) -> None:
@@ -96,10 +119,11 @@ def measure(batch: int, context: int) -> dict[str, Any]:
     worker.start()
     assert ended.wait(300), "the batch did not come together"
     worker.stop()
-    gaps = np.diff(told_at[20:])
+    gaps = device.idle_s[20:-20] if _DEVICE.value else np.diff(told_at[20:])
     low, high = np.quantile(gaps, [0.1, 0.9])
     figure = {"median": float(np.median(gaps)), "low": float(low), "high": float(high)}
-    return {"batch": batch, "context": context, "ms": {k: 1e3 * v for k, v in figure.items()}}
+    told = {"batch": batch, "context": context, "ahead": worker.ran.num_ahead / steps}
+    return told | {"ms": {k: 1e3 * v for k, v in figure.items()}}
 
 
 def main(argv: list[str]) -> None:
@@ -113,8 +137,11 @@ def main(argv: list[str]) -> None:
     if _OUTPUT.value == "json":
         print(json.dumps(result, indent=1))
         return
-    rows = [[str(r["batch"]), str(r["context"]), short(r["ms"])] for r in result["steps"]]
-    print(table(("batch", "context", "ms between steps (10 % to 90 %)"), rows))
+    rows = [
+        [str(r["batch"]), str(r["context"]), f"{r['ahead']:.0%}", short(r["ms"])]
+        for r in result["steps"]
+    ]
+    print(table(("batch", "context", "ahead", "ms between steps (10 % to 90 %)"), rows))
 
 
 if __name__ == "__main__":

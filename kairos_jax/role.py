@@ -206,7 +206,7 @@ def _print_state(server: RoleServer, worker: Worker, transport: RemoteTransport)
         "pages": ledger.limits.num_pages,
         "pages_free": ledger.pages.num_free,
         "waiting": len(ledger.waiting),
-        "running": len(ledger.running),
+        "running": len(ledger.running) + len(ledger.ending),
         "parked": len(ledger.parked),
         "offers": transport.num_offers,
         "fetches": transport.num_fetches,

@@ -1,5 +1,7 @@
 """What runs on a mesh, as arrays: made of a ledger's work, and read again as tokens."""
 
+import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,8 +46,18 @@ class Token(NamedTuple):
     prompt: PromptLogprobs | None = None
 
 
-# A sequence's numbers, which stand before its pages: see `unpack`.
-_NUMBERS = 10
+# A sequence's numbers, which stand before its pages: see `unpack`. One of them is its lane.
+_NUMBERS, _LANE = 10, 6
+
+
+def num_lanes(limits: Limits) -> int:
+    """Lanes on the device, which hold samples of the last step: see `Part`. As many again, so that
+    a step that reads some writes to others.
+    """
+    return 2 * limits.max_batch
+
+
+_NO_LANES: Mapping[str, int] = {}
 
 
 class Step(NamedTuple):
@@ -92,13 +104,14 @@ def wants_prompt_logprobs(request: Request) -> bool:
 
 class Part(NamedTuple):
     """Consecutive tokens of one sequence. samples: they are its last, after which the next token is
-    sampled.
+    sampled. lane: where that token stays on the device, for the next step; None: nowhere.
     """
 
     seq: Seq
     start: int
     num_tokens: int
     samples: bool
+    lane: int | None = None
 
     @property
     def num_scored(self) -> int:
@@ -106,8 +119,9 @@ class Part(NamedTuple):
         is wanted.
         """
         request = self.seq.request
-        left = min(self.num_tokens, len(request.prompt) - 1 - self.start)
-        return left if left > 0 and wants_prompt_logprobs(request) else 0
+        if not wants_prompt_logprobs(request):
+            return 0
+        return max(min(self.num_tokens, len(request.prompt) - 1 - self.start), 0)
 
 
 def unpack(tokens: Any, sequences: Any) -> tuple[StepInput, SamplingInput]:
@@ -116,7 +130,7 @@ def unpack(tokens: Any, sequences: Any) -> tuple[StepInput, SamplingInput]:
 
     tokens: of each its id, its position and its slot. sequences: of each ten numbers, then its
     pages. Two arrays for all, since every array that goes to a device takes its time, 20 us or
-    more.
+    more. An id below 0 names a lane, where the id is: see `from_lanes`.
     """
     count, context = sequences[:, 0], sequences[:, 1]
     xp: Any = np if isinstance(sequences, np.ndarray) else jnp
@@ -147,34 +161,61 @@ def _how(sequences: Any) -> SamplingInput:
     )
 
 
+def from_lanes(inputs: StepInput, lanes: Any) -> StepInput:
+    """With the ids that are on the device alone. lanes: int32 [num_lanes]. A token that is
+    `INVALID` there becomes an id that there is: what comes of it is thrown away.
+    """
+    ids = jnp.asarray(inputs.tokens)
+    sampled = jnp.maximum(lanes[jnp.maximum(-1 - ids, 0)], 0)
+    return dataclasses.replace(inputs, tokens=jnp.where(ids < 0, sampled, ids))
+
+
+def to_lanes(lanes: Any, sequences: Any, sampled: Any) -> Any:
+    """The lanes with what the sequences have sampled, int32 [S], where they have one."""
+    return lanes.at[sequences[:, _LANE]].set(sampled, mode="drop")
+
+
 def padding(num_tokens: int, num_sequences: int, limits: Limits) -> Step:
     """A step of these sizes that computes nothing."""
     table_pages = limits.pages_for(limits.max_context)
     sequences = np.zeros((num_sequences, _NUMBERS + table_pages), np.int32)
     tokens = np.zeros((3, num_tokens), np.int32)
     _how(sequences).top_p[:] = 1.0
+    sequences[:, _LANE] = num_lanes(limits)  # past them
     past = limits.num_pages * limits.page_size
     tokens[2] = np.arange(past, past + num_tokens)
     return Step(tokens, sequences)
 
 
-def step(parts: Sequence[Part], num_tokens: int, num_sequences: int, limits: Limits) -> Step:
-    """A step of these parts, of a sequence each, and padding up to these sizes."""
+def step(
+    parts: Sequence[Part],
+    num_tokens: int,
+    num_sequences: int,
+    limits: Limits,
+    lanes: Mapping[str, int] = _NO_LANES,
+) -> Step:
+    """A step of these parts, of a sequence each, and padding up to these sizes. lanes: where the
+    last token of a sequence is, by request id, if it is on the device alone.
+    """
     call, count = padding(num_tokens, num_sequences, limits), len(parts)
     if not parts:
         return call
     tokens, sequences = call
     heads = np.concatenate([_head(part.seq, sequences.shape[1]) for part in parts])
     sequences[:count] = heads.reshape(count, -1)
-    numbers = np.array([(part.num_tokens, part.start, part.samples) for part in parts], np.int32)
-    counts, starts, samples = numbers.T
+    past = num_lanes(limits)
+    rows = [
+        (number, start, samples, past if lane is None else lane)
+        for _, start, number, samples, lane in parts
+    ]
+    numbers = np.fromiter(itertools.chain.from_iterable(rows), np.int32, 4 * count)
+    counts, starts, samples, lanes_to = numbers.reshape(count, 4).T
     sequences[:count, 0], sequences[:count, 1] = counts, starts + counts
+    sequences[:count, _LANE] = lanes_to
     # After what is not its sequence's last nothing is to be drawn.
     how, rest = _how(sequences), samples == 0
     how.temperature[:count][rest] = how.logprobs[:count][rest] = 0
-    ids = [
-        id for part in parts for id in part.seq.token_ids(part.start, part.start + part.num_tokens)
-    ]
+    ids = _ids(parts, lanes)
     total = len(ids)
     tokens[0, :total] = ids
     owner = np.repeat(np.arange(count), counts)
@@ -183,6 +224,21 @@ def step(parts: Sequence[Part], num_tokens: int, num_sequences: int, limits: Lim
     page, offset = np.divmod(positions, limits.page_size)
     tokens[2, :total] = sequences[owner, _NUMBERS + page] * limits.page_size + offset
     return call
+
+
+def _ids(parts: Iterable[Part], lanes: Mapping[str, int]) -> list[int]:
+    """Of all tokens; a lane, below 0, for the last one of a sequence where the id is to come."""
+    ids: list[int] = []
+    for seq, start, count, *_ in parts:
+        at = start - len(seq.request.prompt)
+        if count == 1 and 0 <= at < len(seq.tokens):  # as most are
+            ids.append(seq.tokens[at])
+            continue
+        known = seq.token_ids(start, start + count)
+        ids += known
+        if len(known) < count:
+            ids.append(-1 - lanes[seq.request.id])
+    return ids
 
 
 def _head(seq: Seq, width: int) -> np.ndarray:

@@ -6,7 +6,7 @@ processes, each has an engine, and all of them run the same calls (kairos_jax.en
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -53,6 +53,10 @@ class Engine(Protocol):
         Returns what waits for it, on any thread, and returns the token sampled for each sequence
         that has none left to compute, by request id. One whose numbers are not finite has a token
         of id `models.sampling.INVALID`, with or without tokens left to compute.
+
+        The result of the step before need not be there: a token that it samples is computed next
+        though `Seq.tokens` still lacks it. All that is asked of an engine runs in the order in
+        which it was asked.
         """
         ...
 
@@ -96,6 +100,8 @@ class JaxEngine:
         # One block in wire form, as it lies on this mesh.
         self.block = self._functions.block
         self._cache = kv_cache.allocate(self._functions.pool)
+        (self._lanes,) = kv_cache.allocate((self._functions.lanes,))
+        self._lane_of: dict[str, int] = {}  # what the last step sampled for whom, by request id
         self._hidden: jax.Array | None = None  # of the last step, for `Score`
         self._programs = programs
         # Compiled programs, by name and shapes: each is for arguments of just one kind.
@@ -143,16 +149,26 @@ class JaxEngine:
         runs: list[tuple[list[Part], jax.Array]] = []
         parts: list[Part] = []
         room = most_tokens
+        lanes = self._free_lanes()
         for seq, count in work:
-            start, end = seq.computed, seq.computed + count
+            start, length = seq.computed_and_length
+            end = start + count
             while start < end:
                 if not room or len(parts) == most_sequences:
                     runs.append((parts, self.run_parts(parts)))
                     parts, room = [], most_tokens
                 some = min(end - start, room)
-                parts.append(Part(seq, start, some, start + some == seq.length))
+                samples = start + some == length
+                lane = next(lanes, None) if samples else None
+                parts.append(Part(seq, start, some, samples, lane))
                 start, room = start + some, room - some
         runs.append((parts, self.run_parts(parts)))
+        self._lane_of = {
+            part.seq.request.id: part.lane
+            for parts, _ in runs
+            for part in parts
+            if part.lane is not None
+        }
         for _, packed in runs:
             packed.copy_to_host_async()
 
@@ -161,13 +177,19 @@ class JaxEngine:
 
         return wait
 
+    def _free_lanes(self) -> Iterator[int]:
+        """The half of the lanes that holds nothing of the last step."""
+        half = self.limits.max_batch
+        first = next(iter(self._lane_of.values()), half)
+        return iter(range(half) if first >= half else range(half, 2 * half))
+
     def run_parts(self, parts: Sequence[Part]) -> jax.Array:
         """Dispatches one compiled step. Returns the packed samples (see models.sampling.unpack),
         still on the device. Log-probabilities of prompts are kept with their sequences until their
         last part.
         """
         size = self.shapes.fitting(sum(part.num_tokens for part in parts), len(parts))
-        packed = self.dispatch(calls.step(parts, *size, self.limits))
+        packed = self.dispatch(calls.step(parts, *size, self.limits, self._lane_of))
         if any(part.num_scored for part in parts):
             scored, at = self.dispatch(Score(calls.targets(parts, size[0]))), 0
             for part in parts:
@@ -182,7 +204,7 @@ class JaxEngine:
         result = program(*args)
         match call:
             case Step():
-                self._cache, self._hidden, packed = result
+                self._cache, self._lanes, self._hidden, packed = result
                 return packed
             case Score() | Read():
                 return result
@@ -193,8 +215,8 @@ class JaxEngine:
         """What runs this call, and its arguments: what its function is compiled to for these; on a
         mesh that spans processes the jitted function itself.
         """
-        cache, hidden = self._cache, self._hidden
-        name, function, args = self._functions.of(call, self.params, cache, hidden)
+        last = self._lanes, self._hidden
+        name, function, args = self._functions.of(call, self.params, self._cache, *last)
         if self.mesh.is_multi_process:
             return function, args
         key = (name, *(array.shape for array in call))

@@ -99,6 +99,7 @@ class Functions:
         params: the weights as the kernels take them, as shapes.
         pool: the page pool, as shapes.
         block: one block of pages in wire form as it lies on the mesh, as a shape.
+        lanes: the samples of the last step, as a shape: see `kairos_jax.engine.calls.Part`.
 
     Raises:
         ValueError: the kernels do not take the model's heads or the pages, or a dimension cannot be
@@ -136,6 +137,7 @@ class Functions:
         self.block = jax.ShapeDtypeStruct(shape, dtype, sharding=wire_sharding)
         self._hidden_size, self._dtype = config.hidden_size, dtype
         replicated = NamedSharding(mesh, PartitionSpec())
+        self.lanes = jax.ShapeDtypeStruct((calls.num_lanes(limits),), np.int32, sharding=replicated)
         split = NamedSharding(mesh, rules.spec((None, "vocab")))
 
         def head(params, hidden, rows=None):
@@ -146,12 +148,14 @@ class Functions:
             parts = jax.lax.with_sharding_constraint(parts, split)
             return jax.lax.with_sharding_constraint(parts, replicated)
 
-        def step(params, cache, tokens, sequences):
+        def step(params, cache, lanes, tokens, sequences):
             inputs, how = calls.unpack(tokens, sequences)
+            inputs = calls.from_lanes(inputs, lanes)
             hidden, cache = hidden_states(packed, params, cache, inputs, on_this_mesh)
             with jax.named_scope("sample"):
                 last = head(params, last_states(hidden, inputs), inputs.num_sequences)
-                return cache, hidden, sampling.sample(last, how, all_finite(hidden, inputs))
+                sampled = sampling.sample(last, how, all_finite(hidden, inputs))
+                return cache, calls.to_lanes(lanes, sequences, sampled[:, 0]), hidden, sampled
 
         def score(params, hidden, targets):
             return sampling.score(functools.partial(head, params), hidden, targets)
@@ -167,7 +171,7 @@ class Functions:
         # are: 88 against 540 ms at batch 16.
         of_pool = jax.tree.map(lambda leaf: leaf.sharding, self.pool)
         self._step = jax.jit(
-            step, donate_argnums=1, out_shardings=(of_pool, replicated, replicated)
+            step, donate_argnums=1, out_shardings=(of_pool, replicated, replicated, replicated)
         )
         # Compiled when it is first asked for: few ever ask, and without the layers it is soon done.
         self._score = jax.jit(score, out_shardings=replicated)
@@ -183,14 +187,14 @@ class Functions:
         return sum(function._cache_size() for function in functions)
 
     def of(
-        self, call: Call, params: Any, pool: Any, hidden: Any
+        self, call: Call, params: Any, pool: Any, lanes: Any, hidden: Any
     ) -> tuple[str, Any, tuple[Any, ...]]:
-        """Name, function and arguments of a call; the arrays may be shapes. hidden: of the step
-        before it, for Score.
+        """Name, function and arguments of a call; the arrays may be shapes. lanes, hidden: of the
+        step before it, for Step and Score.
         """
         match call:
             case Step(tokens, sequences):
-                return "step", self._step, (params, pool, tokens, sequences)
+                return "step", self._step, (params, pool, lanes, tokens, sequences)
             case Score(targets):
                 return "score", self._score, (params, hidden, targets)
             case Read(pages):
@@ -209,4 +213,4 @@ class Functions:
         whole = NamedSharding(self.mesh, PartitionSpec())
         hidden = jax.ShapeDtypeStruct((tokens, self._hidden_size), self._dtype, sharding=whole)
         for call in made:
-            yield call, *self.of(call, self.params, self.pool, hidden)
+            yield call, *self.of(call, self.params, self.pool, self.lanes, hidden)

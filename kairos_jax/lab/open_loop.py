@@ -78,11 +78,12 @@ class EndingEngine:
     def start(self, work: Sequence[tuple[Seq, int]]) -> Callable[[], dict[str, Token]]:
         """See `Engine.start`."""
         wait = self.engine.start(work)
+        # Now: by the time that the result is there, the ledger may be a step ahead.
+        ends = [(seq, _end_after(seq.num_tokens + 1)) for seq, _ in work]
 
         def ended() -> dict[str, Token]:
             tokens = wait()
-            for seq, _ in work:
-                end = _end_after(seq.num_tokens + 1)
+            for seq, end in ends:
                 if end in seq.request.stop and seq.request.id in tokens:
                     tokens[seq.request.id] = Token(end)
             return tokens

@@ -18,7 +18,8 @@ class Steps:
     """How live steps compare with what the profile says of them.
 
     ratio: time that they took to time predicted, of all in sum. noise: standard deviation of the
-    logarithm of the same of each. between_s: median time from the end of one to the next's begin.
+    logarithm of the same of each. between_s: median time from the end of one to the next's begin; 0
+    of one that was dispatched before that end, and begins with it.
     num_mixed: steps whose longest decode context is at least twice their mean one; mixed_ratio: as
     `ratio`, of these.
     """
@@ -32,19 +33,22 @@ class Steps:
 
 def measure_steps(records: Sequence[Record]) -> Steps:
     """Looks at all steps of a run that has at least one."""
-    ledgers, began, ended = Ledgers(), {}, {}
+    ledgers, ended = Ledgers(), {}
+    began: dict[str, list[tuple[float, bool]]] = {}
     steps: list[tuple[float, float, bool]] = []
     between = []
     for record in records:
         event = ledgers.read(record)
         id = event.instance.id
         if event.verb == "begin" and event.batch.work:
-            began[id] = event.at, _is_mixed(event.instance, event.batch)
+            under_way = began.setdefault(id, [])
             if id in ended:
-                between.append(event.at - ended[id])
+                between.append(0.0 if under_way else event.at - ended[id])
+            under_way.append((event.at, _is_mixed(event.instance, event.batch)))
         elif event.verb == "end":
             ended[id] = event.at
-            at, mixed = began[id]
+            (at, mixed), *behind = began[id]
+            began[id] = [(event.at, is_mixed) for _, is_mixed in behind]
             steps.append((event.at - at, event.batch.predicted_s, mixed))
         ledgers.apply(event)
     took, predicted, mixed = np.array(steps).T

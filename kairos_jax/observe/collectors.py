@@ -22,6 +22,11 @@ from kairos_jax.worker.worker import Worker
 from schedulers.ledger.instance import Role
 
 _WORKER = ("worker", "role")
+_OF_DISPATCH = (
+    ("steps_ahead", "Steps dispatched before the result of the step before was there."),
+    ("steps_waited_for", "Steps for whose result the next decision had to wait."),
+    ("rows_wasted", "Rows of steps computed for sequences that had ended by then."),
+)
 
 
 class WorkerGauges(Collector):
@@ -65,7 +70,8 @@ class WorkerGauges(Collector):
             ledger, labels = worker.instance, _labels(worker)
             free = ledger.pages.num_free
             requests.add_metric([*labels, "waiting"], len(ledger.waiting))
-            requests.add_metric([*labels, "running"], len(ledger.running))
+            running = len(ledger.running) + len(ledger.ending)
+            requests.add_metric([*labels, "running"], running)
             requests.add_metric([*labels, "parked"], len(ledger.parked))
             pages.add_metric([*labels, "used"], ledger.limits.num_pages - free)
             pages.add_metric([*labels, "free"], free)
@@ -82,16 +88,24 @@ class WorkerGauges(Collector):
         seconds = _histogram("kairos_worker_step_seconds", "Measured time of a step.")
         ratio = _histogram("kairos_worker_step_time_ratio", "Step time, measured over predicted.")
         sequences = _histogram("kairos_worker_step_sequences", "Sequences of a step.")
+        counted = [
+            CounterMetricFamily(f"kairos_worker_{name}", what, labels=_WORKER)
+            for name, what in _OF_DISPATCH
+        ]
         for worker in workers:
             steps, labels = worker.ran, _labels(worker)
             predicted.add_metric(labels, steps.predicted_s)
+            for family, count in zip(
+                counted, (steps.num_ahead, steps.num_waited, steps.num_wasted), strict=True
+            ):
+                family.add_metric(labels, count)
             for family, tally in (
                 (seconds, steps.seconds),
                 (ratio, steps.ratio),
                 (sequences, steps.sequences),
             ):
                 family.add_metric(labels, buckets(tally), tally.sum)
-        yield from (predicted, seconds, ratio, sequences)
+        yield from (predicted, *counted, seconds, ratio, sequences)
 
 
 class RouterGauges(Collector):

@@ -88,6 +88,16 @@ class _Span:
         return f"{text}; {why}"
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step that the request is in. begun_at: or when the step before it ended."""
+
+    instance: Instance
+    seq: Seq
+    batch: Batch
+    begun_at: float
+
+
 class _Timeline:
     """Listens to all events of a run and writes down what they meant for one request."""
 
@@ -96,7 +106,7 @@ class _Timeline:
         self.lines: list[str] = []
         self._request: Request | None = None
         self._span: _Span | None = None
-        self._step: tuple[Seq, Batch, float] | None = None
+        self._steps: list[_Step] = []  # that it is in, under way
         self._fetch_at = self._last_at = -math.inf
         self._where = ""
 
@@ -111,8 +121,12 @@ class _Timeline:
 
     def after(self, event: Event, left: list[Seq]) -> None:
         """Looks at what came of it."""
-        if event.verb == "end" and self._step and self._step[1] is event.batch:
-            self._ended(event, left)
+        if event.verb == "end" and self._steps:
+            if self._steps[0].batch is event.batch:
+                self._ended(event, self._steps.pop(0), left)
+            for behind in self._steps:
+                if behind.instance is event.instance:
+                    behind.begun_at = event.at
         elif event.verb == "add" and event.id == self.id:
             self._added(event)
         elif event.verb == "fetched" and event.id == self.id:
@@ -170,19 +184,18 @@ class _Timeline:
             span.sizes.add(len(batch.work))
             span.tokens += batch.work[self.id]
             span.predicted_s += step_s
-            self._step = seq, batch, now
+            self._steps.append(_Step(instance, seq, batch, now))
         elif batch:
             kind, rivals = _passed_over(instance, batch, seq)
             span = self._go_on(kind, instance, now, why)
             span.num_passed += 1
             span.rivals.update(dict.fromkeys(rivals))
 
-    def _ended(self, event: Event, left: list[Seq]) -> None:
-        assert self._step is not None
-        (seq, _, begun_at), self._step = self._step, None
-        now, request = event.at, seq.request
+    def _ended(self, event: Event, step: _Step, left: list[Seq]) -> None:
+        now, seq = event.at, step.seq
+        request = seq.request
         if self._span is not None:
-            self._span.took_s += now - begun_at
+            self._span.took_s += now - step.begun_at
         if seq.first_token_at == now:
             took_s = now - request.arrival
             self._say(now, f"first token: TTFT {_against(took_s, request.slo.ttft)}")

@@ -10,6 +10,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from schedulers.ledger.instance import Batch, Instance, Role
@@ -84,6 +85,16 @@ def _clipped(events: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     yield from whole
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step under way. joined: the phases that requests enter with it, by id."""
+
+    batch: Batch
+    predicted_s: float
+    joined: dict[str, str]
+    begun_at: float
+
+
 class _Trace:
     """names: of the processes. events: the last of them, if there are to be so many at most."""
 
@@ -93,7 +104,7 @@ class _Trace:
         self._origin = math.nan
         self._last_at = -math.inf
         self._pids: dict[str, int] = {}
-        self._steps: dict[int, tuple[Batch, float, float]] = {}
+        self._steps: dict[int, list[_Step]] = {}  # under way, by instance
         # Of requests in progress: the number that is their row, and the phase that they are in.
         self._rows: dict[str, tuple[int, str]] = {}
         self._num_rows = 0
@@ -162,9 +173,21 @@ class _Trace:
             self._put("i", pid, now, name="moves", s="t", args=args)
         if not batch.work:
             return
-        self._steps[pid] = batch, now, instance.pace * batch.predicted_s
-        for id in [id for id in batch.work if id in instance.waiting]:
-            self._phase(id, "decode" if instance.waiting[id].num_tokens else "prefill", now)
+        joined = {
+            id: "decode" if instance.waiting[id].num_tokens else "prefill"
+            for id in batch.work
+            if id in instance.waiting
+        }
+        steps = self._steps.setdefault(pid, [])
+        steps.append(_Step(batch, instance.pace * batch.predicted_s, joined, now))
+        if len(steps) == 1:
+            self._runs(pid, steps[0], now)
+
+    def _runs(self, pid: int, step: _Step, now: float) -> None:
+        """A step begins to run: where it was dispatched behind another, when that one has ended."""
+        step.begun_at = now
+        for id, phase in step.joined.items():
+            self._phase(id, phase, now)
             if id in self._arrows:
                 arrow = self._arrows.pop(id)
                 self._put("f", pid, now, name="hand-over", cat="hand-over", id=arrow, bp="e")
@@ -172,13 +195,14 @@ class _Trace:
     def _ended(self, event: Event, left: list[Seq]) -> None:
         instance, now = event.instance, event.at
         pid = self._pids[instance.id]
-        batch, begun_at, predicted_s = self._steps.pop(pid)
+        step = self._steps[pid].pop(0)
+        batch, begun_at = step.batch, step.begun_at
         tokens = sum(batch.work.values())
         what = "step" if instance.role is Role.BOTH else instance.role.value
         args = {
             "batch": len(batch.work),
             "tokens": tokens,
-            "predicted_ms": 1e3 * predicted_s,
+            "predicted_ms": 1e3 * step.predicted_s,
             "took_ms": 1e3 * (now - begun_at),
         }
         dur = round(self._us(now) - self._us(begun_at), 3)
@@ -196,6 +220,8 @@ class _Trace:
                 seq = instance.running.get(id)
                 if seq is not None and seq.first_token_at == now:
                     self._phase(id, "decode", now)
+        for behind in self._steps[pid]:
+            self._runs(pid, behind, now)
 
     def _count(self, instance: Instance, batch: Batch, now: float) -> None:
         """The counters of an instance, as a step begins. Step slack: the least TPOT of its batch
@@ -215,7 +241,7 @@ class _Trace:
         rows = running.where(batch.work)
         tpot = running.tpot[rows][running.count[rows] > 0]
         if tpot.size:
-            slack_s = float(tpot.min()) - self._steps[pid][2]
+            slack_s = float(tpot.min()) - self._steps[pid][-1].predicted_s
             counters["step slack, ms"] = {"slack": 1e3 * slack_s}
         for name, args in counters.items():
             self._put("C", pid, now, name=name, args=args)

@@ -45,7 +45,7 @@ def status_of(ledger: Instance, ran: Steps) -> Status:
         begun = tuple(id for id, _ in zip(some, range(MAX_BEGUN), strict=False))
     return Status(
         waiting=len(ledger.waiting),
-        running=len(ledger.running),
+        running=len(ledger.running) + len(ledger.ending),
         parked=len(ledger.parked),
         used_pages=limits.num_pages - ledger.pages.num_free,
         num_pages=limits.num_pages,

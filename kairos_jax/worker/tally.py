@@ -37,12 +37,17 @@ class Tally:
 class Steps:
     """The steps of one instance. seconds: measured, from decision to tokens. predicted_s: what the
     cost model had said of them, in sum. ratio: measured / predicted. sequences: in a step.
+
+    num_ahead: steps that were dispatched before the result of the one before was there. num_waited:
+    decisions that had to wait for it. num_wasted: rows of steps that were computed for sequences
+    that had ended by then.
     """
 
     def __init__(self) -> None:
         self.seconds, self.ratio = Tally(_SECONDS), Tally(_RATIOS)
         self.sequences = Tally(_SEQUENCES)
         self.predicted_s = 0.0
+        self.num_ahead = self.num_waited = self.num_wasted = 0
 
     def add(self, took_s: float, predicted_s: float, num_sequences: int) -> None:
         """Counts a step."""

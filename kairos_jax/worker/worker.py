@@ -2,8 +2,12 @@
 
 One thread owns the ledger and the engine, another waits for the engine's steps. While a step is
 under way the first says what the last one gave, takes new requests in, and begins to fetch their
-KV; changes of pages wait for the step's end. Messages come in through `post`, from any
-thread; events go out through `emit`, which must be quick and callable from this thread.
+KV; changes of pages wait for the next decision. Shortly before the step ends, as predicted, the
+next is decided and dispatched behind it: on a ledger in which the step has done what it is certain
+to do (`Instance.expect`). Its tokens are on the device then, and booked when they are here.
+
+Messages come in through `post`, from any thread; events go out through `emit`, which must be quick
+and callable from this thread.
 """
 
 import logging
@@ -15,10 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kairos_jax.engine.calls import Token, wants_prompt_logprobs
-from kairos_jax.engine.engine import KV, Engine
-from kairos_jax.engine.functions import BLOCK_PAGES
+from kairos_jax.engine.engine import Engine
 from kairos_jax.kv.transport import KVTransport, Ticket
 from kairos_jax.process.logs import of_request
+from kairos_jax.worker.flights import Ended, Flight, Flights
 from kairos_jax.worker.messages import (
     Cancel,
     Died,
@@ -30,8 +34,6 @@ from kairos_jax.worker.messages import (
     Handover,
     Lost,
     Message,
-    Moved,
-    Offered,
     Outlined,
     Output,
     Parked,
@@ -42,6 +44,7 @@ from kairos_jax.worker.messages import (
     Stepped,
     Submit,
 )
+from kairos_jax.worker.moves import Fetched, Moves
 from kairos_jax.worker.tally import Steps
 from models.sampling import INVALID
 from schedulers.ledger.instance import Batch, Instance, Policy, Role, during_step, fetchable
@@ -53,18 +56,14 @@ log = logging.getLogger(__name__)
 _NOT_FINITE = "the model's logits are not finite (NaN or infinity): there is no token to sample"
 
 
-@dataclass(frozen=True, slots=True)
-class _Fetched:
-    ticket: Ticket
-    kv: KV | Exception
-    asked_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """The step under way is over."""
-
-    tokens: dict[str, Token] | BaseException
+# How long before the predicted end of a step the next is decided: twice what the host has needed of
+# late, and so much of the step, as that is predicted no better, but not more than as much again. A
+# request that arrives later waits for the step after the next: on a CPU for 100 ms, to save 1 ms.
+_SPREAD = 0.05
+# And never more than so much of the step.
+_MOST = 0.5
+# Weight of a new value in the running average of the host's time.
+_NEWEST = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +71,7 @@ class _Stop:
     pass
 
 
-_Item = Message | _Fetched | _Ended | _Stop
-_Wait = Callable[[], dict[str, Token]]
+_Item = Message | Fetched | Ended | _Stop
 
 
 class Worker:
@@ -100,20 +98,19 @@ class Worker:
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._kept: deque[_Item] = deque()  # read during a step, to be handled after it
         self._untold: Callable[[], Stepped] | None = None  # what the last step gave
-        self._steps: queue.SimpleQueue[_Wait | None] = queue.SimpleQueue()
+        self._flights = Flights(f"steps-{instance.id}", self._inbox.put)
+        self._host_s = 0.0  # what the host needs for a step, from the decision on
+        self._leaving: dict[str, str] = {}  # what is to go on elsewhere, and why
         self._num_received = 0
         self._draining = False
-        self._aboard: tuple[str, ...] = ()  # requests of the step under way
-        self._tickets: dict[str, Ticket] = {}  # of KV that is to be fetched
-        self._ahead: dict[str, Ticket] = {}  # of KV that was asked for ahead of its request
-        self._offers: dict[str, Ticket] = {}  # of KV that was copied out of this pool
-        self._num_offered: dict[str, int] = {}  # pages, of prompts that are still computed
-        self._thread = _thread(self._run, f"worker-{instance.id}")
-        self._step_thread = _thread(self._run_steps, f"steps-{instance.id}")
+        self._aboard: tuple[str, ...] = ()  # requests of a step that has failed
+        self.moves = Moves(instance, engine, transport, clock, self._inbox.put)
+        name = f"worker-{instance.id}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         """Starts the step loop."""
-        self._step_thread.start()
+        self._flights.start()
         self._thread.start()
 
     def post(self, message: Message) -> None:
@@ -124,45 +121,20 @@ class Worker:
         """Ends the loop after the step it is at, and waits for that, `timeout_s` at most."""
         self._inbox.put(_Stop())
         self._thread.join(timeout_s)
-        self._step_thread.join(timeout_s)
+        self._flights.join(timeout_s)
 
     def _run(self) -> None:
         try:
             wait = True
             while self._drain(wait):
-                now = self.clock()
-                batch = self.policy(self.instance, now)
-                wait = not batch
-                if batch:
-                    self._begin(batch, now)
-                if batch.work:
-                    self._start_step(batch)
-                self._tell()
-                # Only now, so that the summary counts the step under way. What that step gives is
-                # told after it.
-                summary = self.outline(self.instance, now)
-                self.emit(Outlined(self.instance.id, summary, self._num_received))
-                if batch.work:
-                    self._end_step(batch, now)
+                wait = not self._turn()
         except BaseException as error:
             log.exception("instance %s died", self.instance.id)
             self._tell()
             self.emit(Died(self.instance.id, error, self._aboard))
-            # What it offered must not be fetched from a pool that nobody owns any more.
-            for tickets in (self._tickets, self._ahead, self._offers):
-                for ticket in tickets.values():
-                    self.transport.release(ticket)
+            self.moves.release_all()
         finally:
-            self._steps.put(None)
-
-    def _run_steps(self) -> None:
-        """Waits for each step, on the thread that is there for it."""
-        while (wait := self._steps.get()) is not None:
-            try:
-                tokens = wait()
-            except BaseException as error:
-                tokens = error
-            self._inbox.put(_Ended(tokens))
+            self._flights.stop()
 
     def _drain(self, wait: bool) -> bool:
         """Reads all messages, waiting for one if told to. False: the loop is to end."""
@@ -170,6 +142,7 @@ class Worker:
             self._tell()
             message = self._kept.popleft() if self._kept else self._inbox.get()
             if isinstance(message, _Stop):
+                self._finish()
                 return False
             self._receive(message)
             wait = False
@@ -186,28 +159,25 @@ class Worker:
                     self._add(message)
             case Prefetch(ticket, prompt):
                 if not self._draining:
-                    self._ahead[ticket.request_id] = ticket
                     pool = self.instance.pool
                     held = pool.num_cached(self._keys(prompt)) * pool.page_size
-                    first = self._first_block(held, ticket.num_tokens)
-                    self.transport.prefetch(ticket, self.engine.wire_sharding, first)
+                    self.moves.prefetch(ticket, held)
             case Release(id):
                 self.instance.release(id)
-                self._drop_offer(id)
+                self.moves.drop_offer(id)
             case Cancel(id):
                 self._forget(id)
             case Stay(id, why):
                 if id in self.instance.running:
                     self.instance.stay(id, why)
             case GoOn(id, why):
-                # If it has ended or was evicted meanwhile, it stays.
-                if seq := self.instance.running.get(id):
-                    self.instance.hand_over(id, why)
-                    self.emit(Parked(id, self._park(seq)))
+                self._leaving[id] = why
             case HandBack(running):
                 self._hand_back(running)
-            case _Fetched():
+            case Fetched():
                 self._fetched(message)
+            case Ended():
+                self._end(message)
 
     def _add(self, message: Submit | Handover) -> None:
         request = message.request
@@ -218,7 +188,7 @@ class Worker:
             tokens = message.tokens
             request = replace(request, page_keys=self._keys(request.prompt))
             self.instance.add(request, len(tokens), message.first_token_at, tokens)
-            self._tickets[request.id] = message.ticket
+            self.moves.expect(message.ticket)
 
     def _keys(self, prompt: Sequence[int]) -> Sequence[int]:
         return self.page_keys(prompt) if self.page_keys else ()
@@ -227,56 +197,200 @@ class Worker:
         if not self._draining:
             self._draining = True
             self.emit(Draining(self.instance.id))
-            for id in [id for id in self._ahead if id not in self._tickets]:
+            for id in self.moves.without_request():
                 self._forget(id)
         ledger = self.instance
         for id in [seq.request.id for seq in ledger.waiting.values() if _unbegun(seq)]:
-            # What came ahead was claimed for here, and is of no use to others.
-            ticket = None if id in self._ahead else self._tickets.pop(id, None)
+            ticket = self.moves.take_ticket(id)
             self._forget(id)
             self.emit(Returned(id, ticket))
         if running:
-            for id in [*ledger.waiting, *ledger.running, *ledger.parked]:
+            for id in [*ledger.waiting, *ledger.running, *ledger.ending, *ledger.parked]:
                 self._forget(id)
                 self.emit(Returned(id))
 
+    def _fetched(self, fetched: Fetched) -> None:
+        if not self.moves.is_awaited(fetched):
+            return
+        id = fetched.ticket.request_id
+        if isinstance(fetched.kv, Exception):
+            self._forget(id)
+            self.emit(Lost(id, fetched.kv))
+            return
+        moved = self.moves.write(fetched)
+        self.instance.fetched(id)
+        if moved:
+            self.emit(moved)
+
+    def _forget(self, id: str) -> None:
+        """Also what a step under way gives of it: later calls may have its pages, as the device
+        runs them after that step.
+        """
+        self.instance.cancel(id)
+        self.moves.forget(id)
+        self._flights.drop(id)
+
     # One turn of the loop.
+
+    def _turn(self) -> bool:
+        """Decides, and begins what was decided; if that is a step, reads the inbox until the next
+        decision is due. Returns whether there was something to do.
+        """
+        now = self.clock()
+        batch = self._decide(now)
+        if batch:
+            self._begin(batch, now)
+        if batch.work:
+            self._start_step(batch, now)
+            self._host_s += _NEWEST * (self.clock() - now - self._host_s)
+        self._tell()
+        # Only now, so that the summary counts the step under way. What that step gives is told
+        # after it.
+        summary = self.outline(self.instance, self.clock())
+        self.emit(Outlined(self.instance.id, summary, self._num_received))
+        if batch.work:
+            self._while_under_way()
+        return bool(batch)
+
+    def _decide(self, now: float) -> Batch:
+        """Nothing, if the decision needs the result of the step under way."""
+        if not self._flights:
+            if self._leaving:
+                self._park_leaving()
+            return self.policy(self.instance, now)
+        if not (self.instance.awaits_result or self._leaving):
+            batch = self.policy(self.instance, now)
+            if not batch.evict:
+                return batch
+        self._flights.first.waited_for = True
+        return Batch()
+
+    def _park_leaving(self) -> None:
+        """Stops what is to go on elsewhere, between two steps. What has ended or was evicted until
+        then stays.
+        """
+        self._tell()  # where it goes on, all its tokens must be known
+        for id, why in self._leaving.items():
+            if seq := self.instance.running.get(id):
+                self.instance.hand_over(id, why)
+                ticket = self.moves.offer(seq)
+                self.instance.copied(id)
+                self.emit(Parked(id, ticket))
+        self._leaving.clear()
 
     def _begin(self, batch: Batch, now: float) -> None:
         """Copies out what is evicted while it still has its pages; then books the decision."""
         for id in batch.evict:
-            self._tickets[id] = self._offer(self.instance.running[id])
+            self.moves.evict(self.instance.running[id])
         self.instance.begin(batch, now)
         for id in batch.fetch:
-            self._fetch(self.instance.waiting[id])
+            self.moves.fetch(self.instance.waiting[id])
 
-    def _start_step(self, batch: Batch) -> None:
-        self._aboard = tuple(batch.work)
-        running = self.instance.running
-        work = [(running[id], count) for id, count in batch.work.items()]
-        self._steps.put(self.engine.start(work))
-
-    def _end_step(self, batch: Batch, begun: float) -> None:
+    def _start_step(self, batch: Batch, now: float) -> None:
         seqs = {id: self.instance.running[id] for id in batch.work}
-        tokens = self._valid(self._until_ended())
-        self._aboard = ()
+        try:
+            wait = self.engine.start([(seqs[id], count) for id, count in batch.work.items()])
+        except BaseException:
+            self._aboard = tuple(batch.work)
+            raise
+        self.ran.num_ahead += len(self._flights)
+        self._flights.add(Flight(batch, now, seqs), wait)
+
+    def _while_under_way(self) -> None:
+        """Reads the inbox until no step is under way, or the next is to be dispatched behind it.
+        Fetches begin during the step: half a step later, a short answer would miss its TPOT.
+        """
+        while self._flights:
+            try:
+                message = self._inbox.get(timeout=self._spare_s())
+            except queue.Empty:
+                self._expect()
+                return
+            # A Prefetch too: left for later, it would be overtaken by its Handover.
+            if isinstance(message, Submit | Handover | Prefetch | Ended):
+                self._receive(message)
+            else:
+                self._kept.append(message)
+            if self._flights and isinstance(message, Ended):
+                self._tell()
+            if self._inbox.empty() and self.instance.under_way and fetchable(self.instance):
+                now = self.clock()
+                if batch := during_step(self.policy(self.instance, now)):
+                    self._begin(batch, now)
+
+    def _spare_s(self) -> float | None:
+        """Seconds for which the next decision may wait for messages. None: it waits for the result
+        of a step.
+        """
+        flight = self._flights.first
+        if flight.expected:
+            return None
+        step_s = self.instance.pace * flight.batch.predicted_s
+        host_s = 2 * self._host_s
+        lead_s = min(host_s + min(_SPREAD * step_s, host_s), _MOST * step_s)
+        return max(self.instance.busy_until - lead_s - self.clock(), 0.0)
+
+    def _expect(self) -> None:
+        """Books what the step under way is certain to do. The KV of its prompts is copied out right
+        behind it, so that no handover waits for the next step too.
+        """
+        flight = self._flights.first
+        flight.expected = True
+        for seq in self.instance.expect(self.clock()):
+            if self.instance.role is Role.PREFILL and seq.request.max_tokens > 1:
+                flight.tickets[seq.request.id] = self.moves.offer(seq)
+        self._offer_parts(flight)
+
+    def _end(self, ended: Ended) -> None:
+        """Books the result of a step."""
         now = self.clock()
-        self.ran.add(now - begun, batch.predicted_s, len(batch.work))
+        flight = self._flights.land(now)
+        if isinstance(ended.tokens, BaseException):
+            self._aboard = tuple(flight.batch.work)
+            raise ended.tokens
+        seqs, batch = flight.seqs, flight.batch
+        tokens = self._valid({id: token for id, token in ended.tokens.items() if id in seqs})
+        self.ran.add(now - flight.begun_at, batch.predicted_s, len(batch.work))
+        self.ran.num_waited += flight.waited_for
         for id, token in tokens.items():
             seqs[id].tokens.append(token.id)
         stopped = [id for id, token in tokens.items() if token.id in seqs[id].request.stop]
         left = self.instance.end(batch, now, stopped)
-        tickets = {seq.request.id: self._park(seq) for seq in left if not seq.finish_reason}
         for seq in left:
-            if seq.finish_reason:  # perhaps with its first token, after parts had been offered
-                self._drop_offer(seq.request.id)
-        if self.transport.overlaps and self.instance.role is Role.PREFILL:
-            for seq in filter(None, map(self.instance.running.get, batch.work)):
-                self._offer_part(seq)
+            if seq.finish_reason:
+                self._finished(seq.request.id)
+            elif seq.request.id not in flight.tickets:
+                flight.tickets[seq.request.id] = self.moves.offer(seq)
+        for seq in left:
+            if not seq.finish_reason:
+                self.instance.copied(seq.request.id)
+        if not flight.expected:
+            self._offer_parts(flight)
         if tokens:
             self._untold = lambda: Stepped(
-                tuple(_output(seqs[id], tokens[id], now, tickets.get(id)) for id in tokens)
+                tuple(_output(seqs[id], tokens[id], now, flight.tickets.get(id)) for id in tokens)
             )
+
+    def _finished(self, id: str) -> None:
+        """Drops its parts on offer, if it ended with its first token; and its row of the step that
+        was dispatched before that was known.
+        """
+        self.moves.drop_offer(id)
+        self.ran.num_wasted += self._flights.drop(id)
+
+    def _finish(self) -> None:
+        """Waits for the steps under way, and tells what they gave."""
+        while self._flights:
+            if isinstance(message := self._inbox.get(), Ended):
+                self._end(message)
+                self._tell()
+
+    def _offer_parts(self, flight: Flight) -> None:
+        """Offers what the step computes of prompts that go on, where that gains."""
+        if self.transport.overlaps and self.instance.role is Role.PREFILL:
+            for seq in filter(None, map(self.instance.running.get, flight.batch.work)):
+                if offered := self.moves.offer_part(seq):
+                    self.emit(offered)
 
     def _valid(self, tokens: dict[str, Token]) -> dict[str, Token]:
         """The tokens of a step. Ends the requests that got none because their numbers are not
@@ -297,120 +411,6 @@ class Worker:
         if stepped := self._untold:
             self._untold = None
             self.emit(stepped())
-
-    def _until_ended(self) -> dict[str, Token]:
-        """Reads the inbox until the step under way is over. Fetches begin during the step: half a
-        step later, a short answer would miss its TPOT.
-        """
-        while not isinstance(message := self._inbox.get(), _Ended):
-            # A Prefetch too: left for later, it would be overtaken by its Handover.
-            if isinstance(message, Submit | Handover | Prefetch):
-                self._receive(message)
-            else:
-                self._kept.append(message)
-            if self._inbox.empty() and fetchable(self.instance):
-                now = self.clock()
-                if batch := during_step(self.policy(self.instance, now)):
-                    self._begin(batch, now)
-        if isinstance(message.tokens, BaseException):
-            raise message.tokens
-        return message.tokens
-
-    # KV out of the pool and into it.
-
-    def _park(self, seq: Seq) -> Ticket:
-        ticket = self._offer(seq)
-        self.instance.copied(seq.request.id)
-        return ticket
-
-    def _offer(self, seq: Seq) -> Ticket:
-        """Offers all its KV, or what was not offered of it yet."""
-        id = seq.request.id
-        first = self._num_offered.pop(id, 0)
-        kv = self.engine.read_pages(self._written(seq)[first:])
-        if first:
-            self.transport.extend(self._offers[id], kv, last=True)
-        else:
-            self._offers[id] = self.transport.offer(id, seq.computed, kv)
-        return self._offers[id]
-
-    def _offer_part(self, seq: Seq) -> None:
-        """Offers what KV there is of a prompt whose rest is still to be computed: whole blocks, and
-        never the last, which may grow.
-        """
-        id = seq.request.id
-        first = self._num_offered.get(id, 0)
-        past = seq.computed // self.instance.limits.page_size // BLOCK_PAGES * BLOCK_PAGES
-        if past == first:
-            return
-        if not first:
-            self._offers[id] = self.transport.open(id, seq.length)
-        self.transport.extend(self._offers[id], self.engine.read_pages(seq.pages[first:past]))
-        self._num_offered[id] = past
-        if not first:
-            self.emit(Offered(id, self._offers[id]))
-
-    def _fetch(self, seq: Seq) -> None:
-        ticket, first = self._tickets[seq.request.id], self._first_block(seq.cached, seq.computed)
-        asked_at = self.clock()
-        self.transport.fetch(
-            ticket,
-            self.engine.wire_sharding,
-            lambda kv: self._inbox.put(_Fetched(ticket, kv, asked_at)),
-            first,
-        )
-
-    def _first_block(self, held: int, num_tokens: int) -> int:
-        """The first block that has to come of so many tokens, of which `held` are here."""
-        # The last comes in any case.
-        return min(held, num_tokens - 1) // (self.instance.limits.page_size * BLOCK_PAGES)
-
-    def _fetched(self, fetched: _Fetched) -> None:
-        ticket, kv = fetched.ticket, fetched.kv
-        id = ticket.request_id
-        if self._tickets.get(id) is not ticket:
-            return  # cancelled while it was fetched
-        if isinstance(kv, Exception):
-            self._forget(id)
-            self.emit(Lost(id, kv))
-            return
-        del self._tickets[id]
-        self._ahead.pop(id, None)
-        self._write(self.instance.waiting[id], kv)
-        self.instance.fetched(id)
-        if id in self._offers:  # it had been evicted from here
-            self._drop_offer(id)
-        else:
-            self.emit(Moved(id, self.clock(), fetched.asked_at))
-
-    def _write(self, seq: Seq, kv: KV) -> None:
-        """Writes what has come, save for what was here: others read that."""
-        limits, first = self.instance.limits, self._first_block(seq.cached, seq.computed)
-        held = seq.cached // limits.page_size
-        pages = [limits.num_pages] * held + self._written(seq)[held:]
-        self.engine.write_pages(pages[first * BLOCK_PAGES :], kv)
-
-    def _written(self, seq: Seq) -> list[int]:
-        """Its pages that hold KV: not one that was given to it for its next token."""
-        return seq.pages[: self.instance.limits.pages_for(seq.computed)]
-
-    def _drop_offer(self, id: str) -> None:
-        self._num_offered.pop(id, None)
-        ticket = self._offers.pop(id, None)
-        if ticket is not None:
-            self.transport.release(ticket)
-
-    def _forget(self, id: str) -> None:
-        self.instance.cancel(id)
-        ahead = self._ahead.pop(id, None)
-        if ticket := self._tickets.pop(id, ahead):
-            self.transport.release(ticket)
-        self._drop_offer(id)
-
-
-def _thread(target: Callable[[], None], name: str) -> threading.Thread:
-    """Daemons: a step that never ends must not keep the process alive."""
-    return threading.Thread(target=target, name=name, daemon=True)
 
 
 def _unbegun(seq: Seq) -> bool:

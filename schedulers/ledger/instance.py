@@ -6,8 +6,9 @@ clock that the caller reads; nothing here reads a clock.
 
 import enum
 import math
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -91,13 +92,37 @@ class Batch(NamedTuple):
         return bool(self.work or self.fetch or self.evict)
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step that has begun and not ended.
+
+    begun_at: when it began; behind another step, when that one is expected to end. num_removed: of
+    the running ones, when it began. joined: sequences whose first step it is. booked: its work is
+    in the ledger. Then prompts: sequences that were at their prompts; full: why outputs end with
+    it, whatever its tokens are, by id.
+    """
+
+    batch: Batch
+    begun_at: float
+    num_removed: int
+    joined: list[Seq] = field(default_factory=list)
+    booked: bool = False
+    prompts: list[Seq] = field(default_factory=list)
+    full: dict[str, str] = field(default_factory=dict)
+
+
 class Instance:
     """The ledger of one instance: what waits, runs and is parked, and which pages each sequence
     holds.
 
     waiting: no step yet, evicted, or (on a decode instance) not yet in a batch. running: begun.
-    parked: prefilled, KV held for the decode side. Only the verbs below change it. A `journal`, if
-    there is one, is told of each verb: `schedulers.ledger.journal` replays them.
+    parked: prefilled, KV held for the decode side. ending: what an expected step ends or parks,
+    until its result is there. Only the verbs below change it. A `journal`, if there is one, is told
+    of each verb: `schedulers.ledger.journal` replays them.
+
+    A step may begin behind another whose result is still to come: `begin`, `expect`, `begin` of the
+    next, `end` of the first. What is decided in between is decided on a ledger in which the first
+    step has done all that it is certain to do.
 
     pace: recent measured / predicted step time, so that a prediction is anchored on what steps
     cost at present. outputs: how long recently finished outputs were. receives: where roles flow,
@@ -120,23 +145,49 @@ class Instance:
         self.waiting: Rows[Seq] = Rows()
         self.running: Rows[Seq] = Rows()
         self.parked: Rows[Seq] = Rows()
+        self.ending: Rows[Seq] = Rows()
         self.parked_tokens = 0
         self.pace = 1.0
         self.outputs = Outputs(learn_outputs)
         self.busy_until = -math.inf
         self.journal: Callable[..., None] | None = None
         self._num_paced = _PRIOR_STEPS
-        self._begun: tuple[float, int, Batch] | None = None
+        self._steps: deque[_Step] = deque()  # two at most: the first one runs
 
     # What the policies ask.
 
     @property
     def under_way(self) -> Batch | None:
-        """The batch of the step under way."""
-        return self._begun[2] if self._begun else None
+        """The batch of the step under way, if its work is still to be booked."""
+        last = self._steps[-1] if self._steps else None
+        return last.batch if last and not last.booked else None
+
+    @property
+    def next_to_end(self) -> Batch | None:
+        """The batch of the step that ends next."""
+        return self._steps[0].batch if self._steps else None
+
+    @property
+    def awaits_result(self) -> bool:
+        """Whether the result of the expected step bears on which prompt is next: if its ending
+        sequences hold the pages that a prompt lacks, or it computes a page that a prompt shares.
+        """
+        prompts = self.waiting.count == 0
+        if self.role is Role.DECODE or not prompts.any():
+            return False
+        if self.ending.seqs:
+            lacks = (self.waiting.length - self.waiting.capacity)[prompts]
+            free = self.pages.num_free * self.limits.page_size
+            held = float(self.ending.capacity.sum())
+            if ((lacks > free) & (lacks <= free + held)).any():
+                return True
+        step = self._steps[0]
+        work = step.batch.work
+        return any(self.pool.is_awaited(seq, work[seq.request.id]) for seq in step.prompts)
 
     def get(self, id: str) -> Seq | None:
-        return self.waiting.get(id) or self.running.get(id) or self.parked.get(id)
+        here = self.waiting.get(id) or self.running.get(id)
+        return here or self.parked.get(id) or self.ending.get(id)
 
     def pages_needed(self, seq: Seq) -> int:
         """Pages that `seq` must be given before it may begin: for all its tokens so far. Cached
@@ -154,10 +205,12 @@ class Instance:
         """Tokens whose KV may still be parked, those of running prompts set aside."""
         if math.isinf(self.limits.parked_tokens):
             return math.inf
-        prompts = self.running.num_tokens
-        if self.role is Role.BOTH:
+        parked_tokens, prompts = self.parked_tokens, self.running.num_tokens
+        if self.role is Role.BOTH:  # of what decodes here, nothing is parked
             prompts = float(self.running.length[self.running.count == 0].sum())
-        return self.limits.parked_tokens - self.parked_tokens - prompts
+        else:
+            parked_tokens += float(self.ending.computed.sum())
+        return self.limits.parked_tokens - parked_tokens - prompts
 
     # The verbs.
 
@@ -194,7 +247,8 @@ class Instance:
     def begin(self, batch: Batch, now: float) -> None:
         """Takes back and reserves the pages that the decision says, and moves its work to running.
 
-        `now` is when the policy was asked.
+        `now` is when the policy was asked. Behind a step that is expected, this one begins with
+        that one's end.
         """
         if self.journal:
             self.journal("begin", now, batch)
@@ -215,12 +269,16 @@ class Instance:
             self.pool.give(self.waiting[id])
         if not batch.work:
             return
+        if self.under_way:
+            raise ValueError(f"instance {self.id!r}: a step began behind one that is not expected")
+        joined = [seq for id in joining if (seq := self.waiting[id]).begun_at is None]
         for id in joining:
             self._admit(id, now)
         if self.role is not Role.PREFILL:
             self.pool.grow(self.running)
-        self._begun = now, self.running.num_removed, batch
-        self.busy_until = now + self.pace * batch.predicted_s
+        begun_at = max(now, self.busy_until)
+        self._steps.append(_Step(batch, begun_at, self.running.num_removed, joined))
+        self.busy_until = begun_at + self.pace * batch.predicted_s
 
     def fetched(self, id: str) -> Seq:
         """The KV of `id`, which waits, has been written to its pages: from now on it may step, and
@@ -233,6 +291,24 @@ class Instance:
             self.journal("fetched", id)
         return seq
 
+    def expect(self, now: float) -> list[Seq]:
+        """Books what the step under way is certain to do, before its result is there: the next step
+        can then be decided and begun. Until `end`, its tokens count as told when it is predicted to
+        end, or `now` if it is late.
+
+        Sequences that it ends or parks move to `ending`, where they keep their pages. They are
+        returned. An output that its token stops goes on until `end` says so.
+        """
+        if self.journal:
+            self.journal("expect", now)
+        if not self.under_way or len(self._steps) > 1:
+            raise ValueError(f"instance {self.id!r}: no step can be expected to end")
+        (step,) = self._steps
+        step.booked = True
+        self._book(step, max(now, self.busy_until), -math.inf)
+        left = [seq.request.id for seq in step.prompts if seq.num_tokens and self._ends(seq)]
+        return [self.running.move(id, self.ending) for id in (*step.full, *left)]
+
     def end(self, batch: Batch, now: float, stopped: Collection[str] = ()) -> list[Seq]:
         """Books a step that ran: one more output token for each sequence that is now computed to
         its end. `stopped`: those of them whose output this token ends. Ids that were cancelled
@@ -242,37 +318,30 @@ class Instance:
         """
         if self.journal:
             self.journal("end", now, batch, tuple(stopped))
-        begun, self._begun = self._begun, None
-        self.busy_until = -math.inf
-        if begun is None:
+        if not self._steps:
             raise ValueError(f"instance {self.id!r}: a step has ended that was not begun")
-        self._anchor(batch.predicted_s, now - begun[0])
-        rows, work = self.running, batch.work
-        ended = dict.fromkeys(stopped, "stop")
-        begun_prompts = [] if self.role is Role.DECODE else self._prompts(work)
-        if self.role is not Role.PREFILL:
-            same = len(work) == len(rows.seqs) and rows.num_removed == begun[1]
-            whole = same and not begun_prompts
-            where = rows.where(work) if not whole else None
-            if where is not None and begun_prompts:
-                where = where[rows.count[where] > 0]
-            ended = self._count(where, now) | ended
+        step = self._steps.popleft()
+        self._anchor(batch.predicted_s, now - step.begun_at)
+        if step.booked:
+            self._settle(step, now)
+        else:
+            self._book(step, now, now)
+        self._follow(now)
+        ended = step.full | dict.fromkeys(stopped, "stop")
         left = []
-        for seq in begun_prompts:
-            count = work[seq.request.id]
-            ended_prompt = seq.advance(count, now)
-            self.pool.cache(seq, count)
-            if not ended_prompt:
+        for seq in step.prompts:
+            id = seq.request.id
+            if step.booked and self.get(id) is not seq:
+                continue  # cancelled
+            self.pool.cache(seq, batch.work[id])
+            if not seq.num_tokens or id in ended:
                 continue
-            rows.num_tokens += 1
-            if seq.request.max_tokens == 1 and seq.request.id not in ended:
-                ended[seq.request.id] = "length"
-            elif self.role is Role.PREFILL and seq.request.id not in ended:
-                left.append(self._park(seq.request.id))
-            else:
-                self._expect(seq)
+            if seq.request.max_tokens == 1:
+                ended[id] = "length"
+            elif self.role is Role.PREFILL:
+                left.append(self._park(id))
         for id, why in ended.items():
-            if id in rows:
+            if id in self.running or id in self.ending:
                 left.append(self._finish(id, why))
         return left
 
@@ -283,12 +352,14 @@ class Instance:
 
     def hand_over(self, id: str, why: str) -> Seq:
         """`id`, which runs here and has its first token, is to go on elsewhere: parks it. Not while
-        a step of it is under way. why: as of `stay`.
+        a step is under way. why: as of `stay`.
         """
         if self.journal:
             self.journal("hand_over", id, why)
-        if not self.running[id].num_tokens:
-            raise ValueError(f"request {id!r} is to be handed over in the midst of its prompt")
+        if self._steps or not self.running[id].num_tokens:
+            raise ValueError(
+                f"request {id!r} is to be handed over in the midst of a step or prompt"
+            )
         return self._park(id)
 
     def copied(self, id: str) -> None:
@@ -310,7 +381,7 @@ class Instance:
         """Forgets `id` wherever it is and frees its pages. False if it is not here."""
         if self.journal:
             self.journal("cancel", id)
-        for place in (self.waiting, self.running, self.parked):
+        for place in self._places:
             if id in place:
                 self._drop(place, id)
                 return True
@@ -318,15 +389,21 @@ class Instance:
 
     def check(self) -> None:
         """Raises AssertionError if a page is leaked or shared, or an id stands twice."""
-        places = (self.waiting, self.running, self.parked)
-        ids = [id for place in places for id in place]
+        ids = [id for place in self._places for id in place]
         assert len(ids) == len(set(ids)), "a request stands in two places"
-        for place in places:
+        for place in self._places:
             place.check()
         assert self.parked_tokens == sum(seq.computed for seq in self.parked.values())
-        self.pool.check(*(place.seqs for place in places))
+        booked = self._steps[0] if self._steps and self._steps[0].booked else None
+        assert booked or not self.ending, "nothing ends without a step that is expected to end"
+        fresh = {seq: booked.batch.work[seq.request.id] for seq in booked.prompts} if booked else {}
+        self.pool.check(*(place.seqs for place in self._places), fresh=fresh)
 
     # How they do it.
+
+    @property
+    def _places(self) -> tuple[Rows[Seq], ...]:
+        return self.waiting, self.running, self.parked, self.ending
 
     def _admit(self, id: str, now: float) -> None:
         seq = self.waiting[id]
@@ -343,6 +420,52 @@ class Instance:
         ratio = min(max(took_s / predicted_s, low), high)
         self._num_paced += 1
         self.pace += max(_NEWEST, 1 / self._num_paced) * (ratio - self.pace)
+
+    def _follow(self, now: float) -> None:
+        """The step behind the one that ended at `now` has begun at that time."""
+        self.busy_until = -math.inf
+        for step in self._steps:
+            step.begun_at = now
+            self.busy_until = now + self.pace * step.batch.predicted_s
+            for seq in step.joined:
+                seq.begun_at = now
+
+    def _book(self, step: _Step, at: float, told_at: float) -> None:
+        """Books the work of a step that ends at `at`. Its tokens are there at `told_at`; minus
+        infinity: their time is still to come, and costs no slack yet.
+        """
+        rows, work = self.running, step.batch.work
+        step.prompts = [] if self.role is Role.DECODE else self._prompts(work)
+        if self.role is not Role.PREFILL:
+            same = len(work) == len(rows.seqs) and rows.num_removed == step.num_removed
+            whole = same and not step.prompts
+            where = rows.where(work) if not whole else None
+            if where is not None and step.prompts:
+                where = where[rows.count[where] > 0]
+            step.full = self._count(where, told_at)
+        for seq in step.prompts:
+            if seq.advance(work[seq.request.id], at):
+                rows.num_tokens += 1
+                self._expect(seq)
+
+    def _settle(self, step: _Step, now: float) -> None:
+        """Books the time of a step whose work is booked: its tokens are there at `now`."""
+        for rows in (self.running, self.ending):
+            where = rows.where(step.batch.work) if rows.seqs else ()
+            if not len(where):
+                continue
+            count, due = rows.count[where], rows.due[where]
+            worst, tpot = rows.cells[Column.WORST_SLACK, where], rows.tpot[where]
+            # The due time is that of the next token by now. It is nan before the first.
+            slack = np.fmin(worst, due - tpot - now)
+            rows.cells[Column.WORST_SLACK, where] = np.where(count > 1, slack, worst)
+            first = np.asarray(where)[count == 1]
+            rows.cells[Column.FIRST_AT, first] = now
+            rows.cells[Column.DUE, first] = now + rows.tpot[first]
+
+    def _ends(self, seq: Seq) -> bool:
+        """Whether a prompt leaves `running` with its first token, whatever that is."""
+        return self.role is Role.PREFILL or seq.request.max_tokens == 1
 
     def _prompts(self, work: Mapping[str, int]) -> list[Seq]:
         """Those of `work` that are still at their prompts, and here."""
@@ -382,14 +505,16 @@ class Instance:
         seq.cells[Column.EXPECTED] = min(expected, request.max_tokens)
 
     def _finish(self, id: str, reason: str) -> Seq:
-        seq = self.running[id]
+        place = self.running if id in self.running else self.ending
+        seq = place[id]
         seq.finish_reason = reason
         self.outputs.add(len(seq.request.prompt), seq.num_tokens)
-        self._drop(self.running, id)
+        self._drop(place, id)
         return seq
 
     def _park(self, id: str) -> Seq:
-        seq = self.running.move(id, self.parked)
+        place = self.running if id in self.running else self.ending
+        seq = place.move(id, self.parked)
         self.parked_tokens += seq.computed
         return seq
 

@@ -8,6 +8,7 @@ was told. No prompt's text or token ids are in it.
     "add"       [id, arrival, num_prompt, max_tokens, ttft, tpot, serial, and page_keys if it has
                 any], num_tokens, first_token_at
     "begin"     whole, work, fetch, evict, predicted_s
+    "expect"    nothing
     "end"       stopped
     "fetched", "copied", "release", "cancel"    id
     "stay", "hand_over"     id, why
@@ -62,6 +63,9 @@ class Journal:
                 case "begin":
                     now, batch = args
                     append((id, verb, now, *_pack(instance, batch)))
+                case "expect":
+                    (now,) = args
+                    append((id, verb, now))
                 case "end":
                     now, _, stopped = args
                     append((id, verb, now, stopped))
@@ -259,9 +263,11 @@ def _args(instance: Instance, verb: str, at: float, args: list[Any]) -> tuple[An
             return _request(*fields), num_tokens, first_token_at
         case "begin":
             return _unpack(instance, *args), at
+        case "expect":
+            return (at,)
         case "end":
             (stopped,) = args
-            return instance.under_way, at, tuple(stopped)
+            return instance.next_to_end, at, tuple(stopped)
         case "stay" | "hand_over":
             id, why = args
             return id, why

@@ -8,8 +8,9 @@ cached in order, given back together, the last first, and evicted in the order i
 given back. None is therefore evicted before those that follow it.
 """
 
+import itertools
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from schedulers.ledger.pages import PageTable
 from schedulers.ledger.request import Request, Seq
@@ -97,19 +98,30 @@ class Pool:
         of its prompt that are full now. Where another sequence has cached the same tokens first,
         its page takes the place of ours, or ours could outlast those before it.
         """
-        keys, size = seq.request.page_keys, self.page_size
-        full = slice((seq.computed - count) // size, min(seq.computed // size, len(keys)))
+        keys, full = seq.request.page_keys, self._filled(seq, count)
         if keys[full]:
             seq.pages[full] = self.table.cache(seq.pages[full], keys[full])
 
-    def check(self, waiting: Sequence[Seq], running: Sequence[Seq], parked: Sequence[Seq]) -> None:
+    def is_awaited(self, seq: Seq, count: int) -> bool:
+        """Whether a waiting prompt lacks a page that those tokens fill: see `cache`."""
+        keys = seq.request.page_keys[self._filled(seq, count)]
+        return any(key in self._watchers and key not in self.table for key in keys)
+
+    def check(
+        self,
+        waiting: Sequence[Seq],
+        running: Sequence[Seq],
+        *others: Sequence[Seq],
+        fresh: Mapping[Seq, int],
+    ) -> None:
         """Raises AssertionError if a page is leaked or shared by mistake, or if what is known of
-        prompts is not what is cached.
+        prompts is not what is cached. fresh: computed tokens that are still to be cached.
         """
-        for seq in (*waiting, *running, *parked):
-            held = len(seq.pages) * self.page_size
-            assert held == seq.cells[Column.CAPACITY], f"pages of {seq.request.id!r}"
-        self.table.check([seq.pages for seq in (*waiting, *running, *parked)])
+        held = (*waiting, *running, *itertools.chain(*others))
+        for seq in held:
+            room = len(seq.pages) * self.page_size
+            assert room == seq.cells[Column.CAPACITY], f"pages of {seq.request.id!r}"
+        self.table.check([seq.pages for seq in held])
         prompts = [seq for seq in waiting if not seq.num_tokens]
         for seq in prompts:
             keys = seq.request.page_keys[: self._most(seq.request)]
@@ -118,9 +130,9 @@ class Pool:
             assert seq.computed == found, f"what is cached of {seq.request.id!r}"
             rest = pages[found // self.page_size :]
             assert rest.count(None) == len(rest), "cached without those before"
-        for seq in (*waiting, *running, *parked):
+        for seq in held:
             if seq.pages:
-                here = seq.computed if seq.ready else seq.cached
+                here = seq.computed - fresh.get(seq, 0) if seq.ready else seq.cached
                 keys = seq.request.page_keys[: here // self.page_size]
                 cached = [self.table.find(key) for key in keys]
                 assert seq.pages[: len(keys)] == cached, f"cached pages of {seq.request.id!r}"
@@ -140,6 +152,11 @@ class Pool:
     def _watched(self, seq: Seq) -> Sequence[int]:
         count = seq.computed // self.page_size
         return seq.request.page_keys[max(count - 1, 0) : min(count + 1, self._most(seq.request))]
+
+    def _filled(self, seq: Seq, count: int) -> slice:
+        """Pages of its prompt that the last `count` of its computed tokens have filled."""
+        size, most = self.page_size, len(seq.request.page_keys)
+        return slice((seq.computed - count) // size, min(seq.computed // size, most))
 
     def _most(self, request: Request) -> int:
         """Pages that may be found of its prompt: its last token must be computed in any case, as

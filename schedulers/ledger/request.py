@@ -130,6 +130,12 @@ class Seq:
         return int(self.cells.item(Column.LENGTH))
 
     @property
+    def computed_and_length(self) -> tuple[int, int]:
+        """Both at once, for code that asks all sequences of a step."""
+        computed, length = self.cells[Column.COMPUTED : Column.LENGTH + 1].tolist()
+        return int(computed), int(length)
+
+    @property
     def num_tokens(self) -> int:
         """Output tokens so far."""
         return int(self.cells.item(Column.COUNT))

@@ -123,6 +123,21 @@ def test_steps_are_held_against_their_prediction():
     assert steps == Steps(6.0 / 4.0, pytest.approx(0.0), 0.375)
 
 
+def test_a_step_that_was_dispatched_ahead_begins_with_the_end_of_the_one_before():
+    limits = asdict(fakes.CONFIG.limits(Role.BOTH)) | {"parked_tokens": None}
+    records = [
+        ("a", "instance", 0.0, "both", limits, True),
+        ("a", "add", 0.0, ["0", 0.0, 10, 3, 1.0, 1.0, 0], 0, None),
+        ("a", "begin", 1.0, False, {"0": 10}, [], [], 2.0),
+        ("a", "expect", 2.0),
+        ("a", "begin", 2.5, True, {}, [], [], 1.0),
+        ("a", "end", 4.0, []),
+        ("a", "end", 5.5, ["0"]),
+    ]
+    steps = measure_steps(records)
+    assert steps == Steps(4.5 / 3.0, pytest.approx(0.0), 0.0)
+
+
 def test_steps_of_mixed_contexts_have_a_ratio_of_their_own():
     limits = asdict(fakes.CONFIG.limits(Role.DECODE)) | {"parked_tokens": None}
 

@@ -60,6 +60,7 @@ def values_of(*arguments: str) -> flags.FlagValues:
     ("text", "layout"),
     [
         ("2:1", Layout(2, 1)),
+        ("2:1fluid", Layout(2, 1, fluid=True)),
         ("colocated", Layout(colocated=1)),
         ("3xcolocated", Layout(colocated=3)),
     ],

@@ -6,8 +6,10 @@ import math
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -104,9 +106,44 @@ def expected_prompt_logprobs(prompt: Sequence[int], count: int) -> PromptLogprob
     return PromptLogprobs(tuple(-id / 4 for id in prompt[1:]), tuple(top), tuple(values))
 
 
+class Piece(NamedTuple):
+    """What a step is to compute of a sequence, as it is when the step begins: the ledger goes on.
+    known: the ids of prompt and output that are on the host by then.
+    """
+
+    request: Request
+    start: int
+    stop: int
+    length: int
+    known: list[int]
+    pages: list[int]
+    cached: int
+
+
+class Queued:
+    """Something that runs in its turn, once."""
+
+    def __init__(self, run: Callable[[], Any]):
+        self._run = run
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def run(self):
+        try:
+            self._result = self._run()
+        except BaseException as error:
+            self._error = error
+
+    def result(self):
+        if self._error:
+            raise self._error
+        return self._result
+
+
 class FakeEngine:
     """Keeps token ids where an engine keeps KV, and samples from what it finds there.
 
+    As on a device, all that is asked of it runs in that order, each when a result is waited for.
     gate: steps wait for it. fail: the next step raises it. num_reads: copies made of KV. bad: a
     token of which nothing finite can be computed.
     """
@@ -122,51 +159,83 @@ class FakeEngine:
         self.fail: BaseException | None = None
         self.bad: int | None = None
         self.num_steps = self.num_reads = 0
+        self._sampled: dict[str, int] = {}  # by the last step: the host may not know it yet
+        self._queue: deque[Queued] = deque()
+        self._running = threading.Lock()
 
     def start(self, work):
-        return lambda: self.step(work)
+        pieces = [self._piece(seq, count) for seq, count in work]
+        return self._enqueue(lambda: self.step(pieces))
 
-    def step(self, work):
+    def step(self, pieces: Sequence[Piece]):
         assert self.gate.wait(30)
         if self.fail:
             raise self.fail
         self.num_steps += 1
         tokens = {}
-        for seq, count in work:
-            for position in range(seq.computed, seq.computed + count):
+        for piece in pieces:
+            ids = piece.known[piece.start : piece.stop]
+            if len(ids) < piece.stop - piece.start:
+                ids.append(self._sampled[piece.request.id])
+            for position, id in enumerate(ids, piece.start):
                 page = self.pool.setdefault(
-                    seq.pages[position // self.page_size], [NONE] * self.page_size
+                    piece.pages[position // self.page_size], [NONE] * self.page_size
                 )
-                (page[position % self.page_size],) = seq.token_ids(position, position + 1)
-            if self.bad in seq.token_ids(seq.computed, seq.computed + count):
-                tokens[seq.request.id] = Token(INVALID)
-            elif seq.computed + count == seq.length:
-                slots = [id for page in seq.pages for id in self.pool.get(page, [])]
-                context = slots[: seq.length]
-                assert NONE not in context, "the KV of a token is missing"
-                id = next_token(context)
-                told = self._of_prompt(seq) if seq.length == len(seq.request.prompt) else None
-                tokens[seq.request.id] = Token(id, -0.5, ((id, -0.5),), told)
+                page[position % self.page_size] = id
+            if self.bad in ids:
+                tokens[piece.request.id] = Token(INVALID)
+            elif piece.stop == piece.length:
+                tokens[piece.request.id] = self._token(piece)
+        self._sampled = {id: max(token.id, 0) for id, token in tokens.items()}
         return tokens
-
-    def _of_prompt(self, seq):
-        request = seq.request
-        if not wants_prompt_logprobs(request):
-            return None
-        assert not seq.cached, "there are no logits of what was not computed"
-        return expected_prompt_logprobs(request.prompt, request.sampling.prompt_logprobs)
 
     def read_pages(self, pages):
         self.num_reads += 1
-        empty = [NONE] * self.page_size
-        rows = [self.pool[page] for page in pages] + [empty] * (-len(pages) % BLOCK_PAGES)
-        return list(np.array(rows, np.int32).reshape(-1, BLOCK_PAGES, self.page_size))
+        return self._enqueue(lambda: self._read(pages))()
 
     def write_pages(self, pages, kv):
         assert len(kv) == -(-len(pages) // BLOCK_PAGES)
         rows = (row for block in kv for row in block.tolist())
         written = zip(pages, rows, strict=False)  # the last block is padded
-        self.pool |= {page: row for page, row in written if page < self.limits.num_pages}
+        kept = {page: row for page, row in written if page < self.limits.num_pages}
+        self._enqueue(lambda: self.pool.update(kept))
+
+    def _enqueue(self, run):
+        """Returns what waits for its turn, and for its result."""
+        queued = Queued(run)
+        self._queue.append(queued)
+
+        def wait():
+            with self._running:
+                while queued in self._queue:
+                    self._queue[0].run()
+                    self._queue.popleft()
+            return queued.result()
+
+        return wait
+
+    def _piece(self, seq, count):
+        stop = seq.computed + count
+        ids = seq.token_ids(0, seq.length)
+        return Piece(seq.request, seq.computed, stop, seq.length, ids, list(seq.pages), seq.cached)
+
+    def _token(self, piece):
+        slots = [id for page in piece.pages for id in self.pool.get(page, [])]
+        context = slots[: piece.length]
+        assert NONE not in context, "the KV of a token is missing"
+        id, prompt = next_token(context), None
+        if piece.length == len(piece.request.prompt) and wants_prompt_logprobs(piece.request):
+            assert not piece.cached, "there are no logits of what was not computed"
+            count = piece.request.sampling.prompt_logprobs
+            prompt = expected_prompt_logprobs(piece.request.prompt, count)
+        return Token(id, -0.5, ((id, -0.5),), prompt)
+
+    def _read(self, pages):
+        empty = [NONE] * self.page_size
+        rows = [self.pool.get(page, empty) for page in pages] + [empty] * (
+            -len(pages) % BLOCK_PAGES
+        )
+        return list(np.array(rows, np.int32).reshape(-1, BLOCK_PAGES, self.page_size))
 
 
 async def serve(
@@ -212,8 +281,7 @@ async def assert_nothing_held(workers: Sequence[Worker], transport: LocalTranspo
         ledger.check()
         assert ledger.pages.num_free == ledger.limits.num_pages
         assert not any((ledger.waiting, ledger.running, ledger.parked))
-        assert not worker._tickets
-        assert not worker._offers
+        assert not worker.moves.holds_tickets
     assert transport.num_offers == 0
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -147,3 +148,21 @@ def test_a_prompt_with_logits_that_are_not_finite_gives_no_token():
         asked = seq([1, 2, 3], 0, [2], prompt_logprobs=1)
         asked.scored = [(scored, 0, 2)]
         assert calls.tokens([part(asked, 3)], sampled(5))["a"].id == expected
+
+
+def test_a_token_that_is_on_the_device_alone_is_named_by_its_lane():
+    ahead, other = seq([1, 2, 3], 4, [8, 9], [4, 5]), seq([7, 7], 1, [3])
+    ahead.tokens.pop()
+    parts = [part(ahead, 1)._replace(lane=6), part(other, 1)]
+    call = calls.step(parts, 4, 4, LIMITS, {"a": 2})
+    assert call.tokens[0].tolist() == [-3, 7, 0, 0]
+    lanes = np.arange(10, 10 + calls.num_lanes(LIMITS), dtype=np.int32)
+    inputs = calls.from_lanes(calls.unpack(*call)[0], lanes)
+    assert inputs.tokens.tolist() == [12, 7, 0, 0]
+    after = calls.to_lanes(jnp.asarray(lanes), call.sequences, np.array([90, 91, 92, 93]))
+    assert after.tolist() == [10, 11, 12, 13, 14, 15, 90, 17], "of the only one that has a lane"
+    lanes[2] = INVALID
+    inputs = calls.from_lanes(calls.unpack(*call)[0], lanes)
+    assert inputs.tokens.tolist() == [0, 7, 0, 0], "a token that there is"
+    with pytest.raises(KeyError):
+        calls.step(parts, 4, 4, LIMITS)

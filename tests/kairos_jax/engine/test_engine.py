@@ -71,6 +71,36 @@ def colocated(engine, requests, instance=None):
     return tokens
 
 
+def ahead(engine, requests):
+    """As `colocated`, but each step is dispatched before the result of the one before is read.
+    Returns the number of rows that were computed for nothing, too.
+    """
+    instance = Instance("both", Role.BOTH, engine.limits)
+    tokens, under_way, wasted = {request.id: [] for request in requests}, [], 0
+    for each in requests:
+        instance.add(each)
+    while True:
+        if batch := both(instance, 0.0):
+            instance.begin(batch, 0.0)
+            work = [(instance.running[id], count) for id, count in batch.work.items()]
+            under_way.append((batch, dict(batch.work), engine.start(work)))
+        if len(under_way) == 2 or not batch:
+            batch, wanted, wait = under_way.pop(0)
+            sampled = {id: token for id, token in wait().items() if id in wanted}
+            for id, token in sampled.items():
+                instance.get(id).tokens.append(token.id)
+                tokens[id].append(token)
+            stopped = [id for id in sampled if tokens[id][-1].id in instance.get(id).request.stop]
+            instance.end(batch, 0.0, stopped)
+            for _, later, _ in under_way:
+                wasted += sum(later.pop(id, 0) for id in stopped)
+        if not under_way:
+            break
+        instance.expect(0.0)
+    instance.check()
+    return tokens, wasted
+
+
 def disaggregated(prefill_engine, decode_engine, requests):
     return asyncio.run(fakes.serve((prefill_engine, decode_engine), requests))
 
@@ -95,6 +125,14 @@ def golden_requests(directory):
 def test_one_device_gives_the_golden_tokens(tiny_llama, one_device):
     requests, expected = golden_requests(tiny_llama)
     assert ids(colocated(one_device, requests)) == expected
+
+
+def test_tokens_that_are_on_the_device_alone_are_the_golden_ones(tiny_llama, one_device):
+    requests, expected = golden_requests(tiny_llama)
+    compiled = one_device.num_compiled
+    tokens, wasted = ahead(one_device, requests)
+    assert ids(tokens) == expected
+    assert (one_device.num_compiled, wasted) == (compiled, 0)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +304,23 @@ def test_prompt_logprobs_are_those_of_a_plain_step(tiny_llama, one_device, score
             seq.cells[Column.COMPUTED] += count
         check_scores(scored, sampled["a"], 3)
         assert not seq.scored
+
+
+def test_steps_ahead_change_no_token_and_no_logprob(tiny_llama, one_device):
+    """Drawn ones, with stop tokens in their midst, and with log-probabilities of the prompt."""
+    asked = [
+        request("drawn", [5, 6, 7], 20, temperature=0.9, seed=1),
+        request("stops", [8, 9], 20, temperature=1.2, top_p=0.9, seed=2),
+        request("told", list(range(40)), 6, logprobs=3, prompt_logprobs=2),
+        request("one", [1] * 33, 1),
+    ]
+    plain = colocated(one_device, asked)
+    stop = plain["stops"][7].id
+    first = next(at for at, token in enumerate(plain["stops"]) if token.id == stop)
+    asked[1] = dataclasses.replace(asked[1], stop=frozenset({stop}))
+    tokens, wasted = ahead(one_device, asked)
+    assert tokens == plain | {"stops": plain["stops"][: first + 1]}
+    assert wasted == 1
 
 
 @pytest.mark.slow

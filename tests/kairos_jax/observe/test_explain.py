@@ -324,6 +324,46 @@ def check_arrows(events, steps, outcomes):
     assert len(handed_over) == (0 if colocated else sum(o.num_output > 1 for o in outcomes))
 
 
+@pytest.fixture
+def ahead():
+    """Each step of `a` and `b` is dispatched before the result of the one before is there."""
+    run = Run()
+    run.add("a")
+    run.step(run.front, a=12)
+    run.fetch("a")
+    run.add("b")
+    run.step(run.front, b=12)
+    run.fetch("b")
+    batches = [Batch({"a": 1}, predicted_s=0.5), Batch({"a": 1, "b": 1}, predicted_s=0.5)]
+    run.back.begin(batches[0], run.now)
+    run.now += 0.25
+    run.back.expect(run.now)
+    run.back.begin(batches[1], run.now)
+    run.now += 0.25
+    run.back.end(batches[0], run.now)
+    run.now += 0.75
+    run.back.end(batches[1], run.now, ["a"])
+    return run
+
+
+def test_a_step_dispatched_ahead_is_told_from_where_it_runs(ahead):
+    records = list(ahead.journal.take())
+    lines = told(explain(records, {}, "a"))
+    (steps,) = [line for line in lines if "steps on d" in line]
+    assert "2 steps on d, of a batch of 1 to 2: took 1.2500 s, predicted" in steps
+    assert any(
+        "1 step on d, of a batch of 2: took 0.7500 s" in line
+        for line in told(explain(records, {}, "b"))
+    )
+    events = trace_events(records)["traceEvents"]
+    steps = [e for e in events if e["ph"] == "X" and e["name"].startswith("decode")]
+    first, second = steps
+    assert (first["dur"], second["dur"]) == (500_000, 750_000)
+    assert second["ts"] == first["ts"] + first["dur"]
+    begins = {step["ts"] for step in steps}
+    assert {e["ts"] for e in events if e["ph"] == "f"} == begins
+
+
 def test_a_trace_that_is_cut_short_ends_all_slices(run):
     records = list(run.journal.take())
     for length in range(len(records) + 1):

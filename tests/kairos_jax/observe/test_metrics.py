@@ -156,7 +156,7 @@ async def test_what_is_in_progress_is_told_as_it_is_at_the_time(harness):
     decode.gate.clear()
     prefill.gate.clear()
     waiting = harness.stub.Generate(fakes.ask([2] * 20, 60))
-    while harness.router.num_streams < 2 or not harness.workers[0].instance.under_way:
+    while harness.router.num_streams < 2 or not harness.workers[0].instance.next_to_end:
         await asyncio.sleep(0)
     seen = told(harness.metrics)
     assert seen("kairos_requests_in_progress", state="running") == 1
@@ -207,6 +207,12 @@ async def test_steps_are_held_against_what_was_predicted(harness):
     assert predicted == pytest.approx(8 * 1.01e-4, rel=0.01)
     assert seen("kairos_worker_step_seconds_sum", **of) == pytest.approx(worker.ran.seconds.sum)
     assert seen("kairos_worker_step_time_ratio_count", **of) == 8
+    for name, count in (
+        ("steps_ahead", worker.ran.num_ahead),
+        ("steps_waited_for", worker.ran.num_waited),
+        ("rows_wasted", worker.ran.num_wasted),
+    ):
+        assert seen(f"kairos_worker_{name}_total", **of) == count
     assert seen("kairos_worker_pace_ratio", **of) == worker.instance.pace
 
 

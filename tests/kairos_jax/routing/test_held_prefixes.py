@@ -122,7 +122,7 @@ async def _served(transports, cache):
         await asyncio.to_thread(worker.stop)
         worker.instance.check()
         assert worker.instance.pages.num_free == worker.instance.limits.num_pages
-        assert not any((worker._tickets, worker._offers, worker._ahead))
+        assert not worker.moves.holds_tickets
 
 
 async def _ids(stream):

@@ -45,20 +45,36 @@ class Known:
         return math.ceil(self.length / LIMITS.page_size) - self.pages
 
 
+@dataclass
+class Begun:
+    """A step. whole: those that it computes to their ends; full: those that then have all that
+    they may have, or are parked. Both are known once it is expected to end.
+    """
+
+    batch: Batch
+    expected: bool = False
+    whole: tuple[str, ...] = ()
+    full: tuple[str, ...] = ()
+
+
 class Verbs:
     """A ledger and what is known of it, led through random verbs: only what a policy may decide is
-    begun, and only what an engine can tell is ended.
+    begun, and only what an engine can tell is ended. A step may begin behind one that is expected.
     """
 
     def __init__(self, role: Role, rng: random.Random):
         self.role, self.rng = role, rng
         self.instance = Instance("i", role, LIMITS)
         self.model: dict[str, Known] = {}
-        self.step: Batch | None = None
-        self.now, self.number = 0.0, 0
+        self.steps: list[Begun] = []
+        self.now, self.number, self.num_ahead = 0.0, 0, 0
 
     def do_one(self):
-        step = self.end if self.step else self.begin
+        step = self.begin
+        if self.steps:
+            expected = self.steps[0].expected
+            first = self.begin if expected else self.expect
+            step = self.end if len(self.steps) > 1 else self.rng.choice([first, self.end])
         verbs = {self.add: 2, step: 6, self.fetched: 2, self.copied: 1, self.release: 1}
         (verb,) = self.rng.choices([*verbs, self.cancel], [*verbs.values(), 0.5])
         verb()
@@ -80,8 +96,8 @@ class Verbs:
         ]
 
     def add(self):
-        num_prompt, max_tokens = self.rng.randint(1, 20), self.rng.randint(2, 6)
         least = 1 if self.role is Role.DECODE else 0
+        num_prompt, max_tokens = self.rng.randint(1, 20), self.rng.randint(1 + least, 6)
         most = 0 if self.role is Role.PREFILL else max_tokens - 1
         count = self.rng.randint(least, most)
         slo = Slo(1, 0.5)
@@ -103,7 +119,7 @@ class Verbs:
         model, running = self.model, self.those("running")
         free = LIMITS.num_pages - sum(known.pages for known in model.values())
         evict = []
-        if self.role is not Role.PREFILL:
+        if self.role is not Role.PREFILL and not self.steps:
             evict = self.few([id for id in running if model[id].count])
         free += sum(model[id].pages for id in evict)
         stay = [id for id in running if id not in evict]
@@ -129,27 +145,54 @@ class Verbs:
         for id in work:
             model[id].place = "running"
         if work:
-            self.step = batch
+            self.num_ahead += bool(self.steps)
+            self.steps.append(Begun(batch))
             for id in self.those("running") if self.role is not Role.PREFILL else ():
                 model[id].pages += model[id].lacks
 
+    def expect(self):
+        (step,) = self.steps
+        self.now += self.rng.uniform(0.0, 0.2)
+        self.book(step, max(self.now, self.instance.busy_until))
+        left = self.instance.expect(self.now)
+        assert {seq.request.id for seq in left} == set(step.full)
+        for id in step.full:
+            self.model[id].place = "ending"
+
+    def book(self, step, at):
+        """What a step is certain to do. Times are what they would be if its end was at `at`."""
+        model = self.model
+        work = {id: n for id, n in step.batch.work.items() if id in model}
+        step.expected = True
+        step.whole = tuple(id for id, n in work.items() if model[id].remaining == n)
+        for id, n in work.items():
+            model[id].computed += n
+        for id in step.whole:
+            self.give_token(model[id], at)
+        step.full = tuple(
+            id
+            for id in step.whole
+            if self.role is Role.PREFILL or model[id].count == model[id].request.max_tokens
+        )
+
     def end(self):
         self.now += self.rng.uniform(0.01, 1.0)
-        work = {id: n for id, n in self.step.work.items() if id in self.model}
-        whole = [id for id, n in work.items() if self.model[id].remaining == n]
+        step = self.steps.pop(0)
+        if not step.expected:
+            self.book(step, self.now)
+        for later in self.steps:
+            assert not later.expected
+        whole = [id for id in step.whole if id in self.model]
         stopped = self.few(whole)
-        left = self.instance.end(self.step, self.now, stopped)
-        self.step = None
+        left = self.instance.end(step.batch, self.now, stopped)
         expected = {}
-        for id, n in work.items():
+        for id in whole:
             known = self.model[id]
-            known.computed += n
-            if id in whole:
-                self.give_token(known)
-                if id in stopped or known.count == known.request.max_tokens:
-                    expected[id] = "stop" if id in stopped else "length"
-                elif self.role is Role.PREFILL:
-                    expected[id] = None
+            self.settle(known)
+            if id in stopped or known.count == known.request.max_tokens:
+                expected[id] = "stop" if id in stopped else "length"
+            elif id in step.full:
+                expected[id] = None
         assert {seq.request.id: seq.finish_reason for seq in left} == expected
         for seq in left:
             self.compare(seq, self.model[seq.request.id])
@@ -159,13 +202,18 @@ class Verbs:
             else:
                 self.model[id].place = "parked"
 
-    def give_token(self, known):
+    def give_token(self, known, at):
         if known.count == 0:
-            known.first_at = known.due = self.now
-        else:
-            known.worst_slack = min(known.worst_slack, known.due - self.now)
+            known.first_at = known.due = at
         known.count += 1
         known.due += 0.5
+
+    def settle(self, known):
+        """Its last token is there."""
+        if known.count == 1:
+            known.first_at, known.due = self.now, self.now + 0.5
+        else:
+            known.worst_slack = min(known.worst_slack, known.due - 0.5 - self.now)
 
     def fetched(self):
         under_way = [id for id in self.those("waiting", ready=False) if self.model[id].pages]
@@ -194,7 +242,7 @@ class Verbs:
     def check(self):
         instance = self.instance
         instance.check()
-        for place in ("waiting", "running", "parked"):
+        for place in ("waiting", "running", "parked", "ending"):
             assert set(getattr(instance, place)) == set(self.those(place))
         for id, known in self.model.items():
             seq = instance.get(id)
@@ -212,7 +260,8 @@ class Verbs:
         )
         assert seq.first_token_at == known.first_at
         # Where an instance gives the first token, that one counts as having had no slack.
-        assert min(seq.worst_slack, 0.0) == min(known.worst_slack, 0.0)
+        slack = min(seq.worst_slack, 0.0)
+        assert slack == pytest.approx(min(known.worst_slack, 0.0), abs=1e-9)
         cells = seq.cells
         assert known.due is None or cells[Column.DUE] == known.due
         assert (cells[Column.DEADLINE], cells[Column.SERIAL]) == (known.request.arrival + 1, 7)
@@ -229,6 +278,14 @@ def test_random_verbs(role, seed):
     for _ in range(150):
         verbs.do_one()
         verbs.check()
+
+
+@pytest.mark.parametrize("role", Role)
+def test_random_verbs_do_begin_steps_ahead(role):
+    verbs = Verbs(role, random.Random(1))
+    for _ in range(1500):
+        verbs.do_one()
+    assert verbs.num_ahead > 10
 
 
 def request(id="a", num_prompt=6, max_tokens=9, **fields):
@@ -276,6 +333,75 @@ def test_pace_follows_the_measured_steps_slowly():
     assert instance.pace == pace
 
 
+def decoding(ids, max_tokens=9):
+    """A decode instance that has the KV of these."""
+    instance = Instance("d", Role.DECODE, LIMITS)
+    for id in ids:
+        instance.add(request(id, max_tokens=max_tokens), 1, 0.0)
+    instance.begin(Batch(fetch=tuple(ids)), 0.0)
+    for id in ids:
+        instance.fetched(id)
+    return instance
+
+
+def test_a_step_behind_another_begins_when_that_ends():
+    instance = Instance("p", Role.PREFILL, LIMITS)
+    for id in ("a", "b"):
+        instance.add(request(id))
+    instance.begin(first := Batch({"a": 6}, predicted_s=1.0), 10.0)
+    (left,) = instance.expect(10.5)
+    assert (left.request.id, left.first_token_at) == ("a", 11.0), "by when it is predicted"
+    instance.begin(second := Batch({"b": 6}, predicted_s=2.0), 10.6)
+    b = instance.running["b"]
+    assert (b.begun_at, instance.busy_until) == (10.6, 13.0)
+    instance.end(first, 12.0)
+    assert left.first_token_at == 12.0
+    assert (b.begun_at, instance.busy_until) == (12.0, 12.0 + 2 * instance.pace)
+    pace = instance.pace
+    instance.end(second, 14.0)
+    assert instance.pace == pace + (1.0 - pace) / 12, "it took two seconds, as predicted"
+
+
+def test_what_a_token_stops_is_in_the_step_behind_and_gets_nothing_of_it():
+    instance = decoding(["a", "b"])
+    instance.begin(first := Batch({"a": 1, "b": 1}), 1.0)
+    assert instance.expect(1.5) == []
+    instance.begin(second := Batch(instance.running.ones), 1.5)
+    (a,) = instance.end(first, 2.0, ["a"])
+    assert (a.request.id, a.finish_reason, a.num_tokens) == ("a", "stop", 2)
+    assert instance.end(second, 3.0) == []
+    assert [seq.num_tokens for seq in instance.running.values()] == [3]
+    assert a.num_tokens == 2
+    instance.check()
+
+
+def test_what_has_all_its_tokens_keeps_its_pages_until_its_result_is_there():
+    instance = decoding(["a"], max_tokens=2)
+    free = instance.pages.num_free
+    instance.begin(first := Batch({"a": 1}), 1.0)
+    (a,) = instance.expect(1.5)
+    assert list(instance.ending) == ["a"]
+    assert instance.get("a") is a
+    assert not instance.running
+    assert instance.pages.num_free == free
+    assert instance.end(first, 2.0, ["a"]) == [a]
+    assert a.finish_reason == "stop", "the last that it may have is a stop token"
+    assert instance.pages.num_free == LIMITS.num_pages
+
+
+def test_a_prompt_that_lacks_what_the_expected_step_gives_back_awaits_it():
+    limits = dataclasses.replace(LIMITS, num_pages=14)
+    instance = Instance("p", Role.PREFILL, limits)
+    for id, num_prompt in (("a", 20), ("small", 8), ("large", 16)):
+        instance.add(request(id, num_prompt))
+    instance.begin(first := Batch({"a": 20}), 0.0)
+    instance.expect(0.5)
+    assert instance.awaits_result, "the large one needs 8 pages, 4 are free, and 10 are held"
+    instance.cancel("large")
+    assert not instance.awaits_result
+    instance.end(first, 1.0)
+
+
 def test_parked_room_sets_running_prompts_aside():
     limits = dataclasses.replace(LIMITS, parked_tokens=40)
     instance = Instance("p", Role.PREFILL, limits)
@@ -304,6 +430,16 @@ def test_verbs_that_cannot_be():
         instance.add(request("a"))
     with pytest.raises(ValueError, match="'d': a step has ended that was not begun"):
         instance.end(Batch({"a": 1}), 1.0)
+    with pytest.raises(ValueError, match="'d': no step can be expected to end"):
+        instance.expect(1.0)
+    busy = decoding(["a"])
+    busy.begin(Batch({"a": 1}), 0.0)
+    with pytest.raises(ValueError, match="'d': a step began behind one that is not expected"):
+        busy.begin(Batch({"a": 1}), 0.0)
+    busy.expect(0.5)
+    busy.begin(Batch({"a": 1}), 0.5)
+    with pytest.raises(ValueError, match="'d': no step can be expected to end"):
+        busy.expect(1.0)
     with pytest.raises(AssertionError, match="request 'a' was scheduled before its KV arrived"):
         instance.begin(Batch({"a": 1}), 0.0)
     for number in range(7):

@@ -1,7 +1,9 @@
 """Runs under a journal, written out, read back and decided again."""
 
+import dataclasses
 import itertools
 import json
+import math
 import random
 
 import pytest
@@ -12,6 +14,7 @@ from schedulers.ledger.instance import Batch, Instance, Limits, Role
 from schedulers.ledger.journal import Journal, check, from_lines, replay, to_lines
 from schedulers.ledger.request import Request, Slo
 from schedulers.policies import decode, prefill
+from schedulers.policies.colocated import policy_for
 from schedulers.simulation.simulator import Fleet, Simulation
 
 COST = CostModel(
@@ -96,6 +99,54 @@ def test_decisions_on_what_is_cached_replay_equal(front):
                 cached += decision.instance.waiting[id].computed
     assert cached > 16 * LIMITS.page_size
     assert check(from_lines(lines), policies) > len(first) == 40
+
+
+@pytest.mark.parametrize(
+    ("front", "back"),
+    [("fcfs", "continuous"), ("sjf", "kairos"), ("kairos_plus", "kairos_plus")],
+)
+def test_decisions_ahead_of_a_result_replay_equal(front, back):
+    """Where each step is decided so, save where a decision needs the result."""
+    rng, now = random.Random(2), 0.0
+    policy = policy_for(Role.BOTH, COST, front, back, 1.0)
+    instance = Instance("b", Role.BOTH, dataclasses.replace(LIMITS, parked_tokens=math.inf))
+    journal = Journal(lambda: now)
+    instance.journal = journal.recorder(instance)
+    for serial in range(40):
+        num_prompt = rng.randint(1, 400)
+        keys = page_keys(num_prompt, 64, serial)
+        slo = Slo(rng.choice([0.2, 2.0]), rng.choice([0.01, 0.04]))
+        asked = Request(f"r{serial}", 0.0, range(num_prompt), 60, slo, page_keys=keys)
+        instance.add(asked)
+    under_way, num_ahead = [], 0
+    while instance.waiting or instance.running or under_way:
+        now += rng.uniform(0.001, 0.01)
+        batch = Batch()
+        if not (under_way and instance.awaits_result):
+            batch = policy(instance, now)
+        if batch and not (under_way and batch.evict):
+            instance.begin(batch, now)
+            for id in batch.fetch:
+                instance.fetched(id)
+        if batch.work and not (under_way and batch.evict):
+            num_ahead += len(under_way)
+            under_way.append(batch)
+        if under_way and (len(under_way) == 2 or not batch.work or batch.evict):
+            stopped = [id for id in under_way[0].work if rng.random() < 0.05]
+            instance.end(under_way.pop(0), now, [id for id in stopped if tokens(instance, id)])
+        if under_way:
+            now += 0.001
+            instance.expect(now)
+        instance.check()
+    lines = list(to_lines(journal.take()))
+    assert num_ahead > 50
+    assert check(from_lines(lines), {"b": policy}) > num_ahead
+
+
+def tokens(instance, id):
+    """How many tokens there are of an output, if any."""
+    seq = instance.get(id)
+    return seq.num_tokens if seq else 0
 
 
 def test_another_policy_is_noticed(lines):

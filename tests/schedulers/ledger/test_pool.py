@@ -64,17 +64,21 @@ def cached(instance: Instance, prompt: Sequence[int]) -> int:
 
 class Verbs:
     """A ledger led through random verbs. What it has in its pages is known: `content`, the token
-    ids of each, written when a step ends, as an engine would.
+    ids of each, written when a step ends or is expected to, as an engine would.
     """
 
     def __init__(self, role: Role, rng: random.Random):
         self.instance, self.rng, self.number = Instance("i", role, LIMITS), rng, 0
         self.content: dict[int, list[int]] = {}
-        self.step: Batch | None = None
-        self.num_cached = 0
+        self.steps: list[Batch] = []  # that have begun: the first is expected, if there are two
+        self.expected: list[str] | None = None  # what may be stopped by the expected step
+        self.num_cached = self.num_ahead = 0
 
     def do_one(self):
-        step = self.end if self.step else self.begin
+        if self.expected is None:
+            step = self.rng.choice([self.end, self.expect]) if self.steps else self.begin
+        else:
+            step = self.begin if len(self.steps) == 1 and self.rng.random() < 0.7 else self.end
         verbs = {self.add: 3, step: 6, self.let_go: 2, self.cancel: 0.5}
         (verb,) = self.rng.choices([*verbs], [*verbs.values()])
         verb()
@@ -101,36 +105,63 @@ class Verbs:
         if free < 0 or not work:
             return
         found = {id: instance.waiting[id].computed for id in work if id in instance.waiting}
-        self.step = Batch(work)
-        instance.begin(self.step, 0.0)
+        self.steps.append(Batch(work))
+        self.num_ahead += len(self.steps) == 2
+        instance.begin(self.steps[-1], 0.0)
         for id, count in found.items():
             assert instance.running[id].cached == count, "what was decided upon"
             self.num_cached += count
             self.look(instance.running[id])
 
-    def end(self):
-        assert self.step
-        for id, count in self.step.work.items():
+    def expect(self):
+        self.expected = self.compute()
+        self.instance.expect(1.0)
+
+    def compute(self):
+        """The step under way runs. Returns whose outputs may end by it."""
+        (step,) = self.steps
+        for id, count in step.work.items():
             if seq := self.instance.running.get(id):
                 for position in range(seq.computed, seq.computed + count):
                     page = seq.pages[position // LIMITS.page_size]
                     ids = self.content.setdefault(page, [-1] * LIMITS.page_size)
                     known = seq.request.prompt[position : position + 1] or [7]
                     ids[position % LIMITS.page_size] = known[0]
-        stopped = [
+        return [
             id
-            for id, count in self.step.work.items()
+            for id, count in step.work.items()
             if self.instance.role is Role.BOTH
             and (seq := self.instance.running.get(id))
             and seq.remaining == count
             and (self.rng.random() < 0.4 or seq.length == LIMITS.max_context)
         ]
-        for seq in self.instance.end(self.step, 1.0, stopped):
+
+    def end(self):
+        stopped = self.compute() if self.expected is None else self.expected
+        stopped = [id for id in stopped if self.instance.get(id)]
+        for id in self.some(self.steps[0].work) if self.expected is not None else ():
+            # Its numbers are not finite: so nothing of it may be cached.
+            if self.instance.get(id) and self.rng.random() < 0.3:
+                self.spoil(self.instance.get(id))
+                self.instance.cancel(id)
+        for seq in self.instance.end(self.steps.pop(0), 1.0, stopped):
             if seq.pages:
                 self.look(seq)
-        self.step = None
+        self.expected = None
         for seq in self.instance.running.values():
             self.look(seq)
+
+    def spoil(self, seq):
+        """What the expected step has written of it is no KV of its tokens."""
+        count = self.steps[0].work[seq.request.id]
+        for page in seq.pages[(seq.computed - count) // LIMITS.page_size :]:
+            if not any(page in other.pages for other in self.everyone() if other is not seq):
+                self.content[page] = [-2] * LIMITS.page_size
+
+    def everyone(self):
+        instance = self.instance
+        places = (instance.waiting, instance.running, instance.parked, instance.ending)
+        return [seq for place in places for seq in place.values()]
 
     def look(self, seq):
         """What it has computed of its prompt is what its pages hold."""
@@ -143,9 +174,8 @@ class Verbs:
             self.rng.choice([self.instance.copied, self.instance.release])(id)
 
     def cancel(self):
-        for place in (self.instance.waiting, self.instance.running, self.instance.parked):
-            for id in self.some(place):
-                self.instance.cancel(id)
+        for id in self.some([seq.request.id for seq in self.everyone()]):
+            self.instance.cancel(id)
 
     def some(self, ids):
         return [id for id in ids if self.rng.random() < 0.3]
@@ -158,9 +188,8 @@ def test_random_verbs(role, seed):
     verbs = Verbs(role, random.Random(seed))
     for _ in range(80):
         verbs.do_one()
-    for place in (verbs.instance.waiting, verbs.instance.running, verbs.instance.parked):
-        for id in list(place):
-            verbs.instance.cancel(id)
+    for seq in verbs.everyone():
+        verbs.instance.cancel(seq.request.id)
     verbs.instance.check()
     assert verbs.instance.pages.num_free == LIMITS.num_pages
     assert not verbs.instance.pool._watchers
@@ -171,6 +200,7 @@ def test_random_verbs_do_find_what_is_cached():
     for _ in range(300):
         verbs.do_one()
     assert verbs.num_cached > 50
+    assert verbs.num_ahead > 10
 
 
 def test_a_prompt_finds_the_whole_pages_that_it_has_in_common_with_an_earlier_one():
@@ -375,3 +405,29 @@ def test_check_notices(held, message):
     table.alloc(3)
     with pytest.raises(AssertionError, match=message):
         table.check(held)
+
+
+def test_a_prompt_awaits_the_pages_that_an_expected_step_computes_of_it():
+    instance = Instance("p", Role.PREFILL, LIMITS)
+    instance.add(request("a", [1, 2, 3, 4, 5]))
+    instance.begin(first := Batch({"a": 5}), 0.0)
+    instance.add(request("other", [7, 7, 7, 7, 7]))
+    instance.expect(0.5)
+    assert not instance.awaits_result
+    alike = instance.add(request("alike", [1, 2, 3, 4, 9]))
+    assert instance.awaits_result
+    assert alike.computed == 0, "what is not known to be finite is not shared"
+    instance.end(first, 1.0)
+    assert alike.computed == 4
+    instance.check()
+
+
+def test_what_turns_out_not_to_be_finite_is_never_cached():
+    instance = Instance("p", Role.PREFILL, LIMITS)
+    instance.add(request("a", [1, 2, 3, 4, 5]))
+    instance.begin(first := Batch({"a": 5}), 0.0)
+    instance.expect(0.5)
+    instance.cancel("a")
+    instance.end(first, 1.0)
+    assert cached(instance, [1, 2, 3, 4, 5]) == 0
+    assert instance.pages.num_free == LIMITS.num_pages

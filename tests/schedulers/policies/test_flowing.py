@@ -137,6 +137,8 @@ def test_only_what_has_a_first_token_is_handed_over():
     instance.add(Request("a", 0.0, range(100), 50, SLO))
     instance.begin(batch("a", 50), 0.0)
     instance.end(batch("a", 50), 0.1)
-    with pytest.raises(ValueError, match="'a' is to be handed over in the midst of its prompt"):
+    with pytest.raises(
+        ValueError, match="'a' is to be handed over in the midst of a step or prompt"
+    ):
         instance.hand_over("a", "why")
     instance.check()
