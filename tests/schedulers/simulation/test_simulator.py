@@ -55,9 +55,9 @@ def test_every_request_gets_exactly_its_tokens(first, second, colocated):
         prefills(5e-3, 32e-6, 0.66e-9),
         decodes(7e-3, 20e-6, 55e-9),
         TransferCost(2e-3, 5.2e-6),
-        40_000,  # so little that some are evicted
+        20_000,  # so little that some are evicted
     )
-    arrivals = synthetic(150, 12.0, seed=5, max_prompt=8000)
+    arrivals = synthetic(60, 12.0, seed=5, max_prompt=8000)
     scenario = Scenario(
         cost,
         (SloClass(0.5, Slo(1.0, 0.025)), SloClass(0.5, Slo(10.0, 0.1))),
@@ -175,21 +175,21 @@ def flowing(arrivals, **options):
 
 @pytest.mark.parametrize("parked_tokens", [math.inf, 9000])
 def test_where_roles_flow_every_request_gets_its_tokens_and_decisions_replay(parked_tokens):
-    arrivals = synthetic(400, 36.0, seed=5, max_prompt=8000)
+    arrivals = synthetic(250, 44.0, seed=5, max_prompt=8000)
     simulation, outcomes, records = flowing(arrivals, parked_tokens=parked_tokens, noise=0.1)
     assert [each.num_output for each in outcomes] == [each.num_output for each in arrivals]
     pairs = (*simulation.fleet.prefill, *simulation.fleet.decode)
-    assert check(records, {instance.id: policy for instance, policy in pairs}) > 1000
+    assert check(records, {instance.id: policy for instance, policy in pairs}) > 500
     for instance, _ in pairs:
         instance.check()
         assert not any((instance.waiting, instance.running, instance.parked))
     verbs = Counter(record[1] for record in records)
-    assert min(verbs["stay"], verbs["hand_over"]) > 20, "an overload of both jobs"
+    assert min(verbs["stay"], verbs["hand_over"]) >= 5, "an overload of both jobs"
     assert verbs["release"] == verbs["hand_over"]
 
 
 def test_explained_is_where_a_request_went_and_why():
-    simulation, _, records = flowing(synthetic(400, 36.0, seed=5, max_prompt=8000))
+    simulation, _, records = flowing(synthetic(250, 44.0, seed=5, max_prompt=8000))
     pairs = (*simulation.fleet.prefill, *simulation.fleet.decode)
     policies = {instance.id: policy for instance, policy in pairs}
     of_verb = {verb: args[0] for _, verb, _, *args in records[::-1] if verb in PLACED}
@@ -202,7 +202,7 @@ def test_explained_is_where_a_request_went_and_why():
 
 @pytest.mark.parametrize("rate", [24.0, 40.0])
 def test_flowing_roles_keep_at_least_what_fixed_ones_do(rate):
-    arrivals = synthetic(600, rate, seed=3, max_prompt=4000)
+    arrivals = synthetic(300, rate, seed=3, max_prompt=4000)
     slo = (SloClass(1.0, Slo(1.0, 0.025)),)
     fixed, fluid = (
         simulate(Scenario(BUSY, slo, 2, 1, fluid=flows), arrivals)["e2e_attainment"]
