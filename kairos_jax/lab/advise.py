@@ -56,7 +56,10 @@ def layouts(scenario: Scenario, devices: int, of_instance: Sizes = (1, 1)) -> li
         both = replace(
             scenario, colocated=devices // of_prefill, fluid=False, num_prefill=0, num_decode=0
         )
-        return [both, *split, *(replace(each, fluid=True) for each in split)]
+        # How many of them begin with decode matters little where roles flow: one, or half.
+        begins = {1, devices // of_prefill // 2}
+        fluid = [replace(each, fluid=True) for each in split if each.num_decode in begins]
+        return [both, *split, *fluid]
     return split
 
 

@@ -236,6 +236,8 @@ class Dispatch:
         """Decides where a stream goes on that has its first token, where roles flow. Until it has
         been handed over, it goes on where it is.
         """
+        if len(stream.peers) != 1:  # the one that gave the token is lost, and it goes on elsewhere
+            return
         (home,), request = stream.peers, stream.request
         assert stream.first_token_at is not None
         late = stream.first_token_at > request.deadline

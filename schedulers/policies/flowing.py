@@ -106,8 +106,8 @@ def place(
     if fit and not late:
         first = max(fit, key=lambda i: summaries[i].decoding)
         return Placement(first, _told(summaries[first], length))
-    by_decoding = [replace(summaries[i], load=summaries[i].decoding) for i in receiving]
-    first = receiving[route_decode(length, slo, by_decoding, cost, now)]
+    loaded = [replace(summaries[i], load=summaries[i].decoding) for i in receiving]
+    first = receiving[route_decode(length, slo, loaded, cost, now)]
     if late:
         return Placement(first, "its first token was late")
     told = _told(summaries[first], length)

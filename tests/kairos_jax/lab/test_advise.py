@@ -43,7 +43,6 @@ def test_layouts_are_all_colocated_and_every_split():
         "1 prefill + 3 decode",
         "2 prefill + 2 decode",
         "3 prefill + 1 decode",
-        "1 prefill + 3 decode (fluid)",
         "2 prefill + 2 decode (fluid)",
         "3 prefill + 1 decode (fluid)",
     ]
@@ -145,8 +144,8 @@ def test_progress_is_told_to_its_end(monkeypatch):
     holds(monkeypatch, lambda scenario: 10.0)
     told: list[tuple[int, int]] = []
     advise(SCENARIO, ARRIVALS, 3, lambda done, total: told.append((done, total)), workers=1)
-    assert told[0] == (0, 60)
-    assert told[-1][0] == told[-1][1] < 60
+    assert told[0] == (0, 48)
+    assert told[-1][0] == told[-1][1] < 48
     assert told == sorted(told, key=lambda each: each[0])
 
 

@@ -137,3 +137,18 @@ def test_with_nobody_left_to_take_it_the_one_that_has_it_does_it_again(monkeypat
         assert stream.num_lost == 0
 
     asyncio.run(main())
+
+
+def test_the_last_word_of_one_that_is_lost_moves_nothing(monkeypatch):
+    async def main():
+        fleet = played(monkeypatch, 1)
+        stream = fleet.router.submit(
+            fakes.Request("a", 0.0, [1, 2, 3], 9, fakes.CONFIG.default_slo)
+        )
+        submit = await fleet.sent("b1", Submit)
+        stream.peers.clear()  # it waits for a worker
+        await fleet.output(submit.request.id, 5)
+        assert not fleet.posts["b1"]
+        assert not fleet.posts["b2"]
+
+    asyncio.run(main())
