@@ -181,7 +181,8 @@ def _instance(peer: Peer, status: Status | None, now: float) -> dict[str, Any]:
         "role": peer.role.value,
         "taking": not peer.draining,
         "queue_s": _finite(summary.work_s),
-        "load": _finite(summary.load),
+        # Prompts of an instance that does both may go on elsewhere.
+        "load": _finite(summary.decoding if peer.role is Role.BOTH else summary.load),
         "pace": _finite(summary.pace),
         "status": None,
     }

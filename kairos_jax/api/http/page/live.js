@@ -311,7 +311,7 @@ function drawInstance(card, { role, taking, queue_s, load, status }, told) {
   card.silent.hidden = Boolean(status);
   card.parkedBar.hidden = card.parkedKv.hidden = !(status?.parked_limit);
   if (!status) return;
-  card.load.hidden = role !== "decode";
+  card.load.hidden = role === "prefill";
   for (const [name, number] of card.numbers) {
     say(number, name === "load" ? percent(load ?? 0) : count(status[name]));
   }
