@@ -488,7 +488,7 @@ async def test_a_short_refusal_of_kv_connections_fails_nothing():
         for submit in played.taken("p0", Submit):
             await played.output(submit.request.id, 11, ticket=True)
         for handed in played.taken("d0", Handover):
-            if played.now < 0.3:
+            if played.now < 0.3 or refused < 70:  # however slow the machine is, each once
                 refused += 1
                 await played.say(Lost(handed.request.id, ConnectionError("refused")))
             else:
