@@ -160,8 +160,7 @@ async def serve(
         on_expired=lambda id: worker.post(Cancel(id)),
     )
     server.add_late(transport.add_to)
-    kinds = ("prefill", "decode") if config.fluid else (role.value,)
-    cost = CostModel.from_profile(prepared.measured, kinds)
+    cost = CostModel.from_profile(prepared.measured, config.role(role).jobs)
     worker = build_worker(config, role, server.name, engine, cost, transport, emit, journal)
     workers.append(worker)
     await server.open(worker, config, prepared)

@@ -245,10 +245,6 @@ class ServerConfig:
             f"{decode.instances} x {decode.devices} decode{' (fluid)' if self.fluid else ''}"
         )
 
-    @property
-    def _handing_over(self) -> tuple[Role, ...]:
-        return (Role.PREFILL, Role.BOTH) if self.fluid else (Role.PREFILL,)
-
     def devices(self, role: Role) -> int:
         """Devices of one instance."""
         return self.decode.devices if role is Role.DECODE else self.prefill.devices
@@ -256,6 +252,7 @@ class ServerConfig:
     def limits(self, role: Role) -> Limits:
         """What the ledger of an instance can hold."""
         prefill, decode = self.prefill, self.decode
+        hands_over = role is Role.PREFILL or (self.fluid and role is Role.BOTH)
         kv_tokens = prefill.kv_tokens if role is Role.PREFILL else decode.kv_tokens
         return Limits(
             max_batch=decode.max_batch,
@@ -263,7 +260,7 @@ class ServerConfig:
             max_context=self.max_context,
             page_size=self.page_size,
             num_pages=kv_tokens // self.page_size,
-            parked_tokens=prefill.parked_tokens if role in self._handing_over else math.inf,
+            parked_tokens=prefill.parked_tokens if hands_over else math.inf,
         )
 
 

@@ -254,19 +254,17 @@ class _Link:
             if not isinstance(welcome, Welcome):
                 raise ValueError(f"a Hello was answered by a {type(welcome).__name__}")
             links.check(welcome, self._role, self._address)
-            role = Role.BOTH if welcome.fluid else self._role
-            kinds = ("prefill", "decode") if welcome.fluid else (role.value,)
-            cost = CostModel.from_profile(welcome.profile, kinds)
+            cost = CostModel.from_profile(welcome.profile, welcome.does.jobs)
             linked = Linked(self._address, welcome, cost)
             said = await _read(call)
         now = links.clock()
-        first = codec.decode(said, Sender(now, linked.id, role))
+        first = codec.decode(said, Sender(now, linked.id, welcome.does))
         if not isinstance(first, Outlined):
             raise ValueError(f"its Welcome was followed by a {type(first).__name__}")
         limits = linked.welcome.limits
         peer = Peer(
             linked.id,
-            role,
+            welcome.does,
             self._outbox.put_nowait,
             cost,
             first.summary,
@@ -292,7 +290,7 @@ class _Link:
 
     async def _listen(self, call: Any, linked: Linked) -> None:
         """Passes events on to the router until there are no more."""
-        links, role = self._links, Role.BOTH if linked.welcome.fluid else self._role
+        links, role = self._links, linked.welcome.does
         while (said := await call.read()) is not EOF:
             self._heartbeat.heard()
             match codec.decode(said, Sender(links.clock(), linked.id, role)):

@@ -242,6 +242,11 @@ class Welcome:
     version: int = 0
     fluid: bool = False
 
+    @property
+    def does(self) -> Role:
+        """The jobs that it does, wherever it begins."""
+        return Role.BOTH if self.fluid else self.role
+
 
 @dataclass(frozen=True, slots=True)
 class Ping:

@@ -32,6 +32,11 @@ class Role(enum.Enum):
     DECODE = "decode"
     BOTH = "both"
 
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """Of "prefill" and "decode", as profiles name them."""
+        return ("prefill", "decode") if self is Role.BOTH else (self.value,)
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -31,8 +31,9 @@ class Summary:
     tokens whose KV it could still take in. end_s: seconds until, as expected, the first of its
     sequences has ended. parked_room: tokens of prompts that it should still be sent: without a
     bound, unless it has to wait until parked KV is fetched; then as many wait as may be parked.
-    decoding: the share of its time that the sequences with a first token need, each at the pace at
-    which it keeps its SLO; those that cannot keep it need none. receives: see `Instance`.
+    decoding: of an instance that does both, the share of its time that the sequences with a first
+    token need, each at the pace at which it keeps its SLO; those that cannot keep it need none.
+    receives: see `Instance`.
     """
 
     id: str
@@ -131,6 +132,7 @@ def outline(
     if instance.role is not Role.PREFILL:
         load, room = _load(instance, cost, now, demotes_late), _room(instance)
         end_s = _end_s(instance, cost)
+    if instance.role is Role.BOTH:
         decoding = _decoding(instance, cost, now, without)
     free_s = max(instance.busy_until - now, 0.0)
     return Summary(
@@ -309,8 +311,7 @@ def _decoding(instance: Instance, cost: CostModel, now: float, without: str) -> 
         return 0.0
     view = View(cost, instance, now, _KEEPS)
     counts = view.feasible & (view.cells[Column.COUNT] > 0)
-    if without in instance.running:
-        counts[list(instance.running).index(without)] = False
+    counts[instance.running.where({without: 1})] = False
     if not counts.any():
         return 0.0
     with np.errstate(over="ignore"):  # a TPOT may be as short as a client likes
