@@ -5,8 +5,9 @@ kairos plan --config=llama3_8b:v5e8 --output=profile.json
 kairos simulate --profile=profile.json --trace=synthetic --advise --devices=8 --ttft=1 --tpot=0.05
 
 With --fast by shapes alone, in seconds. Without, the steps are also compiled for the chip, by its
-own compiler, which needs no chip: memory is then what the compiler says, and programs that do what
-they should not are named. The profile that --output writes says `source: predicted`.
+own compiler, which needs no chip. Memory is then what the compiler says, step times are reckoned
+from the operations and the bytes of the compiled steps, and programs that do what they should not
+are named. The profile that --output writes says `source: predicted`.
 """
 
 import json
@@ -25,6 +26,7 @@ from kairos_jax.config import ConfigError, ServerConfig
 from kairos_jax.config.chips import CHIPS, Chip
 from kairos_jax.lab import topology
 from kairos_jax.lab.planning import (
+    Counted,
     Needs,
     Prediction,
     Shares,
@@ -97,6 +99,16 @@ def compiled(
     return built
 
 
+def counted(model: ModelConfig, built: Sequence[Any]) -> list[Counted]:
+    """Of a role's compiled steps, those with all layers; the one of the fewest tokens first."""
+    return sorted(
+        Counted(tokens, sequences, each.program.operations, each.moved)
+        for each in built
+        if each.size and each.layers == model.num_layers and not each.error
+        for tokens, sequences in [each.size]
+    )
+
+
 def _table(name: str, *numbers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column(name)
@@ -147,7 +159,8 @@ def show_steps(console: Console, decode: Prediction, prefill: Prediction) -> Non
 
 def show_programs(console: Console, built: Sequence[Any]) -> None:
     """What the compiler made, and what is wrong with it."""
-    table = _table("program", "layers", "compile s", "temporaries GB", "collectives")
+    numbers = ("temporaries GB", "Gflop", "GB moved", "collectives")
+    table = _table("program", "layers", "compile s", *numbers)
     table.add_column("faults", overflow="fold")
     for each in built:
         table.add_row(
@@ -155,6 +168,8 @@ def show_programs(console: Console, built: Sequence[Any]) -> None:
             str(each.layers),
             f"{each.lower_s + each.compile_s:.1f}",
             _gb(each.memory.temporaries),
+            f"{each.program.operations / 1e9:.0f}",
+            _gb(each.moved),
             str(sum(each.program.collectives.values())),
             "; ".join([*each.faults, *(f"known: {words}" for words in each.known)]) or "none",
         )
@@ -174,22 +189,23 @@ def main(argv: list[str]) -> int:
         check_fits(config, each, chip)
     console = Console()
     console.print(f"{config.model} on {chip.title}: {config.layout}", highlight=False)
-    built = []
+    of_role: dict[Role, list[Any]] = {}
     if not values.fast:
         topology.prepare()
-        for programs in compiled(config, model, chip, needs).values():
-            built += programs
+        of_role = compiled(config, model, chip, needs)
+    built = [each for programs in of_role.values() for each in programs]
     show_memory(console, config, chip, list(needs.values()), known=bool(built))
     if built:
         show_programs(console, built)
-    first, last = (
-        Prediction(model, config, needs[role], chip, shares)
+    prefill, decode = (
+        Prediction(model, config, needs[role], chip, shares, counted(model, of_role.get(role, ())))
         for role in (config.roles[0], config.roles[-1])
     )
-    show_steps(console, last, first)
-    console.print(f"Assumed: {shares}.", highlight=False)
+    show_steps(console, decode, prefill)
+    by = "as the compiled programs have them" if built else "by shapes"
+    console.print(f"Operations and bytes: {by}. Assumed: {shares}.", highlight=False)
     if output is not None:
-        profile = predict(config, model, needs, chip, shares)
+        profile = predict(prefill, decode)
         Path(output).write_text(json.dumps(profile, indent=1) + "\n")
         console.print(f"Profile: {output}", highlight=False)
     for each in needs.values():

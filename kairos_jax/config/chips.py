@@ -20,6 +20,8 @@ class Chip:
         flops: operations a second of products, by dtype.
         link: bytes a second to the other devices of its mesh, in one direction.
         most: devices of one host.
+        cache: bytes of a cache before that memory. A TPU has none: its programs say what they bring
+            into fast memory.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Chip:
     flops: Mapping[str, float]
     link: float
     most: int = 8
+    cache: int = 0
 
 
 # Of a GPU JAX takes three quarters by default (XLA_PYTHON_CLIENT_MEM_FRACTION), of a TPU all but
@@ -49,11 +52,11 @@ CHIPS = {
         ),
         Chip(
             *("h100", "NVIDIA H100 SXM, 80 GB", "gpu", int(_GPU_SHARE * 79.1 * GIB), 3352e9),
-            *({"bfloat16": 989e12, "float32": 67e12}, 450e9),
+            *({"bfloat16": 989e12, "float32": 67e12}, 450e9, 8, 50 << 20),
         ),
         Chip(
             *("h200", "NVIDIA H200 SXM, 141 GB", "gpu", int(_GPU_SHARE * 139.8 * GIB), 4800e9),
-            *({"bfloat16": 989e12, "float32": 67e12}, 450e9),
+            *({"bfloat16": 989e12, "float32": 67e12}, 450e9, 8, 50 << 20),
         ),
     )
 }

@@ -47,18 +47,20 @@ class Memory:
 class Built:
     """A program that was compiled, or not. faults: what it does that it should not, in words.
     known: the same, where it is known and stays. error: of the compiler; the fields after it are
-    then as they were.
+    then as they were. size: of a step, its tokens and sequences. moved: bytes read from main memory
+    and written to it, but for the pool, which kernels read and write in places.
     """
 
     role: Role
     name: str
     layers: int
+    size: tuple[int, int] | None = None
     error: str = ""
     lower_s: float = 0.0
     compile_s: float = 0.0
     memory: Memory = Memory(0, 0, 0)
     program: hlo.Program = field(default_factory=hlo.Program)
-    bytes_accessed: float = 0.0
+    moved: int = 0
     faults: list[str] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
 
@@ -105,7 +107,7 @@ def build(
         if size and size not in largest:
             call, _, function, arguments = small[index]
             of, layers = few_layers, len(few_layers.pool)
-        built = Built(role, name_of(call, size), layers)
+        built = Built(role, name_of(call, size), layers, size)
         yield _built(built, call, function, arguments, of, chip)
 
 
@@ -129,9 +131,9 @@ def _built(
     if sizes is not None:
         peak = getattr(sizes, "peak_memory_in_bytes", 0)
         built.memory = Memory(sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, peak)
-    costs = compiled.cost_analysis() or {}
-    built.bytes_accessed = costs.get("bytes accessed", 0.0)
     built.program = hlo.read(compiled.as_text())
+    pool = _shards(jax.tree.leaves(functions.pool))
+    built.moved = built.program.bytes_moved(pool, chip.cache)
     for fault in faults_of(built.program, call, functions):
         known = any(isinstance(call, of) and words in fault for of, words in _KNOWN)
         (built.known if known else built.faults).append(fault)

@@ -7,7 +7,7 @@ ones that do not do, what is looked for.
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +17,19 @@ COLLECTIVES = (
 )
 _MOVES = ("copy", "transpose", "reshape")
 _FAST = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([1-9]")
+# An array in a result, and how it lies.
+_PLACED = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\](\{[^}]*\})?")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_KERNEL_LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
+# They move nothing, or what they begin is counted where it begins.
+# Of what runs beside others, where its destination stands among its results.
+_DESTINATION = {"copy-start": 0, "slice-start": 1, "dynamic-slice-start": 1}
+_ROWS = ("gather", "dynamic-slice", "slice", "slice-start", "dynamic-slice-start")
+_MOVE_NOTHING = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("partition-id", "conditional", "while", "call"),
+)
 # Of a copy that has begun: what it is of lies in fast memory.
 _FROM_FAST = re.compile(r"^\(\w+\[[\d,]*\]\{[^}]*\}, \w+\[[\d,]*\]\{[^}]*S\([1-9]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -51,15 +64,19 @@ class Shape(NamedTuple):
 class Instruction:
     """One line. shapes: of its results. rest: what follows its opcode. in_fast_memory: its first
     result does not lie in a device's main memory, but where it is brought to be computed with.
-    from_fast_memory: it is a copy that brings it back from there.
+    from_fast_memory: it is a copy that brings it back from there. in_main: those of its results
+    that lie in main memory. operands: names of other instructions.
     """
 
+    name: str
     opcode: str
     shapes: tuple[Shape, ...]
     rest: str
     is_root: bool
     in_fast_memory: bool
     from_fast_memory: bool
+    in_main: tuple[Shape, ...] = ()
+    operands: tuple[str, ...] = ()
 
     @property
     def largest(self) -> Shape | None:
@@ -92,6 +109,12 @@ class Program:
         custom_calls: how many of each target.
         cycles: estimated, without kernels and collectives, where XLA says so: of the longest way
             through each conditional.
+        operations: of all products, a multiplication and an addition each. Without kernels; the
+            body of a loop counts once.
+        arguments: those that are read from main memory, and how often. Of one from which rows are
+            gathered, the rows count. Without the branches of conditionals; the body of a loop
+            counts once.
+        between: as `arguments`, of what is written to main memory, and what is read of that.
     """
 
     aliased: int = 0
@@ -101,6 +124,21 @@ class Program:
     returned: Counter[Shape] = field(default_factory=Counter)
     custom_calls: Counter[str] = field(default_factory=Counter)
     cycles: int = 0
+    operations: int = 0
+    arguments: Counter[Shape] = field(default_factory=Counter)
+    between: Counter[Shape] = field(default_factory=Counter)
+
+    def bytes_moved(self, but: Collection[Shape] = (), cache: int = 0) -> int:
+        """To and from main memory. but: arrays of these shapes do not count. cache: bytes of one
+        before main memory; what is written and fits is read from there.
+        """
+        past = {each: n for each, n in self.between.items() if each.num_bytes > cache}
+        return sum(
+            n * each.num_bytes
+            for arrays in (self.arguments, past)
+            for each, n in arrays.items()
+            if each not in but
+        )
 
     def moved(self, shapes: Collection[Shape], but: Collection[Shape] = ()) -> int:
         """How many arrays of these shapes, or of a permutation of their dimensions, are copied or
@@ -149,6 +187,8 @@ def read(text: str) -> Program:
             elif shape and _is_move(line, computations):
                 program.moves[shape] += 1
     program.cycles = _cycles(entry, computations)
+    program.operations = sum(_operations(lines) for lines in computations.values())
+    _add_traffic(program, entry, computations)
     return program
 
 
@@ -164,7 +204,7 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         elif line.startswith("}"):
             name = ""
         elif name and (parts := _LINE.match(line)):
-            root, _, result, opcode, rest = parts.groups()
+            root, own, result, opcode, rest = parts.groups()
             shapes = tuple(
                 Shape(dtype, tuple(int(size) for size in dims.split(",") if size))
                 for dtype, dims in _SHAPE.findall(result)
@@ -172,8 +212,90 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             )
             fast = bool(_FAST.match(result.lstrip("(")))
             back = bool(_FROM_FAST.match(result))
-            found[name].append(Instruction(opcode, shapes, rest, bool(root), fast, back))
+            placed = [
+                (Shape(dtype, tuple(int(size) for size in dims.split(",") if size)), layout or "")
+                for dtype, dims, layout in _PLACED.findall(result)
+            ]
+            in_main = tuple(shape for shape, layout in placed if not _is_fast(layout))
+            if opcode in _DESTINATION:  # beside it stand its source and a mark
+                shape, layout = placed[_DESTINATION[opcode]]
+                shapes, in_main = (shape, *shapes), () if _is_fast(layout) else (shape,)
+            operands = tuple(_OPERAND.findall(_within(rest)))
+            found[name].append(
+                Instruction(own, opcode, shapes, rest, bool(root), fast, back, in_main, operands)
+            )
     return found, entry
+
+
+def _is_fast(layout: str) -> bool:
+    return bool(re.search(r"S\([1-9]", layout))
+
+
+def _within(rest: str) -> str:
+    """What stands before the parenthesis that closes an instruction's operands."""
+    depth = 1
+    for index, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return rest[:index]
+    return rest
+
+
+def _operations(lines: Sequence[Instruction]) -> int:
+    """Of the products in a computation. XLA for TPU writes them as convolutions."""
+    shapes = {line.name: line.shapes[0] for line in lines if line.shapes}
+    total = 0
+    for line in lines:
+        if line.opcode not in ("dot", "convolution"):
+            continue
+        first, second = (shapes[each].dims for each in line.operands[:2])
+        if line.opcode == "dot" and (found := _CONTRACTED.search(line.rest)):
+            summed = math.prod(first[int(each)] for each in found[1].split(",") if each)
+        elif found := _KERNEL_LABELS.search(line.rest):
+            summed = math.prod(second) // second[found[1].index("o")]
+        else:
+            continue
+        total += 2 * summed * math.prod(line.shapes[0].dims)
+    return total
+
+
+def _add_traffic(program: Program, name: str, computations: dict[str, list[Instruction]]) -> None:
+    lines = computations.get(name, [])
+    made = {line.name: line for line in lines}
+    for line in lines:
+        if line.opcode in ("while", "call"):
+            for called in line.called:
+                _add_traffic(program, called, computations)
+        if line.opcode in _MOVE_NOTHING or line.opcode.endswith(("-done", "-update")):
+            continue
+        program.between.update(line.in_main)
+        for place, operand in enumerate(line.operands):
+            source = made.get(operand)
+            if not source or not source.in_main or source.opcode == "tuple":
+                continue
+            read = _read_by(line, place, computations) or source.in_main
+            while source and source.opcode == "bitcast":
+                source = made.get(source.operands[0])
+            given = source is not None and source.opcode == "parameter"
+            (program.arguments if given else program.between).update(read)
+
+
+def _read_by(
+    line: Instruction, place: int, computations: dict[str, list[Instruction]]
+) -> list[Shape]:
+    """What an instruction reads of an operand, where that is a few rows of it; else empty."""
+    if line.opcode in _ROWS and not place:
+        return [line.shapes[0]]
+    for called in line.called if line.opcode == "fusion" else ():
+        inside = computations.get(called, [])
+        own = next(
+            (x.name for x in inside if x.opcode == "parameter" and x.rest.startswith(f"{place})")),
+            None,
+        )
+        users = [each for each in inside if own in each.operands]
+        if users and all(each.opcode in _ROWS and each.operands[0] == own for each in users):
+            return [each.shapes[0] for each in users]
+    return []
 
 
 def _fused(computations: dict[str, list[Instruction]]) -> set[str]:

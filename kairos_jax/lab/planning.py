@@ -9,9 +9,9 @@ import dataclasses
 import datetime
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -125,10 +125,24 @@ def check_fits(config: ServerConfig, needs: Needs, chip: Chip) -> None:
     )
 
 
+class Counted(NamedTuple):
+    """What a compiled step of all layers does on one device, but for its attention: operations of
+    products, and bytes moved in main memory.
+    """
+
+    tokens: int
+    sequences: int
+    operations: float
+    moved: float
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """Times of steps of one role. `limit_s`: of a chip that reaches all that it states, and of a
     host that adds nothing.
+
+    counted: of the role's compiled steps, one or two; between and beyond them lies a line.
+    Attention is reckoned by shapes. So is the rest where nothing was compiled, and for a limit.
     """
 
     model: ModelConfig
@@ -136,6 +150,7 @@ class Prediction:
     needs: Needs
     chip: Chip
     shares: Shares
+    counted: Sequence[Counted] = ()
 
     def decode_s(self, batch: int, context: int) -> float:
         """A step of so many sequences of that context."""
@@ -147,29 +162,44 @@ class Prediction:
 
     def step_s(self, batch: int, context: int, tokens: int, computed: int = 0) -> float:
         """A step of both."""
-        return self._seconds(batch, context, tokens, computed, self.shares)
+        return self._seconds(batch, context, tokens, computed)
 
     def decode_limit_s(self, batch: int, context: int) -> float:
         """As `decode_s`, by what the chip states."""
-        return self._seconds(batch, context, 0, 0, Shares(1, 1, 1, 0))
+        return self._at_best()._seconds(batch, context, 0, 0)
 
     def prefill_limit_s(self, tokens: int, computed: int = 0) -> float:
         """As `prefill_s`, by what the chip states."""
-        return self._seconds(0, 0, tokens, computed, Shares(1, 1, 1, 0))
+        return self._at_best()._seconds(0, 0, tokens, computed)
 
-    def _seconds(
-        self, batch: int, context: int, tokens: int, computed: int, shares: Shares
-    ) -> float:
+    def _at_best(self) -> "Prediction":
+        return dataclasses.replace(self, shares=Shares(1, 1, 1, 0), counted=())
+
+    def _seconds(self, batch: int, context: int, tokens: int, computed: int) -> float:
+        shares = self.shares
         total, sequences = batch + tokens, batch + (tokens > 0)
         pairs = batch * context + tokens * computed + tokens * (tokens + 1) / 2
-        operations = 2 * total * self._products() + 2 * sequences * self._head()
+        operations, moved = self._apart_from_attention(total, sequences)
         operations += 4 * pairs * self._head_numbers()
         contexts = batch * (context + 1) + computed + tokens
-        moved = self._read() + contexts * self.needs.token
+        moved += contexts * self.needs.token
         computing = operations / (self.chip.flops[self.config.dtype] * shares.flops)
         moving = moved / (self.chip.bandwidth * shares.bandwidth)
         exchanging = self._collectives_s(total, sequences, shares.link)
         return max(computing, moving) + exchanging + shares.host_s
+
+    def _apart_from_attention(self, tokens: int, sequences: int) -> tuple[float, float]:
+        """Operations, and bytes moved."""
+        if not self.counted:
+            return 2 * tokens * self._products() + 2 * sequences * self._head(), self._read()
+        first, last = self.counted[0], self.counted[-1]
+        if first.tokens == last.tokens:  # of decode: other batches have as many products a token
+            return first.operations * tokens / first.tokens, first.moved
+        way = (tokens - first.tokens) / (last.tokens - first.tokens)
+        operations = first.operations + way * (last.operations - first.operations)
+        moved = first.moved + way * (last.moved - first.moved)
+        # A step of fewer tokens still reads the weights, and computes its sequences' logits.
+        return max(operations, 2 * tokens * self._products()), max(moved, self._read())
 
     def _products(self) -> float:
         """Weights of the layers' products, on one device."""
@@ -207,19 +237,12 @@ class Prediction:
         return (sums * summed + gathered) / (self.chip.link * share) + (sums + 1) * _LATENCY_S
 
 
-def predict(
-    config: ServerConfig,
-    model: ModelConfig,
-    needs: Mapping[Role, Needs],
-    chip: Chip,
-    shares: Shares,
-) -> dict[str, Any]:
-    """A profile of step times (DESIGN: "Profile file") that were not measured."""
+def predict(prefill: Prediction, decode: Prediction) -> dict[str, Any]:
+    """A profile of step times (DESIGN: "Profile file") that were not measured, of a config whose
+    prompts are computed as the one says and decoded as the other.
+    """
     samples: dict[str, Any] = {}
-    first, last = config.roles[0], config.roles[-1]
-    prefill, decode = (
-        Prediction(model, config, needs[role], chip, shares) for role in (first, last)
-    )
+    config, model, chip, shares = prefill.config, prefill.model, prefill.chip, prefill.shares
     # Policies fill their chunks. Shorter ones read the weights for longer than they compute.
     chunks = list(_up_to(config.prefill.max_chunk, least=config.prefill.max_chunk // 4))
     longest = config.max_context
@@ -255,10 +278,11 @@ def predict(
         "model": config.model,
         "platform": chip.platform,
         "device": chip.title,
-        "devices": {"prefill": needs[first].devices, "decode": needs[last].devices},
+        "devices": {"prefill": prefill.needs.devices, "decode": decode.needs.devices},
         "dtype": config.dtype,
         "source": "predicted",
         "assumed": dataclasses.asdict(shares),
+        "counted": "by the compiler" if prefill.counted else "by shapes",
         "date": datetime.date.today().isoformat(),
         "versions": {"kairos_jax": __version__, "jax": jax.__version__},
         **fitted,

@@ -130,3 +130,59 @@ def test_a_copy_is_told_by_where_it_comes_from(to, source, told):
     )
     program = hlo.read(f"HloModule m\n\nENTRY %main (p: bf16[2]) -> bf16[2] {{\n{line}\n}}\n")
     assert (program.moved({shape}), program.returned[shape]) == told
+
+
+def test_operations_are_those_of_products():
+    def two(x, w, v):
+        return jnp.tanh(x @ w) @ v
+
+    program = compiled(two, (16, 512), (512, 1024), (1024, 256))
+    assert program.operations == 2 * 16 * (512 * 1024 + 1024 * 256)
+    assert compiled(lambda x: x + 1, (16, 512)).operations == 0
+
+
+def test_bytes_are_those_of_arguments_and_of_what_is_written():
+    weight, table = (2048, 2048), (4096, 2048)
+
+    def product(x, w, rows):
+        return jnp.tanh(x @ w) + rows[jnp.array([3, 5, 8, 9])]
+
+    program = compiled(product, (4, 2048), weight, table)
+    small, large = 4 * 4 * 2048, 4 * 2048 * 2048
+    # The weight is read once, of the table four rows; the rest is small.
+    assert large < program.bytes_moved() < large + 12 * small
+    assert program.bytes_moved({hlo.Shape("f32", weight)}) < 12 * small
+    cached = program.bytes_moved(cache=small)
+    assert large < cached < program.bytes_moved(), "what fits into a cache is read from there"
+
+
+# FAST and MAIN: how an array lies in fast and in main memory.
+PREFETCHED = """
+HloModule jit_step
+
+%fused (p.0: bf16[4096,512], p.1: bf16[64,4096]) -> bf16[64,512] {
+  %p.0 = bf16[4096,512]FAST parameter(0)
+  %p.1 = bf16[64,4096]FAST parameter(1)
+  ROOT %c.1 = bf16[64,512]FAST convolution(%p.1, %p.0), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[64,4096], w: bf16[4096,512]) -> bf16[64,512] {
+  %x = bf16[64,4096]MAIN parameter(0)
+  %w = bf16[4096,512]MAIN parameter(1)
+  %near = (bf16[64,4096]FAST, bf16[64,4096]MAIN, u32[]{:S(2)}) copy-start(%x)
+  %near.1 = bf16[64,4096]FAST copy-done(%near)
+  %first = ((bf16[4096,512]MAIN), bf16[2048,512]FAST, s32[]{:S(2)}) slice-start(%w)
+  %first.1 = bf16[2048,512]FAST slice-done(%first)
+  %second = ((bf16[4096,512]MAIN), bf16[2048,512]FAST, s32[]{:S(2)}) slice-start(%w)
+  %second.1 = bf16[2048,512]FAST slice-done(%second)
+  %whole = bf16[4096,512]FAST custom-call(%first.1, %second.1), custom_call_target="ConcatBitcast"
+  %fusion.1 = bf16[64,512]FAST fusion(%whole, %near.1), kind=kOutput, calls=%fused
+  ROOT %copy.2 = bf16[64,512]MAIN copy(%fusion.1)
+}
+""".replace("FAST", "{1,0:T(8,128)(2,1)S(1)}").replace("MAIN", "{1,0:T(8,128)(2,1)}")
+
+
+def test_what_a_tpu_brings_into_fast_memory_in_parts_is_read_once():
+    program = hlo.read(PREFETCHED)
+    assert program.operations == 2 * 64 * 4096 * 512
+    assert program.bytes_moved() == 2 * (64 * 4096 + 4096 * 512 + 64 * 512)

@@ -7,6 +7,7 @@ import pytest
 from kairos_jax.config import ConfigError, ServerConfig, files
 from kairos_jax.config.chips import CHIPS
 from kairos_jax.lab.planning import (
+    Counted,
     Prediction,
     Shares,
     check_fits,
@@ -114,11 +115,32 @@ def test_assumptions_make_it_slower_and_several_devices_exchange():
 def test_a_predicted_profile_can_be_scheduled_by():
     config, chip = planned("v6e8")
     needs = {role: needs_of(config, LLAMA, role, chip) for role in set(config.roles)}
-    profile = predict(config, LLAMA, needs, chip, Shares())
+    prefill, decode = (
+        Prediction(LLAMA, config, needs[role], chip, Shares())
+        for role in (config.roles[0], config.roles[-1])
+    )
+    profile = predict(prefill, decode)
     assert profile["source"] == "predicted"
     assert profile["devices"] == {"prefill": 1, "decode": 4}
     cost = CostModel.from_profile(profile)
-    told = Prediction(LLAMA, config, needs[Role.DECODE], chip, Shares())
-    assert cost.decode_s([1024] * 64) == pytest.approx(told.decode_s(64, 1024), rel=0.15)
-    told = Prediction(LLAMA, config, needs[Role.PREFILL], chip, Shares())
-    assert cost.prefill_s(2048) == pytest.approx(told.prefill_s(2048), rel=0.15)
+    assert cost.decode_s([1024] * 64) == pytest.approx(decode.decode_s(64, 1024), rel=0.15)
+    assert cost.prefill_s(2048) == pytest.approx(prefill.prefill_s(2048), rel=0.15)
+
+
+def test_what_compiled_steps_do_takes_the_place_of_shapes():
+    """Between two steps lies a line; a limit stays what the chip could do."""
+    by_shapes = prediction("gpu1", Role.BOTH, Shares(1, 1, 1, 0))
+    same = [
+        Counted(tokens, 64, *by_shapes._apart_from_attention(tokens, 64)) for tokens in (64, 2112)
+    ]
+    exact = dataclasses.replace(by_shapes, counted=same)
+    assert exact.decode_s(64, 1024) == pytest.approx(by_shapes.decode_s(64, 1024))
+    assert exact.step_s(63, 0, 1000) == pytest.approx(by_shapes.step_s(63, 0, 1000), rel=0.01)
+    twice = [each._replace(operations=2 * each.operations, moved=2 * each.moved) for each in same]
+    wasteful = dataclasses.replace(by_shapes, counted=twice)
+    assert wasteful.prefill_s(2048) == pytest.approx(2 * by_shapes.prefill_s(2048), rel=0.05)
+    assert wasteful.prefill_limit_s(2048) == by_shapes.prefill_limit_s(2048)
+    weights = twice[0].moved
+    alone = dataclasses.replace(by_shapes, counted=twice[:1])
+    kv = 16 * 1025 * by_shapes.needs.token
+    assert alone.decode_s(16, 1024) == pytest.approx((weights + kv) / by_shapes.chip.bandwidth)
