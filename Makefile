@@ -95,7 +95,7 @@ paper: setup
 	  --output=out/paper
 
 test: lint model
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
 slow: setup
 	$(BIN)/python -m pytest -m slow --ignore=tests/clients

@@ -43,10 +43,14 @@ def native_kernels() -> str:
     return "native"
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """Of processes: a cache of the tests' own, which also makes their later starts quick."""
-    cache = tmp_path_factory.mktemp("cache")
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory, worker_id) -> dict[str, str]:
+    """Of processes: a cache of the tests' own, which also makes their later starts quick. The
+    workers of a run share it.
+    """
+    place = tmp_path_factory.getbasetemp()
+    cache = (place if worker_id == "master" else place.parent) / "cache"
+    cache.mkdir(mode=0o700, exist_ok=True)
     return os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
 
 

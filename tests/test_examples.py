@@ -3,7 +3,6 @@ its page says.
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -12,7 +11,6 @@ import sys
 from pathlib import Path
 
 import documents
-import fakes
 import processes
 import pytest
 import tokenizers
@@ -22,6 +20,11 @@ from kairos_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+# Few programs, of a config that is made.
+SMALL = tuple(
+    f"--config.{value}"
+    for value in ("max_context=128", "decode.max_batch=2", "prefill.max_chunk=32")
+)
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 
 
@@ -42,22 +45,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The environment of the examples, and a profile of step times."""
-    cache = tmp_path_factory.mktemp("cache")
-    (cache / "profile.json").write_text(json.dumps(fakes.PROFILE))
-    return os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def profile(site):
-    return f"--profile={site['XDG_CACHE_HOME']}/profile.json"
-
-
-@pytest.fixture(scope="module")
-def server(site, model, profile):
+def server(environment, model, profile):
     """Where a server listens: (HTTP, gRPC)."""
-    process = processes.Process("serve", profile, env=site, model=str(model))
+    process = processes.Process("serve", profile, env=environment, model=str(model))
     try:
         line = process.line("ready", 120)
         yield re.search(r"HTTP on (\S+), gRPC on (\S+)", line).groups()
@@ -65,14 +55,16 @@ def server(site, model, profile):
         process.end()
 
 
-def run(site, *command):
-    done = subprocess.run(command, cwd=ROOT, env=site, capture_output=True, text=True, timeout=300)
+def run(environment, *command):
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def python(site, name, *arguments):
-    return run(site, sys.executable, str(EXAMPLES / name), *arguments)
+def python(environment, name, *arguments):
+    return run(environment, sys.executable, str(EXAMPLES / name), *arguments)
 
 
 def test_every_example_is_on_the_page_and_tested():
@@ -82,10 +74,10 @@ def test_every_example_is_on_the_page_and_tested():
     assert all(f'"{name}"' in Path(__file__).read_text() for name in there)
 
 
-def test_chat_by_curl(site, server):
+def test_chat_by_curl(environment, server):
     if not shutil.which("curl"):
         pytest.skip("needs curl")
-    answer = json.loads(run(site, str(EXAMPLES / "chat.sh"), 'Say "hi"', server[0]))
+    answer = json.loads(run(environment, str(EXAMPLES / "chat.sh"), 'Say "hi"', server[0]))
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["completion_tokens"] <= 32
     assert answer["choices"][0]["timing"]["ttft_s"] > 0
@@ -93,35 +85,37 @@ def test_chat_by_curl(site, server):
     assert answer["usage"]["prompt_tokens"] == len('user: Say "hi"\nassistant: ')
 
 
-def test_a_stream_with_the_openai_package(site, server):
+def test_a_stream_with_the_openai_package(environment, server):
     pytest.importorskip("openai", reason="needs the openai package")
-    said = python(site, "openai_client.py", f"--base_url=http://{server[0]}/v1")
+    said = python(environment, "openai_client.py", f"--base_url=http://{server[0]}/v1")
     assert re.search(r"TTFT met: (True|False), TPOT met: (True|False)\n$", said)
 
 
-def test_a_stream_over_grpc(site, server):
-    said = python(site, "grpc_client.py", f"--address={server[1]}", "--max_tokens=5")
+def test_a_stream_over_grpc(environment, server):
+    said = python(environment, "grpc_client.py", f"--address={server[1]}", "--max_tokens=5")
     assert re.search(r"FINISH_REASON_(LENGTH|STOP): TTFT \d+\.\d+ s, met: (True|False)\n$", said)
 
 
-def test_a_batch_without_a_server(site, model, profile, tmp_path):
+def test_a_batch_without_a_server(environment, model, profile, tmp_path):
     (tmp_path / "prompts.txt").write_text("Once upon a time\nhi\n")
     given = ("--config=tests/support/tiny_config.py", f"--model={model}", "--max_tokens=5")
     files = (f"--input={tmp_path}/prompts.txt", f"--output={tmp_path}/answers.jsonl")
-    assert python(site, "offline_batch.py", *given, *files, profile).startswith("2 prompts in ")
+    assert python(environment, "offline_batch.py", *given, *files, profile).startswith(
+        "2 prompts in "
+    )
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == ["Once upon a time", "hi"]
     assert all(answer["text"] for answer in answers)
 
 
-def test_a_policy_of_ones_own(site):
-    _, *rows = python(site, "my_policy.py").splitlines()
+def test_a_policy_of_ones_own(environment):
+    _, *rows = python(environment, "my_policy.py").splitlines()
     kept = {name: float(share) for name, share, _ in map(str.split, rows)}
     assert list(kept) == ["fcfs", "sjf", "patient", "kairos_plus"]
     assert kept["fcfs"] < kept["patient"] < kept["kairos_plus"]
 
 
-def test_the_notebook(site, tmp_path):
+def test_the_notebook(environment, tmp_path):
     notebook = json.loads((EXAMPLES / "attainment.ipynb").read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] for cell in cells)  # what a run printed is not committed
@@ -130,7 +124,7 @@ def test_the_notebook(site, tmp_path):
     source = source.replace("NUM_REQUESTS = 2000", "NUM_REQUESTS = 200")
     assert "NUM_REQUESTS = 200\n" in source
     (tmp_path / "cells.py").write_text(f"{source}\nprint(curves)\nfigure.savefig('figure.png')\n")
-    where = site | {"MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
+    where = environment | {"MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "cells.py"], cwd=tmp_path, env=where, capture_output=True, text=True
     )
@@ -170,36 +164,38 @@ def test_every_command_of_the_readme_is_tested():
         assert any(command.startswith(start) for start in tested), command
 
 
-def test_curl_of_the_readme(site, server):
+def test_curl_of_the_readme(environment, server):
     if not shutil.which("curl"):
         pytest.skip("needs curl")
-    answer = json.loads(run(site, *readme("curl localhost", {"localhost:8000": server[0]})))
+    answer = json.loads(run(environment, *readme("curl localhost", {"localhost:8000": server[0]})))
     assert answer["usage"]["completion_tokens"] <= 32
 
 
-def test_the_openai_package_of_the_readme(site, server):
+def test_the_openai_package_of_the_readme(environment, server):
     pytest.importorskip("openai", reason="needs the openai package")
     page = (ROOT / "README.md").read_text()
     (source,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert "localhost:8000" in source
     program = source.replace("localhost:8000", server[0]) + "print(answer.usage.completion_tokens)"
-    assert 0 < int(run(site, sys.executable, "-c", program)) <= 64
+    assert 0 < int(run(environment, sys.executable, "-c", program)) <= 64
 
 
-def test_the_client_of_the_readme(site, server):
+def test_the_client_of_the_readme(environment, server):
     at = f"--address={server[1]}"
-    assert run(site, *readme("kairos client --prompt="), at).strip()
+    assert run(environment, *readme("kairos client --prompt="), at).strip()
     # At a rate that keeps the test short.
     replayed = readme("kairos client --trace=", {"--rate=2 ": "--rate=50 "})
-    assert "kairos_plus + kairos_plus" in " ".join(run(site, *replayed, at).split())
+    assert "kairos_plus + kairos_plus" in " ".join(run(environment, *replayed, at).split())
 
 
 class Started:
     """A command that serves. said: the line that told that it is ready."""
 
-    def __init__(self, site, *command, folder=ROOT):
+    def __init__(self, environment, *command, folder=ROOT):
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, cwd=folder, env=site, stdout=pipe, text=True)
+        self._process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=pipe, text=True
+        )
         self.said = next(line for line in self._process.stdout if line.startswith("ready"))
 
     @property
@@ -220,71 +216,76 @@ class Started:
         self._process.communicate()
 
 
-def ask(site, server):
+def ask(environment, server):
     command = ["-m", "kairos_jax", "client", f"--address={server.address}", "--prompt=hi"]
-    return run(site, sys.executable, *command, "--max_tokens=3")
+    return run(environment, sys.executable, *command, "--max_tokens=3")
 
 
-def test_a_server_of_ones_own_model(site, model, profile, tmp_path):
-    small = ("--config.max_context=128", "--config.decode.max_batch=2")
+def test_a_server_of_ones_own_model(environment, model, profile, tmp_path):
     write = readme("kairos serve PATH_OR_ID --dump_config=", {"PATH_OR_ID": model})
-    here = {"cwd": tmp_path, "env": site, "text": True, "timeout": 120}
-    done = subprocess.run([*write, *small], **here, stdout=subprocess.PIPE)
+    here = {"cwd": tmp_path, "env": environment, "text": True, "timeout": 120}
+    done = subprocess.run([*write, *SMALL], **here, stdout=subprocess.PIPE)
     assert "wrote mine.py: edit it, and serve it with --config=mine.py" in done.stdout
     command = readme("kairos serve --config=mine.py")
-    with Started(site, *command, "--port=0", profile, folder=tmp_path) as server:
-        assert ask(site, server).strip()
+    with Started(environment, *command, "--port=0", profile, folder=tmp_path) as server:
+        assert ask(environment, server).strip()
         assert server.stop() == 0
 
 
-def test_a_server_without_a_config_and_the_journal_of_it(site, model, profile, tmp_path):
-    small = ("--config.max_context=128", "--config.decode.max_batch=2")
+def test_a_server_without_a_config_and_the_journal_of_it(environment, model, profile, tmp_path):
     said = tmp_path / "journal.jsonl"
     assert PLAIN in documents.of_page("README.md")
     command = runnable(PLAIN.replace("PATH_OR_ID", str(model)))
-    here = ("--port=0", f"--journal={said}", *small, profile)
-    with Started(site, *command, *here) as server:
+    here = ("--port=0", f"--journal={said}", *SMALL, profile)
+    with Started(environment, *command, *here) as server:
         client = [sys.executable, "-m", "kairos_jax", "client", f"--address={server.address}"]
-        answer = json.loads(run(site, *client, "--prompt=hi", "--max_tokens=3", "--output=json"))
+        answer = json.loads(
+            run(environment, *client, "--prompt=hi", "--max_tokens=3", "--output=json")
+        )
         assert server.stop() == 0
     names = {"FILE": said, "REQUEST_ID": answer["request_id"], "--profile=profile.json": profile}
-    timeline = run(site, *readme("kairos journal --journal=FILE", names))
+    timeline = run(environment, *readme("kairos journal --journal=FILE", names))
     assert "arrived: 2 prompt tokens" in timeline
     assert "with 3 tokens" in timeline
 
 
-def test_converting_and_measuring_of_the_readme(site, model, tmp_path):
+def test_converting_and_measuring_of_the_readme(environment, model, tmp_path):
     names = {"PATH_OR_ID": model, "checkpoints/mine": tmp_path / "mine"}
-    run(site, *readme("kairos convert --source=PATH_OR_ID", names))
+    run(environment, *readme("kairos convert --source=PATH_OR_ID", names))
     names = {"smollm2_135m_cpu": "tests/support/tiny_config.py", "profile.json": tmp_path / "p"}
-    run(site, *readme("kairos profile --config=", names), f"--model={tmp_path / 'mine'}")
+    run(environment, *readme("kairos profile --config=", names), f"--model={tmp_path / 'mine'}")
     assert json.loads((tmp_path / "p").read_text())["source"] == "measured"
 
 
-def test_roles_of_the_readme(site, model, profile):
+def test_roles_of_the_readme(environment, model, profile):
     config, common = {"FILE": "tests/support/tiny_config.py"}, (f"--model={model}", profile)
     prefill = readme("kairos prefill --config=FILE", config | {"50061": "0"})
     decode = readme("kairos decode --config=FILE", config | {"50062": "0"})
-    with Started(site, *prefill, *common) as first, Started(site, *decode, *common) as second:
+    with (
+        Started(environment, *prefill, *common) as first,
+        Started(environment, *decode, *common) as second,
+    ):
         places = {"HOST:50061": first.address, "HOST:50062": second.address}
         router = readme("kairos router --config=FILE", config | places)
-        with Started(site, *router, common[0], "--port=0") as front:
-            assert ask(site, front).strip()
+        with Started(environment, *router, common[0], "--port=0") as front:
+            assert ask(environment, front).strip()
             assert front.stop() == 0
 
 
-def test_simulations_of_the_readme(site):
+def test_simulations_of_the_readme(environment):
     one = readme("kairos simulate --profile=llama3_8b_h100_roofline --trace=synthetic --rate=30")
-    assert "attained %" in run(site, *one, "--num_requests=100")
+    assert "attained %" in run(environment, *one, "--num_requests=100")
     advise = readme(
         "kairos simulate --profile=llama3_8b_h100_roofline --trace=synthetic --advise",
         {"--devices=4": "--devices=2"},
     )
-    assert "1 prefill + 1 decode" in run(site, *advise, "--num_requests=100")
+    assert "1 prefill + 1 decode" in run(environment, *advise, "--num_requests=40")
 
 
-def test_the_plan_of_the_readme(site):
-    assert "TPU v5e: 1 x 4 prefill + 1 x 4 decode" in run(site, *readme("kairos plan --config="))
+def test_the_plan_of_the_readme(environment):
+    assert "TPU v5e: 1 x 4 prefill + 1 x 4 decode" in run(
+        environment, *readme("kairos plan --config=")
+    )
 
 
 @pytest.mark.parametrize("command", MADE)
@@ -295,10 +296,10 @@ def test_make_knows_the_targets_of_the_readme(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "page"), [("sweep", "report.html"), ("paper", "paper.md")])
-def test_what_make_simulates(site, tmp_path, target, page):
+def test_what_make_simulates(environment, tmp_path, target, page):
     (command,) = documents.of_make(target)
     assert f"--output=out/{target}" in command
     command = command.replace(f"out/{target}", str(tmp_path))
     command = re.sub(r"--trace=\S*/\S*", "--trace=synthetic", command)
-    assert run(site, *runnable(command)).strip()
+    assert run(environment, *runnable(command)).strip()
     assert (tmp_path / page).exists()

@@ -14,7 +14,6 @@ import pytest
 from http_fakes import of, says
 
 from kairos_jax.engine.engine import JaxEngine
-from kairos_jax.engine.functions import Shapes
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.observe.metrics import Metrics
 from kairos_jax.routing.router import Router
@@ -194,7 +193,7 @@ def engines(directory, weight: str | None, at: int = 0) -> list[JaxEngine]:
         params = dict(checkpoint.load(mesh, rules, "float32"))
         if weight:
             params[weight] = params[weight].at[at].set(np.nan)
-        shapes = Shapes.for_role(role, LIMITS)
+        shapes = fakes.few_shapes(role, LIMITS)
         made.append(JaxEngine(checkpoint.config, params, mesh, rules, LIMITS, shapes))
     return made
 

@@ -106,16 +106,17 @@ def test_a_model_alone_is_served_under_the_name_that_is_asked_for(environment, p
     """Without a config; and the config that it makes is the same from a file."""
     flags, expected = golden_case()
     dump = tmp_path / "made.py"
-    small = ("--config.max_context=256", "--config.kernels=cpu", "--config.prefill.max_chunk=64")
+    few = ("--config.prefill.max_chunk=32", "--config.decode.max_batch=4")  # programs
+    small = ("--config.max_context=128", "--config.kernels=cpu", *few)
     given = (MODEL.removeprefix("--model="), *small, "--config.served_model_name=mine")
     done = run(environment, "serve", *given, f"--dump_config={dump}")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"wrote {dump}: edit it, and serve it with --config={dump}\n"
     made = ServerConfig.from_dict(read_file(str(dump)))
-    assert (made.name, made.colocated, made.max_context) == ("mine", True, 256)
+    assert (made.name, made.colocated, made.max_context) == ("mine", True, 128)
     with server(environment, *given, profile) as (process, address):
         assert "no --config: for a CPU with" in process.before
-        assert "1 x 1 colocated, float32, max_context 256" in process.before
+        assert "1 x 1 colocated, float32, max_context 128" in process.before
         done = ask(environment, address, *flags, "--model=mine")
         assert json.loads(done.stdout)["token_ids"] == expected
         done = ask(environment, address, *flags, "--model=llama")

@@ -21,7 +21,7 @@ from kairos_jax.api.validator import Validator
 from kairos_jax.config import DecodeConfig, PrefillConfig, ServerConfig, SloConfig
 from kairos_jax.engine.calls import PromptLogprobs, Token, wants_prompt_logprobs
 from kairos_jax.engine.engine import JaxEngine
-from kairos_jax.engine.functions import BLOCK_PAGES
+from kairos_jax.engine.functions import BLOCK_PAGES, Shapes
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.observe.metrics import Metrics
 from kairos_jax.routing.router import Router
@@ -33,7 +33,7 @@ from kairos_jax.worker.worker import Worker
 from models.sampling import INVALID
 from models.sharding import Rules
 from schedulers.cost import CostModel
-from schedulers.ledger.instance import Limits
+from schedulers.ledger.instance import Limits, Role
 from schedulers.ledger.journal import Journal
 from schedulers.ledger.request import Request
 
@@ -236,6 +236,13 @@ class FakeEngine:
             -len(pages) % BLOCK_PAGES
         )
         return list(np.array(rows, np.int32).reshape(-1, BLOCK_PAGES, self.page_size))
+
+
+def few_shapes(role: Role, limits: Limits, kernels: str = "cpu") -> Shapes:
+    """Of an engine that is to compile little: two sizes of a step, or one."""
+    shapes = Shapes.for_role(role, limits, kernels)
+    few = {shapes.fitting(limits.max_batch, limits.max_batch), shapes.largest}
+    return Shapes(role, tuple(sorted(few)))
 
 
 async def serve(

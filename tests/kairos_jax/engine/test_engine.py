@@ -29,11 +29,11 @@ SLO = Slo(30.0, 30.0)
 LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pages=64)
 
 
-def build(directory, devices, role, limits=LIMITS, kernels="cpu"):
+def build(directory, devices, role, limits=LIMITS, kernels="cpu", few=False):
     checkpoint = open_checkpoint(directory)
     mesh, rules = make_mesh(devices), Rules()
     params = checkpoint.load(mesh, rules, "float32")
-    shapes = Shapes.for_role(role, limits, kernels)
+    shapes = (fakes.few_shapes if few else Shapes.for_role)(role, limits, kernels)
     return JaxEngine(checkpoint.config, params, mesh, rules, limits, shapes, kernels=kernels)
 
 
@@ -138,13 +138,19 @@ def test_tokens_that_are_on_the_device_alone_are_the_golden_ones(tiny_llama, one
 @pytest.mark.parametrize(
     ("family", "prefill", "decode"),
     # qwen2 has two kv heads, of which four devices have two copies each.
-    [("llama", 1, 1), ("llama", 2, 3), ("qwen2", 4, 2), ("qwen2", 1, 4)],
+    [
+        pytest.param("llama", 1, 1, marks=pytest.mark.slow),
+        ("llama", 2, 3),
+        ("qwen2", 4, 2),
+        pytest.param("qwen2", 1, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_disjoint_meshes_give_the_golden_tokens(golden, family, prefill, decode):
     requests, expected = golden_requests(golden / family)
     devices = jax.devices()
-    prefill_engine = build(golden / family, devices[:prefill], Role.PREFILL)
-    decode_engine = build(golden / family, devices[prefill : prefill + decode], Role.DECODE)
+    mine, others = devices[:prefill], devices[prefill : prefill + decode]
+    prefill_engine = build(golden / family, mine, Role.PREFILL, few=True)
+    decode_engine = build(golden / family, others, Role.DECODE, few=True)
     assert not set(prefill_engine.mesh.devices.flat) & set(decode_engine.mesh.devices.flat)
     assert ids(disaggregated(prefill_engine, decode_engine, requests)) == expected
 
@@ -164,7 +170,7 @@ def test_colocated_instances_give_the_golden_tokens(tiny_llama, one_device):
     requests, expected = golden_requests(tiny_llama)
     # 33: a whole chunk, and one of a single token, which looks like a decode step.
     assert LIMITS.max_chunk + 1 in [len(each.prompt) for each in requests]
-    two_devices = build(tiny_llama, jax.devices()[1:3], Role.BOTH)
+    two_devices = build(tiny_llama, jax.devices()[1:3], Role.BOTH, few=True)
     engines = one_device, two_devices
     assert ids(asyncio.run(fakes.serve(engines, requests, colocated=True))) == expected
 
@@ -191,7 +197,7 @@ def test_prompts_that_begin_alike_get_the_golden_tokens(tiny_llama, one_device):
 @pytest.mark.parametrize("kernels", ["reference", "native"], indirect=True)
 def test_the_kernels_agree(tiny_llama, kernels):
     requests, expected = golden_requests(tiny_llama)
-    engine = build(tiny_llama, jax.devices()[:1], Role.BOTH, kernels=kernels)
+    engine = build(tiny_llama, jax.devices()[:1], Role.BOTH, kernels=kernels, few=True)
     assert ids(colocated(engine, requests)) == expected
 
 
@@ -215,7 +221,7 @@ def test_sampled_tokens_do_not_depend_on_batch_or_server(tiny_llama, one_device)
         alone |= ids(colocated(one_device, [each]))
     assert together == alone
     engines = [
-        build(tiny_llama, [device], role)
+        build(tiny_llama, [device], role, few=True)
         for device, role in zip(jax.devices(), (Role.PREFILL, Role.DECODE), strict=False)
     ]
     transport = LocalTransport()

@@ -75,7 +75,14 @@ def interpreted():
 HOPPER = functools.partial(attention_hopper.attention, interpret=interpreted())
 
 
-@pytest.mark.parametrize(("shape", "splits"), [((8, 2, 128), 1), ((9, 3, 64), 1), ((6, 1, 80), 2)])
+@pytest.mark.parametrize(
+    ("shape", "splits"),
+    [
+        ((8, 2, 128), 1),
+        pytest.param((9, 3, 64), 1, marks=pytest.mark.slow),
+        ((6, 1, 80), 2),
+    ],
+)
 def test_the_kernel_for_hopper_decodes_a_ragged_batch(shape, splits, monkeypatch):
     """Contexts of one token, at and around the edges of pages, and padding."""
     monkeypatch.setattr(attention_hopper, "_splits", lambda blocks, pages: splits)
@@ -87,7 +94,13 @@ def test_the_kernel_for_hopper_decodes_a_ragged_batch(shape, splits, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("shape", "seed"), [((8, 2, 128), 0), ((8, 2, 128), 1), ((9, 3, 64), 2), ((4, 4, 128), 3)]
+    ("shape", "seed"),
+    [
+        ((8, 2, 128), 0),
+        pytest.param((8, 2, 128), 1, marks=pytest.mark.slow),
+        ((9, 3, 64), 2),
+        pytest.param((4, 4, 128), 3, marks=pytest.mark.slow),
+    ],
 )
 def test_the_kernel_for_hopper_takes_random_ragged_batches(shape, seed):
     """Decodes, chunks that begin and end anywhere, and padding in one call."""
