@@ -30,12 +30,15 @@ class Relay:
             await asyncio.gather(self._carry(reader, back), self._carry(there, writer))
 
     async def _carry(self, reader, writer) -> None:
-        with contextlib.suppress(OSError):
+        try:
             while data := await reader.read(1 << 16):
                 await self.carries.wait()
                 writer.write(data)
                 await writer.drain()
-        writer.close()
+        except OSError:
+            pass
+        finally:  # at the end of the loop too, which cancels it
+            writer.close()
 
     def close(self) -> None:
         self.listener.close()
