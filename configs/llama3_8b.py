@@ -2,9 +2,10 @@
 
   kairos serve --config=llama3_8b:gpu1 --port=50051
 
-gpu1: one GPU of 80 GB, one instance that prefills and decodes. gpu4, gpu8: so many of them, half
-prefill and half decode instances of one GPU each. v5e8, v6e8: a slice of eight chips of 16 or
-32 GB, half of it for decode as one mesh. `kairos plan` reckons what they need and compiles their
+gpu1: one GPU of 80 GB, one instance that prefills and decodes. gpu4, gpu8: so many of them, an
+instance each, of which a quarter begins with decode and roles flow. v5e8: a slice of eight chips of
+16 GB, two instances of four, and roles flow. v6e8: eight chips of 32 GB, four instances that
+prefill and one of four chips that decodes. `kairos plan` computes what they need and compiles their
 steps; `make bench-accelerator` measures the steps of one device.
 
 Not yet run. Expect by arithmetic, of one H100: 4.8 ms to read the weights, 128 KiB of KV a token,
@@ -20,8 +21,8 @@ from ml_collections import ConfigDict
 # (instances, devices of each, tokens in the pool of each) of prefill and decode.
 LAYOUTS = {
     "gpu1": ((1, 1, 131072), (1, 1, 262144)),
-    "gpu4": ((2, 1, 131072), (2, 1, 262144)),
-    "gpu8": ((4, 1, 131072), (4, 1, 262144)),
+    "gpu4": ((3, 1, 131072), (1, 1, 262144)),
+    "gpu8": ((6, 1, 131072), (2, 1, 262144)),
     "v5e8": ((1, 4, 65536), (1, 4, 196608)),
     "v6e8": ((4, 1, 32768), (1, 4, 524288)),
 }
@@ -45,6 +46,7 @@ def get_config(layout: str = "gpu1") -> ConfigDict:
             "max_requests": 1024,
             "page_size": 64,
             "colocated": layout == "gpu1",
+            "fluid": layout in ("gpu4", "gpu8", "v5e8"),
             "prefill": prefill
             | {
                 "policy": "kairos_plus",

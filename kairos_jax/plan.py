@@ -43,7 +43,7 @@ from models.checkpoint import open_checkpoint
 from models.config import ModelConfig
 from schedulers.ledger.instance import Role
 
-_WORDS = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.BOTH: "colocated"}
+_WORDS = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.BOTH: "both"}
 # Of the programs that differ from the largest in size alone.
 FEW_LAYERS = 2
 

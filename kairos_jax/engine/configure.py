@@ -61,7 +61,7 @@ _CPU = _Sizes("float32", 0.25, 32, 256, (2.0, 0.15))
 _ACCELERATOR = _Sizes("bfloat16", 0.85, 64, 2048, (1.0, 0.05))
 # Weights may take so much of a device's share; a larger model is split over more devices.
 _MOST_WEIGHTS = 0.7
-# Of the KV of a prefill instance, what waits for decode.
+# Of the KV of an instance that hands over, what waits for decode.
 _PARKED = 0.25
 
 
@@ -108,7 +108,12 @@ def suggest(
     mesh = wanted.get("prefill.devices") or _mesh_size(name, model, machine, dtype)
     count = max(machine.devices // mesh, 1)
     colocated = wanted.get("colocated", count < 2)
-    prefills = wanted.get("prefill.instances", count if colocated else max(count // 2, 1))
+    alike = wanted.get("decode.devices", mesh) == mesh
+    fluid = wanted.get("fluid", alike and not colocated)
+    # Where roles flow, a third begins with decode; more take part as the load needs.
+    begin_with_decode = max(count // 3, 1) if fluid else count - max(count // 2, 1)
+    prefills = wanted.get("prefill.instances", count if colocated else count - begin_with_decode)
+    prefills = max(prefills, 1)
     decodes = wanted.get("decode.instances", 1 if colocated else max(count - prefills, 1))
     room = machine.memory * sizes.share
     if machine.platform == "cpu":  # whose memory all instances share
@@ -124,8 +129,9 @@ def suggest(
     # More would serve no batch of the longest requests.
     longest = wanted.get("max_context", model.exact_context)
     tokens = min(tokens, wanted.get("decode.max_batch", sizes.max_batch) * max(longest, page))
-    decode_tokens = _power_of_two(tokens)
-    prefill_tokens = decode_tokens if colocated else _power_of_two(tokens * (1 - _PARKED))
+    beside_parked = _power_of_two(tokens * (1 - _PARKED))
+    decode_tokens = beside_parked if fluid else _power_of_two(tokens)
+    prefill_tokens = decode_tokens if colocated else beside_parked
     parked = decode_tokens if colocated else _power_of_two(tokens * _PARKED)
     # Two of the longest requests at once, at least.
     most = min(decode_tokens // 2, prefill_tokens // 2, parked)
@@ -138,6 +144,7 @@ def suggest(
         "max_tokens": max(max_context // 2, 1),
         "page_size": page,
         "colocated": colocated,
+        "fluid": fluid,
         "prefill": {
             "instances": prefills,
             "devices": mesh,

@@ -34,12 +34,12 @@ def made(model, machine, **wanted):
     ("model", "machine", "layout"),
     [
         (SMALL, CPU, "1 x 1 colocated"),
-        (SMALL, Machine("cpu", 4, 20 * GIB), "2 x 1 prefill + 2 x 1 decode"),
+        (SMALL, Machine("cpu", 4, 20 * GIB), "3 x 1 prefill + 1 x 1 decode (fluid)"),
         (LLAMA_8B, Machine("gpu", 1, H100), "1 x 1 colocated"),
-        (LLAMA_8B, Machine("gpu", 2, H100), "1 x 1 prefill + 1 x 1 decode"),
-        (LLAMA_8B, Machine("gpu", 8, H100), "4 x 1 prefill + 4 x 1 decode"),
-        (LLAMA_8B, Machine("tpu", 8, 15 * GIB), "2 x 2 prefill + 2 x 2 decode"),
-        (LLAMA_70B, Machine("gpu", 8, H100), "1 x 4 prefill + 1 x 4 decode"),
+        (LLAMA_8B, Machine("gpu", 2, H100), "1 x 1 prefill + 1 x 1 decode (fluid)"),
+        (LLAMA_8B, Machine("gpu", 8, H100), "6 x 1 prefill + 2 x 1 decode (fluid)"),
+        (LLAMA_8B, Machine("tpu", 8, 15 * GIB), "3 x 2 prefill + 1 x 2 decode (fluid)"),
+        (LLAMA_70B, Machine("gpu", 8, H100), "1 x 4 prefill + 1 x 4 decode (fluid)"),
         (LLAMA_70B, Machine("gpu", 4, H100), "1 x 4 colocated"),
     ],
 )
@@ -52,9 +52,9 @@ def test_the_layout_goes_by_devices_and_model_and_fits(model, machine, layout):
     for role in config.roles:
         size, kernels = config.devices(role), machine.platform
         weights, token = device_bytes(model, config.dtype, size, kernels, config.page_size)
-        held = config.prefill.kv_tokens + config.prefill.parked_tokens
-        if role is not Role.PREFILL:
-            held = config.decode.kv_tokens
+        pool = config.prefill if role is Role.PREFILL else config.decode
+        parks = role is Role.PREFILL or config.fluid
+        held = pool.kv_tokens + parks * config.prefill.parked_tokens
         of_instance = weights + token * held
         assert of_instance < 0.9 * machine.memory
         used += of_instance
@@ -74,15 +74,19 @@ def test_nearly_the_same_memory_makes_the_same_config():
 
 
 def test_overrides_are_reckoned_with():
-    split = made(SMALL, CPU, colocated=False)
+    split = made(SMALL, CPU, colocated=False, fluid=False)
     assert split.layout == "1 x 1 prefill + 1 x 1 decode"
-    cluster = made(SMALL, CPU, colocated=False, prefill__instances=2, decode__instances=2)
+    both = {"colocated": False, "prefill__instances": 2, "decode__instances": 2}
+    assert made(SMALL, CPU, **both).layout == "2 x 1 prefill + 2 x 1 decode (fluid)"
+    cluster = made(SMALL, CPU, fluid=False, **both)
     assert cluster.layout == "2 x 1 prefill + 2 x 1 decode"
     assert cluster.decode.kv_tokens < split.decode.kv_tokens < made(SMALL, CPU).decode.kv_tokens
     assert made(SMALL, CPU, dtype="bfloat16").decode.kv_tokens > made(SMALL, CPU).decode.kv_tokens
     short = made(SMALL, CPU, max_context=100)
     assert (short.max_tokens, short.prefill.max_chunk) == (50, 100)
     assert made(LLAMA_8B, Machine("gpu", 4, H100), prefill__devices=4).layout == "1 x 4 colocated"
+    apart = made(LLAMA_8B, Machine("gpu", 4, H100), prefill__devices=1, decode__devices=2)
+    assert not apart.fluid, "an instance keeps its role where the others are not like it"
 
 
 def test_a_model_that_does_not_fit_is_refused():
