@@ -25,6 +25,7 @@ class Kind(enum.IntEnum):
     WRITE = 3
     END = 4
     SCORE = 5
+    FILL = 6
 
 
 class Frame(NamedTuple):

@@ -6,7 +6,7 @@ processes, each has an engine, and all of them run the same calls (kairos_jax.en
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from kairos_jax.engine import calls
 from kairos_jax.engine.calls import Call, Part, Read, Score, Step, Token, Write
 from kairos_jax.engine.functions import BLOCK_PAGES, Functions, Shapes
+from kairos_jax.engine.lanes import Fill, Holders, no_fill
 from kairos_jax.engine.programs import Programs
 from kairos_jax.process.parallel import parallel
 from models import kv_cache
@@ -101,7 +102,7 @@ class JaxEngine:
         self.block = self._functions.block
         self._cache = kv_cache.allocate(self._functions.pool)
         (self._lanes,) = kv_cache.allocate((self._functions.lanes,))
-        self._lane_of: dict[str, int] = {}  # what the last step sampled for whom, by request id
+        self._holders = Holders(limits)
         self._hidden: jax.Array | None = None  # of the last step, for `Score`
         self._programs = programs
         # Compiled programs, by name and shapes: each is for arguments of just one kind.
@@ -132,6 +133,7 @@ class JaxEngine:
         # The largest take longest.
         parallel([functools.partial(compiled, size) for size in [*self.shapes][::-1]], at_once)
         progress("page moves")
+        self.dispatch(no_fill(self.limits))
         self.write_pages([], [self.dispatch(Read(_block_ids([], 0)))])
         self.wait()
 
@@ -148,8 +150,8 @@ class JaxEngine:
         most_tokens, most_sequences = self.shapes.largest
         runs: list[tuple[list[Part], jax.Array]] = []
         parts: list[Part] = []
-        room = most_tokens
-        lanes = self._free_lanes()
+        room, lane_of = most_tokens, self._holders.lane
+        self._holders.begin()
         for seq, count in work:
             start, length = seq.computed_and_length
             end = start + count
@@ -158,30 +160,19 @@ class JaxEngine:
                     runs.append((parts, self.run_parts(parts)))
                     parts, room = [], most_tokens
                 some = min(end - start, room)
-                samples = start + some == length
-                lane = next(lanes, None) if samples else None
-                parts.append(Part(seq, start, some, samples, lane))
-                start, room = start + some, room - some
+                now = start + some
+                parts.append(Part(seq, start, some, now == length, lane_of(seq, now)))
+                start, room = now, room - some
         runs.append((parts, self.run_parts(parts)))
-        self._lane_of = {
-            part.seq.request.id: part.lane
-            for parts, _ in runs
-            for part in parts
-            if part.lane is not None
-        }
         for _, packed in runs:
             packed.copy_to_host_async()
 
         def wait() -> dict[str, Token]:
-            return calls.merged(calls.tokens(parts, np.asarray(packed)) for parts, packed in runs)
+            return calls.merged(
+                *(calls.tokens(parts, np.asarray(packed)) for parts, packed in runs)
+            )
 
         return wait
-
-    def _free_lanes(self) -> Iterator[int]:
-        """The half of the lanes that holds nothing of the last step."""
-        half = self.limits.max_batch
-        first = next(iter(self._lane_of.values()), half)
-        return iter(range(half) if first >= half else range(half, 2 * half))
 
     def run_parts(self, parts: Sequence[Part]) -> jax.Array:
         """Dispatches one compiled step. Returns the packed samples (see models.sampling.unpack),
@@ -189,8 +180,11 @@ class JaxEngine:
         last part.
         """
         size = self.shapes.fitting(sum(part.num_tokens for part in parts), len(parts))
-        packed = self.dispatch(calls.step(parts, *size, self.limits, self._lane_of))
-        if any(part.num_scored for part in parts):
+        for fill in self._holders.fills():
+            self.dispatch(fill)
+        packed = self.dispatch(calls.step(parts, *size, self.limits))
+        prompts = [part for part in parts if part.num_tokens > 1 or not part.samples]
+        if any(part.num_scored for part in prompts):
             scored, at = self.dispatch(Score(calls.targets(parts, size[0]))), 0
             for part in parts:
                 if part.num_scored:
@@ -206,6 +200,8 @@ class JaxEngine:
             case Step():
                 self._cache, self._lanes, self._hidden, packed = result
                 return packed
+            case Fill():
+                self._lanes = result
             case Score() | Read():
                 return result
             case Write():

@@ -33,12 +33,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kairos_jax.engine import calls
+from kairos_jax.engine import calls, lanes
 from kairos_jax.engine.calls import Call, Read, Score, Step, Write
 from kairos_jax.engine.connection import Connection, Frame, Kind
 from kairos_jax.engine.devices import Processes, agree
 from kairos_jax.engine.engine import JaxEngine
 from kairos_jax.engine.functions import BLOCK_PAGES
+from kairos_jax.engine.lanes import Fill
 from kairos_jax.net.address import split_address
 
 log = logging.getLogger(__name__)
@@ -272,10 +273,11 @@ def _greet(sock: socket.socket, secret: bytes) -> int | None:
 
 def _shape(call: Call) -> tuple[Kind, int, int]:
     if isinstance(call, Step):
-        return Kind.STEP, call.tokens.shape[1], call.sequences.shape[0]
+        return Kind.STEP, call.tokens.shape[0], call.sequences.shape[0]
     if isinstance(call, Score):
         return Kind.SCORE, *call.targets.shape, 0
-    return Kind.READ if isinstance(call, Read) else Kind.WRITE, 0, 0
+    kinds = {Fill: Kind.FILL, Read: Kind.READ, Write: Kind.WRITE}
+    return kinds[type(call)], 0, 0
 
 
 def _arrays(engine: JaxEngine, call: Call, process: int) -> list[np.ndarray]:
@@ -293,6 +295,8 @@ def _call(engine: JaxEngine, message: Frame) -> Call:
         return Step(*_unpack(message.payload, like))
     if message.kind is Kind.SCORE:
         return Score(*_unpack(message.payload, [np.empty(message.tokens, np.int32)]))
+    if message.kind is Kind.FILL:
+        return Fill(*_unpack(message.payload, lanes.no_fill(engine.limits)))
     ids = np.empty(BLOCK_PAGES, np.int32)
     if message.kind is Kind.READ:
         return Read(*_unpack(message.payload, [ids]))

@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from kairos_jax.engine import calls
+from kairos_jax.engine import calls, lanes
 from kairos_jax.engine.calls import Call, Read, Score, Step, Write
+from kairos_jax.engine.lanes import Fill
 from models import kv_cache, sampling
 from models.config import ModelConfig
 from models.ops import KERNELS, on_mesh
@@ -99,7 +100,7 @@ class Functions:
         params: the weights as the kernels take them, as shapes.
         pool: the page pool, as shapes.
         block: one block of pages in wire form as it lies on the mesh, as a shape.
-        lanes: the samples of the last step, as a shape: see `kairos_jax.engine.calls.Part`.
+        lanes: all of them, as a shape: see `kairos_jax.engine.lanes`.
 
     Raises:
         ValueError: the kernels do not take the model's heads or the pages, or a dimension cannot be
@@ -137,7 +138,7 @@ class Functions:
         self.block = jax.ShapeDtypeStruct(shape, dtype, sharding=wire_sharding)
         self._hidden_size, self._dtype = config.hidden_size, dtype
         replicated = NamedSharding(mesh, PartitionSpec())
-        self.lanes = jax.ShapeDtypeStruct((calls.num_lanes(limits),), np.int32, sharding=replicated)
+        self.lanes = jax.ShapeDtypeStruct(lanes.shape(limits), np.int32, sharding=replicated)
         split = NamedSharding(mesh, rules.spec((None, "vocab")))
 
         def head(params, hidden, rows=None):
@@ -148,14 +149,13 @@ class Functions:
             parts = jax.lax.with_sharding_constraint(parts, split)
             return jax.lax.with_sharding_constraint(parts, replicated)
 
-        def step(params, cache, lanes, tokens, sequences):
-            inputs, how = calls.unpack(tokens, sequences)
-            inputs = calls.from_lanes(inputs, lanes)
+        def step(params, cache, known, tokens, sequences):
+            known, inputs, how = lanes.unpack(known, tokens, sequences, limits)
             hidden, cache = hidden_states(packed, params, cache, inputs, on_this_mesh)
             with jax.named_scope("sample"):
                 last = head(params, last_states(hidden, inputs), inputs.num_sequences)
                 sampled = sampling.sample(last, how, all_finite(hidden, inputs))
-                return cache, calls.to_lanes(lanes, sequences, sampled[:, 0]), hidden, sampled
+                return cache, lanes.keep(known, sequences, sampled[:, 0]), hidden, sampled
 
         def score(params, hidden, targets):
             return sampling.score(functools.partial(head, params), hidden, targets)
@@ -168,11 +168,12 @@ class Functions:
 
         # Functions of these programs' own: JAX keeps one cache of programs for each function, which
         # `num_compiled` looks at. The pool is donated, so that a step writes the pages where they
-        # are: 88 against 540 ms at batch 16.
+        # are: 88 against 540 ms at batch 16. So are the lanes.
         of_pool = jax.tree.map(lambda leaf: leaf.sharding, self.pool)
         self._step = jax.jit(
-            step, donate_argnums=1, out_shardings=(of_pool, replicated, replicated, replicated)
+            step, donate_argnums=(1, 2), out_shardings=(of_pool, replicated, replicated, replicated)
         )
+        self._fill = jax.jit(lanes.fill, donate_argnums=0, out_shardings=replicated)
         # Compiled when it is first asked for: few ever ask, and without the layers it is soon done.
         self._score = jax.jit(score, out_shardings=replicated)
         # What leaves a mesh that spans processes must be whole on the devices of one of them.
@@ -183,18 +184,23 @@ class Functions:
     @property
     def num_compiled(self) -> int:
         """Programs that JAX has compiled by calls of the functions."""
-        functions: tuple[Any, ...] = (self._step, self._score, self._read, self._write)
+        functions: tuple[Any, ...] = (
+            *(self._step, self._fill, self._score),
+            *(self._read, self._write),
+        )
         return sum(function._cache_size() for function in functions)
 
     def of(
-        self, call: Call, params: Any, pool: Any, lanes: Any, hidden: Any
+        self, call: Call, params: Any, pool: Any, known: Any, hidden: Any
     ) -> tuple[str, Any, tuple[Any, ...]]:
-        """Name, function and arguments of a call; the arrays may be shapes. lanes, hidden: of the
-        step before it, for Step and Score.
+        """Name, function and arguments of a call; the arrays may be shapes. known: the lanes.
+        hidden: of the step before it, for Score.
         """
         match call:
             case Step(tokens, sequences):
-                return "step", self._step, (params, pool, lanes, tokens, sequences)
+                return "step", self._step, (params, pool, known, tokens, sequences)
+            case Fill(numbers, rows):
+                return "fill", self._fill, (known, numbers, rows)
             case Score(targets):
                 return "score", self._score, (params, hidden, targets)
             case Read(pages):
@@ -209,7 +215,7 @@ class Functions:
         tokens, _ = self.shapes.largest
         if self.shapes.role is not Role.DECODE:
             made.append(Score(np.zeros(tokens, np.int32)))  # for smaller steps it is the same
-        made += [Read(pages), Write(pages, self.block)]
+        made += [lanes.no_fill(self.limits), Read(pages), Write(pages, self.block)]
         whole = NamedSharding(self.mesh, PartitionSpec())
         hidden = jax.ShapeDtypeStruct((tokens, self._hidden_size), self._dtype, sharding=whole)
         for call in made:

@@ -287,9 +287,9 @@ class Worker:
             self.moves.fetch(self.instance.waiting[id])
 
     def _start_step(self, batch: Batch, now: float) -> None:
-        seqs = {id: self.instance.running[id] for id in batch.work}
+        seqs = self.instance.running.some(batch.work)
         try:
-            wait = self.engine.start([(seqs[id], count) for id, count in batch.work.items()])
+            wait = self.engine.start(list(zip(seqs.values(), batch.work.values(), strict=True)))
         except BaseException:
             self._aboard = tuple(batch.work)
             raise
@@ -352,9 +352,12 @@ class Worker:
         tokens = self._valid({id: token for id, token in ended.tokens.items() if id in seqs})
         self.ran.add(now - flight.begun_at, batch.predicted_s, len(batch.work))
         self.ran.num_waited += flight.waited_for
+        stopped = []
         for id, token in tokens.items():
-            seqs[id].tokens.append(token.id)
-        stopped = [id for id, token in tokens.items() if token.id in seqs[id].request.stop]
+            seq = seqs[id]
+            seq.tokens.append(token.id)
+            if token.id in seq.request.stop:
+                stopped.append(id)
         left = self.instance.end(batch, now, stopped)
         for seq in left:
             if seq.finish_reason:
