@@ -72,18 +72,18 @@ class Score(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A call that copies one block of pages out. pages: int32 ids [BLOCK_PAGES]."""
+    """A call that copies blocks of pages out. pages: int32 ids, of each block BLOCK_PAGES."""
 
     pages: np.ndarray
 
 
 class Write(NamedTuple):
-    """A call that writes one block into the pool. Ids past the pool are dropped. block: an array,
-    or its shape where the call is only described.
+    """A call that writes blocks into the pool. Ids past the pool are dropped. blocks: arrays, or
+    their shapes where the call is only described.
     """
 
     pages: np.ndarray
-    block: Any
+    blocks: tuple[Any, ...]
 
 
 Call = Step | Fill | Score | Read | Write

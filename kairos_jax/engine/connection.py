@@ -29,7 +29,9 @@ class Kind(enum.IntEnum):
 
 
 class Frame(NamedTuple):
-    """tokens, sequences: of a STEP or SCORE. payload: arrays, one after the other."""
+    """tokens, sequences: of a STEP or SCORE; of a READ or WRITE, tokens are its blocks. payload:
+    arrays, one after the other.
+    """
 
     kind: Kind
     tokens: int = 0

@@ -6,7 +6,8 @@ processes, each has an engine, and all of them run the same calls (kairos_jax.en
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -42,6 +43,11 @@ class Engine(Protocol):
     limits: Limits
 
     @property
+    def copy_s(self) -> float:
+        """Seconds in which a block is copied out or in, about; 0: it is not known."""
+        ...
+
+    @property
     def wire_sharding(self) -> Sharding | None:
         """Where KV in wire form must be placed before `write_pages`. None: whole blocks will do, on
         this host or on a device of this process.
@@ -69,6 +75,10 @@ class Engine(Protocol):
         """Writes what another engine's `read_pages` gave, now on `wire_sharding`, into `pages`;
         what is for a page past the pool is dropped.
         """
+        ...
+
+    def wait(self) -> None:
+        """Returns when all that was asked of it has run."""
         ...
 
 
@@ -104,6 +114,7 @@ class JaxEngine:
         (self._lanes,) = kv_cache.allocate((self._functions.lanes,))
         self._holders = Holders(limits)
         self._hidden: jax.Array | None = None  # of the last step, for `Score`
+        self.copy_s = 0.0
         self._programs = programs
         # Compiled programs, by name and shapes: each is for arguments of just one kind.
         self._compiled: dict[tuple[Any, ...], Any] = {}
@@ -134,12 +145,27 @@ class JaxEngine:
         parallel([functools.partial(compiled, size) for size in [*self.shapes][::-1]], at_once)
         progress("page moves")
         self.dispatch(no_fill(self.limits))
-        self.write_pages([], [self.dispatch(Read(_block_ids([], 0)))])
+        for count in self.shapes.blocks:
+            read = self.dispatch(Read(_block_ids([], count, 0)))
+            self.dispatch(Write(_block_ids([], count, self.limits.num_pages), tuple(read)))
         self.wait()
+        self.copy_s = self._measured_copy_s()
+
+    def _measured_copy_s(self) -> float:
+        """See `Engine.copy_s`: of the most that one call copies, out of some pages and back."""
+        count = self.shapes.blocks[-1]
+        pages = range(min(count * BLOCK_PAGES, self.limits.num_pages))
+        begun = time.perf_counter()
+        self.write_pages(pages, self.read_pages(pages))
+        self.wait()
+        return (time.perf_counter() - begun) / (2 * num_blocks(len(pages)))
 
     def wait(self) -> None:
-        """Returns when all that was dispatched has run."""
-        jax.block_until_ready(self._cache)
+        """See `Engine.wait`. A read leaves nothing to wait for, but what is dispatched last runs
+        after it.
+        """
+        self.dispatch(no_fill(self.limits))
+        jax.block_until_ready((self._cache, self._lanes))
 
     def step(self, work: Sequence[tuple[Seq, int]]) -> dict[str, Token]:
         """Starts a step, and waits for it."""
@@ -192,8 +218,8 @@ class JaxEngine:
                 at += part.num_tokens
         return packed
 
-    def run(self, call: Call) -> jax.Array | None:
-        """Dispatches one call, and returns its samples or its block, still on the device."""
+    def run(self, call: Call) -> Any:
+        """Dispatches one call, and returns its samples or its blocks, still on the device."""
         program, args = self._program(call)
         result = program(*args)
         match call:
@@ -215,7 +241,7 @@ class JaxEngine:
         name, function, args = self._functions.of(call, self.params, self._cache, *last)
         if self.mesh.is_multi_process:
             return function, args
-        key = (name, *(array.shape for array in call))
+        key = (name, *(each.shape for each in call if isinstance(each, np.ndarray)))
         if key not in self._compiled:
             if self._programs is None:
                 self._compiled[key] = function.lower(*args).compile()
@@ -225,21 +251,38 @@ class JaxEngine:
 
     def read_pages(self, pages: Sequence[int]) -> KV:
         """See `Engine.read_pages`."""
-        return [self.dispatch(Read(_block_ids(block, 0))) for block in _blocks(pages)]
+        kv: list[jax.Array] = []
+        for first, count in self._ranges(num_blocks(len(pages))):
+            kv += self.dispatch(Read(_block_ids(pages, count, 0, first)))
+        return kv
 
     def write_pages(self, pages: Sequence[int], kv: KV) -> None:
         """See `Engine.write_pages`."""
+        if len(kv) != num_blocks(len(pages)):
+            raise ValueError(f"{len(pages)} pages are not {len(kv)} blocks")
         # Padding ids point past the pool, where the scatter drops them.
         past = self.limits.num_pages
-        for block, arrays in zip(_blocks(pages) or [[]], kv, strict=True):
-            self.dispatch(Write(_block_ids(block, past), arrays))
+        for first, count in self._ranges(len(kv)):
+            ids = _block_ids(pages, count, past, first)
+            self.dispatch(Write(ids, tuple(kv[first : first + count])))
+
+    def _ranges(self, total: int) -> Iterator[tuple[int, int]]:
+        """So many blocks in as few calls as may be: the first one of each, and how many."""
+        first = 0
+        while first < total:
+            count = max(size for size in self.shapes.blocks if size <= total - first)
+            yield first, count
+            first += count
 
 
-def _block_ids(pages: Sequence[int], padding: int) -> np.ndarray:
-    ids = np.full(BLOCK_PAGES, padding, np.int32)
-    ids[: len(pages)] = pages
+def num_blocks(num_pages: int) -> int:
+    """Blocks that so many pages take."""
+    return -(-num_pages // BLOCK_PAGES)
+
+
+def _block_ids(pages: Sequence[int], count: int, padding: int, first: int = 0) -> np.ndarray:
+    """Of `count` blocks of these pages, from block `first` on."""
+    ids = np.full(count * BLOCK_PAGES, padding, np.int32)
+    some = pages[first * BLOCK_PAGES : (first + count) * BLOCK_PAGES]
+    ids[: len(some)] = some
     return ids
-
-
-def _blocks(pages: Sequence[int]) -> list[Sequence[int]]:
-    return [pages[first : first + BLOCK_PAGES] for first in range(0, len(pages), BLOCK_PAGES)]

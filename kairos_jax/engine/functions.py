@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
@@ -44,25 +45,31 @@ def bucket_sizes(limit: int, coarse: int = 4) -> tuple[int, ...]:
 @dataclass(frozen=True, slots=True)
 class _Sizes:
     """least: tokens of the smallest step. least_chunk: of an engine that only prefills; of prompts
-    fewer are rarely left. coarse: see `bucket_sizes`.
+    fewer are rarely left. coarse: see `bucket_sizes`. blocks: see `Shapes`.
     """
 
     least: int
     least_chunk: int
     coarse: int
+    blocks: tuple[int, ...]
 
 
 # Each shape delays the start: by a second or two on a CPU, by half a minute on an accelerator. A
 # small step of an accelerator reads the weights for longer than it computes: there padding is free.
-_ON_CPU, _ON_ACCELERATOR = _Sizes(1, 16, 16), _Sizes(16, 64, 512)
+# It copies a block sooner than the host calls a program; a CPU takes ten times as long as the call.
+# Sixteen blocks a call take the host no less for each block than four.
+_ON_CPU, _ON_ACCELERATOR = _Sizes(1, 16, 16, (1,)), _Sizes(16, 64, 512, (1, 4))
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The sizes that an engine of this role compiles, each (tokens, sequences), ascending."""
+    """The sizes that an engine of this role compiles, each (tokens, sequences), ascending. blocks:
+    of pages, that one call copies, ascending from 1.
+    """
 
     role: Role
     sizes: tuple[tuple[int, int], ...]
+    blocks: tuple[int, ...] = (1,)
 
     @classmethod
     def for_role(cls, role: Role, limits: Limits, kernels: str = "cpu") -> "Shapes":
@@ -72,7 +79,8 @@ class Shapes:
         of = _ON_ACCELERATOR if KERNELS[kernels].on_accelerator else _ON_CPU
         least = min(of.least if decodes else of.least_chunk, most)
         sizes = [size for size in bucket_sizes(most, of.coarse) if size >= least]
-        return cls(role, tuple((size, min(size, limits.max_batch)) for size in sizes))
+        each = tuple((size, min(size, limits.max_batch)) for size in sizes)
+        return cls(role, each, of.blocks)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self.sizes)
@@ -161,10 +169,13 @@ class Functions:
             return sampling.score(functools.partial(head, params), hidden, targets)
 
         def read(cache, pages):
-            return kv_cache.read_pages(config, layout, cache, pages)
+            # An array for each block, since they are given away one by one. Not in a loop: for
+            # that, XLA for TPU brings the whole pool into fast memory.
+            each = pages.reshape(-1, BLOCK_PAGES)
+            return tuple(kv_cache.read_pages(config, layout, cache, some) for some in each)
 
-        def write(cache, pages, kv):
-            return kv_cache.write_pages(layout, cache, pages, kv)
+        def write(cache, pages, blocks):
+            return kv_cache.write_pages(layout, cache, pages, jnp.concatenate(blocks, axis=1))
 
         # Functions of these programs' own: JAX keeps one cache of programs for each function, which
         # `num_compiled` looks at. The pool is donated, so that a step writes the pages where they
@@ -205,17 +216,19 @@ class Functions:
                 return "score", self._score, (params, hidden, targets)
             case Read(pages):
                 return "read", self._read, (pool, pages)
-            case Write(pages, block):
-                return "write", self._write, (pool, pages, block)
+            case Write(pages, blocks):
+                return "write", self._write, (pool, pages, blocks)
 
     def described(self) -> Iterator[tuple[Call, str, Any, tuple[Any, ...]]]:
         """All programs: what calls each, its name, function and arguments, the arrays as shapes."""
-        pages = np.zeros(BLOCK_PAGES, np.int32)
         made: list[Call] = [calls.padding(*size, self.limits) for size in self.shapes]
         tokens, _ = self.shapes.largest
         if self.shapes.role is not Role.DECODE:
             made.append(Score(np.zeros(tokens, np.int32)))  # for smaller steps it is the same
-        made += [lanes.no_fill(self.limits), Read(pages), Write(pages, self.block)]
+        made.append(lanes.no_fill(self.limits))
+        for count in self.shapes.blocks:
+            pages = np.zeros(count * BLOCK_PAGES, np.int32)
+            made += [Read(pages), Write(pages, (self.block,) * count)]
         whole = NamedSharding(self.mesh, PartitionSpec())
         hidden = jax.ShapeDtypeStruct((tokens, self._hidden_size), self._dtype, sharding=whole)
         for call in made:

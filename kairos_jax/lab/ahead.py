@@ -86,10 +86,10 @@ def name_of(call: Call, size: tuple[int, int] | None) -> str:
             return "fill lanes"
         case Score(targets):
             return f"score {targets.shape[0]}"
-        case Read():
-            return "read pages"
-        case Write():
-            return "write pages"
+        case Read(pages):
+            return f"read {len(pages)} pages"
+        case Write(pages):
+            return f"write {len(pages)} pages"
 
 
 def build(

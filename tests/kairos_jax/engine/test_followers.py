@@ -168,7 +168,9 @@ def test_calls_travel_as_bytes(tiny_llama):
     score = Score(rng.integers(-1, 9, 16, np.int32))
     empty = lanes.no_fill(engine.limits)
     fill = Fill(*(rng.integers(0, 99, array.shape, np.int32) for array in empty))
-    for call in (step, fill, score, Read(ids), Write(ids, block)):
+    twice = np.concatenate([ids, ids + 4])
+    moves = Read(ids), Read(twice), Write(ids, (block,)), Write(twice, (block, 2 * block))
+    for call in (step, fill, score, *moves):
         payload = b"".join(each.tobytes() for each in followers._arrays(engine, call, 0))
         message = connection.Frame(*followers._shape(call), payload)
         arrived = followers._call(engine, message)
