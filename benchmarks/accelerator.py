@@ -30,7 +30,7 @@ from figures import say, table, where
 
 from kairos_jax.config import ServerConfig
 from kairos_jax.config.chips import CHIPS
-from kairos_jax.engine import calls, profiling
+from kairos_jax.engine import calls, lanes, profiling
 from kairos_jax.engine.build import build_engines, choose_kernels
 from kairos_jax.engine.devices import start_jax
 from kairos_jax.engine.engine import JaxEngine
@@ -122,15 +122,20 @@ def example(
     counts: Sequence[int], before: Sequence[int], pages: np.ndarray, limits: Limits
 ) -> StepInput:
     """A step of so many tokens of each sequence, after those before, and a little padding."""
-    parts = []
+    parts, holders = [], lanes.Holders(limits)
     for count, start, held in zip(counts, before, pages, strict=True):
         request = Request("", 0.0, [0] * int(start + count), 1, Slo(1.0, 1.0))
         seq = Seq(request, computed=int(start))
         seq.pages = held.tolist()
-        parts.append(calls.Part(seq, int(start), count, False))
+        lane = holders.lane(seq, int(start + count))
+        parts.append(calls.Part(seq, int(start), count, False, lane))
+    known = jnp.zeros(lanes.shape(limits), np.int32)
+    for fill in holders.fills():
+        known = lanes.fill(known, *fill)
     size = sum(counts) + 3, len(counts) + (max(counts) > 1)
-    inputs, _ = calls.unpack(*calls.step(parts, *size, limits))
-    return jax.tree.map(jnp.asarray, inputs)
+    tokens, sequences = map(jnp.asarray, calls.step(parts, *size, limits))
+    _, inputs, _ = lanes.unpack(known, tokens, sequences, limits)
+    return inputs
 
 
 def check_golden(names: Sequence[str], device: Any) -> list[dict[str, Any]]:

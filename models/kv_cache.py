@@ -58,10 +58,14 @@ class StepInput:
     @property
     def owners(self) -> Int[Array, "T"]:
         """The sequence of each token; of padding the last."""
-        at = jnp.arange(self.tokens.shape[0], dtype=jnp.int32)
-        starts = jnp.asarray(self.starts)
-        owners = jnp.searchsorted(starts[1:], at, side="right", method="compare_all")
-        return jnp.minimum(owners, self.contexts.shape[0] - 1).astype(jnp.int32)
+        return owners(jnp.asarray(self.starts), self.tokens.shape[0])
+
+
+def owners(starts: Int[Array, "S+1"], num_tokens: int) -> Int[Array, "T"]:
+    """See `StepInput`."""
+    at = jnp.arange(num_tokens, dtype=jnp.int32)
+    found = jnp.searchsorted(starts[1:], at, side="right", method="compare_all")
+    return jnp.minimum(found, starts.shape[0] - 2).astype(jnp.int32)
 
 
 class LayerCache(NamedTuple):

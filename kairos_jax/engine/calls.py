@@ -1,16 +1,15 @@
 """What runs on a mesh, as arrays: made of a ledger's work, and read again as tokens."""
 
-import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from kairos_jax.engine import lanes
+from kairos_jax.engine.lanes import LAST_SAMPLED, Fill
 from models import sampling
-from models.kv_cache import StepInput
-from models.sampling import SamplingInput, SamplingParams
+from models.sampling import SamplingParams
 from schedulers.ledger.instance import Limits
 from schedulers.ledger.request import Request, Seq
 
@@ -34,7 +33,12 @@ class PromptLogprobs(NamedTuple):
             yield Token(id, value, tuple(top[index * width : (index + 1) * width]))
 
 
-class Token(NamedTuple):
+# A step makes hundreds of tokens and parts. A dataclass that is not frozen is made in 0.2 us, a
+# NamedTuple in 0.5.
+
+
+@dataclass(slots=True)
+class Token:
     """One sampled token. logprob and top (id, logprob) are None and () unless asked for; so is
     prompt, which only the first token has. id: `models.sampling.INVALID` where the numbers of the
     sequence are not finite, and there is no token.
@@ -46,23 +50,13 @@ class Token(NamedTuple):
     prompt: PromptLogprobs | None = None
 
 
-# A sequence's numbers, which stand before its pages: see `unpack`. One of them is its lane.
-_NUMBERS, _LANE = 10, 6
-
-
-def num_lanes(limits: Limits) -> int:
-    """Lanes on the device, which hold samples of the last step: see `Part`. As many again, so that
-    a step that reads some writes to others.
-    """
-    return 2 * limits.max_batch
-
-
-_NO_LANES: Mapping[str, int] = {}
-
-
 class Step(NamedTuple):
-    """A call of the compiled forward step. tokens: int32 [3, T]; sequences: int32 [S, ...]. See
-    `unpack`.
+    """A call of the compiled forward step. tokens: int32 [T], ids; `LAST_SAMPLED` where the id is
+    on the device alone. sequences: int32 [S, 5], of each how many tokens it has in this step, its
+    context with them, its lane, whether it samples, and the page of its last token: see
+    `kairos_jax.engine.lanes.unpack`.
+
+    Two arrays for all, since every array that goes to a device takes its time, 20 us or more.
     """
 
     tokens: np.ndarray
@@ -78,21 +72,21 @@ class Score(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A call that copies one block of pages out. pages: int32 ids [BLOCK_PAGES]."""
+    """A call that copies blocks of pages out. pages: int32 ids, of each block BLOCK_PAGES."""
 
     pages: np.ndarray
 
 
 class Write(NamedTuple):
-    """A call that writes one block into the pool. Ids past the pool are dropped. block: an array,
-    or its shape where the call is only described.
+    """A call that writes blocks into the pool. Ids past the pool are dropped. blocks: arrays, or
+    their shapes where the call is only described.
     """
 
     pages: np.ndarray
-    block: Any
+    blocks: tuple[Any, ...]
 
 
-Call = Step | Score | Read | Write
+Call = Step | Fill | Score | Read | Write
 """All that ever runs on a mesh, as arrays."""
 
 
@@ -102,16 +96,17 @@ def wants_prompt_logprobs(request: Request) -> bool:
     return how is not None and how.prompt_logprobs is not None
 
 
-class Part(NamedTuple):
-    """Consecutive tokens of one sequence. samples: they are its last, after which the next token is
-    sampled. lane: where that token stays on the device, for the next step; None: nowhere.
+@dataclass(slots=True)
+class Part:
+    """Consecutive tokens of one sequence, which has a lane. samples: they are its last, after which
+    the next token is sampled.
     """
 
     seq: Seq
     start: int
     num_tokens: int
     samples: bool
-    lane: int | None = None
+    lane: int
 
     @property
     def num_scored(self) -> int:
@@ -124,141 +119,34 @@ class Part(NamedTuple):
         return max(min(self.num_tokens, len(request.prompt) - 1 - self.start), 0)
 
 
-def unpack(tokens: Any, sequences: Any) -> tuple[StepInput, SamplingInput]:
-    """What the arrays of a `Step` say: on the host as views of them, but for where the sequences'
-    tokens start.
-
-    tokens: of each its id, its position and its slot. sequences: of each ten numbers, then its
-    pages. Two arrays for all, since every array that goes to a device takes its time, 20 us or
-    more. An id below 0 names a lane, where the id is: see `from_lanes`.
-    """
-    count, context = sequences[:, 0], sequences[:, 1]
-    xp: Any = np if isinstance(sequences, np.ndarray) else jnp
-    inputs = StepInput(
-        tokens=tokens[0],
-        positions=tokens[1],
-        slots=tokens[2],
-        starts=xp.pad(xp.cumsum(count, dtype=xp.int32), (1, 0)),
-        contexts=context,
-        pages=sequences[:, _NUMBERS:],
-    )
-    return inputs, _how(sequences)
-
-
-def _how(sequences: Any) -> SamplingInput:
-    """How each sequence samples: the second of what `unpack` gives."""
-    context, temperature, top_k, top_p, min_p, _, logprobs = (
-        sequences[:, column] for column in range(1, _NUMBERS - 2)
-    )
-    return SamplingInput(
-        temperature=temperature.view("float32"),
-        top_k=top_k,
-        top_p=top_p.view("float32"),
-        min_p=min_p.view("float32"),
-        seed=sequences[:, _NUMBERS - 2 : _NUMBERS].view("uint32"),
-        position=context,
-        logprobs=logprobs,
-    )
-
-
-def from_lanes(inputs: StepInput, lanes: Any) -> StepInput:
-    """With the ids that are on the device alone. lanes: int32 [num_lanes]. A token that is
-    `INVALID` there becomes an id that there is: what comes of it is thrown away.
-    """
-    ids = jnp.asarray(inputs.tokens)
-    sampled = jnp.maximum(lanes[jnp.maximum(-1 - ids, 0)], 0)
-    return dataclasses.replace(inputs, tokens=jnp.where(ids < 0, sampled, ids))
-
-
-def to_lanes(lanes: Any, sequences: Any, sampled: Any) -> Any:
-    """The lanes with what the sequences have sampled, int32 [S], where they have one."""
-    return lanes.at[sequences[:, _LANE]].set(sampled, mode="drop")
-
-
 def padding(num_tokens: int, num_sequences: int, limits: Limits) -> Step:
     """A step of these sizes that computes nothing."""
-    table_pages = limits.pages_for(limits.max_context)
-    sequences = np.zeros((num_sequences, _NUMBERS + table_pages), np.int32)
-    tokens = np.zeros((3, num_tokens), np.int32)
-    _how(sequences).top_p[:] = 1.0
-    sequences[:, _LANE] = num_lanes(limits)  # past them
-    past = limits.num_pages * limits.page_size
-    tokens[2] = np.arange(past, past + num_tokens)
-    return Step(tokens, sequences)
+    sequences = np.zeros((num_sequences, lanes.SAID), np.int32)
+    sequences[:, lanes.LANE] = lanes.past(limits)
+    return Step(np.zeros(num_tokens, np.int32), sequences)
 
 
-def step(
-    parts: Sequence[Part],
-    num_tokens: int,
-    num_sequences: int,
-    limits: Limits,
-    lanes: Mapping[str, int] = _NO_LANES,
-) -> Step:
-    """A step of these parts, of a sequence each, and padding up to these sizes. lanes: where the
-    last token of a sequence is, by request id, if it is on the device alone.
-    """
-    call, count = padding(num_tokens, num_sequences, limits), len(parts)
-    if not parts:
-        return call
-    tokens, sequences = call
-    heads = np.concatenate([_head(part.seq, sequences.shape[1]) for part in parts])
-    sequences[:count] = heads.reshape(count, -1)
-    past = num_lanes(limits)
-    rows = [
-        (number, start, samples, past if lane is None else lane)
-        for _, start, number, samples, lane in parts
-    ]
-    numbers = np.fromiter(itertools.chain.from_iterable(rows), np.int32, 4 * count)
-    counts, starts, samples, lanes_to = numbers.reshape(count, 4).T
-    sequences[:count, 0], sequences[:count, 1] = counts, starts + counts
-    sequences[:count, _LANE] = lanes_to
-    # After what is not its sequence's last nothing is to be drawn.
-    how, rest = _how(sequences), samples == 0
-    how.temperature[:count][rest] = how.logprobs[:count][rest] = 0
-    ids = _ids(parts, lanes)
-    total = len(ids)
-    tokens[0, :total] = ids
-    owner = np.repeat(np.arange(count), counts)
-    before = np.cumsum(counts) - counts
-    tokens[1, :total] = positions = np.arange(total) + (starts - before)[owner]
-    page, offset = np.divmod(positions, limits.page_size)
-    tokens[2, :total] = sequences[owner, _NUMBERS + page] * limits.page_size + offset
-    return call
-
-
-def _ids(parts: Iterable[Part], lanes: Mapping[str, int]) -> list[int]:
-    """Of all tokens; a lane, below 0, for the last one of a sequence where the id is to come."""
+def step(parts: Sequence[Part], num_tokens: int, num_sequences: int, limits: Limits) -> Step:
+    """A step of these parts, of a sequence each, and padding up to these sizes."""
+    call, page_size = padding(num_tokens, num_sequences, limits), limits.page_size
+    said: list[int] = []
     ids: list[int] = []
-    for seq, start, count, *_ in parts:
+    for part in parts:
+        seq, start, count = part.seq, part.start, part.num_tokens
+        context = start + count
+        page = seq.pages[(context - 1) // page_size]
+        said += count, context, part.lane, part.samples, page
         at = start - len(seq.request.prompt)
         if count == 1 and 0 <= at < len(seq.tokens):  # as most are
             ids.append(seq.tokens[at])
             continue
-        known = seq.token_ids(start, start + count)
+        known = seq.token_ids(start, context)
         ids += known
         if len(known) < count:
-            ids.append(-1 - lanes[seq.request.id])
-    return ids
-
-
-def _head(seq: Seq, width: int) -> np.ndarray:
-    """The numbers and pages of a sequence, but for what this step computes: int32 [width].
-
-    It stays with the sequence: a step changes nothing of it, save for a page now and then.
-    """
-    if seq.head is None:
-        params: SamplingParams = seq.request.sampling or SamplingParams()
-        row = np.zeros((1, width), np.int32)
-        how = _how(row)
-        how.temperature[0], how.seed[0] = params.temperature, divmod(params.seed, 1 << 32)[::-1]
-        how.top_k[0], how.top_p[0], how.min_p[0] = params.top_k, params.top_p, params.min_p
-        how.logprobs[0] = params.logprobs is not None
-        seq.head = row[0], []
-    row, pages = seq.head
-    if pages != seq.pages:
-        row[_NUMBERS : _NUMBERS + len(seq.pages)] = seq.pages
-        pages[:] = seq.pages
-    return row
+            ids.append(LAST_SAMPLED)
+    call.tokens[: len(ids)] = ids
+    call.sequences.ravel()[: len(said)] = said
+    return call
 
 
 def targets(parts: Sequence[Part], num_tokens: int) -> np.ndarray:
@@ -281,17 +169,21 @@ def tokens(parts: Sequence[Part], packed: np.ndarray) -> dict[str, Token]:
     invalid: dict[str, Token] = {}
     for index, (part, id) in enumerate(zip(parts, sampled.token.tolist(), strict=False)):
         request = part.seq.request
+        how: SamplingParams | None = request.sampling
         if id < 0:
             invalid[request.id] = _INVALID
         elif part.samples:
-            found[request.id] = _token(part, id, sampled, index)
-    return found | invalid
+            if how is None or (how.logprobs is None and how.prompt_logprobs is None):
+                found[request.id] = Token(id)
+            else:
+                found[request.id] = _token(part, id, how, sampled, index)
+    return found | invalid if invalid else found
 
 
-def merged(parts: Iterable[Mapping[str, Token]]) -> dict[str, Token]:
-    """What several runs of one step gave: a sequence that is invalid in one of them stays so."""
-    found: dict[str, Token] = {}
-    for part in parts:
+def merged(first: dict[str, Token], *others: Mapping[str, Token]) -> dict[str, Token]:
+    """What the runs of one step gave: a sequence that is invalid in one of them stays so."""
+    found = first
+    for part in others:
         found |= {id: token for id, token in part.items() if found.get(id) is not _INVALID}
     return found
 
@@ -299,19 +191,19 @@ def merged(parts: Iterable[Mapping[str, Token]]) -> dict[str, Token]:
 _INVALID = Token(sampling.INVALID)
 
 
-def _token(part: Part, id: int, sampled: sampling.Sampled, index: int) -> Token:
-    """What part `index` has sampled."""
-    request = part.seq.request
-    params: SamplingParams = request.sampling or SamplingParams()
-    token = Token(id)
-    if params.logprobs is not None:
-        ids = sampled.top_tokens[index, : params.logprobs].tolist()
-        values = sampled.top_logprobs[index, : params.logprobs].tolist()
+def _token(
+    part: Part, id: int, how: SamplingParams, sampled: sampling.Sampled, index: int
+) -> Token:
+    """What part `index` has sampled, with log-probabilities."""
+    request, token = part.seq.request, Token(id)
+    if how.logprobs is not None:
+        ids = sampled.top_tokens[index, : how.logprobs].tolist()
+        values = sampled.top_logprobs[index, : how.logprobs].tolist()
         top = tuple(zip(ids, values, strict=True))
         token = Token(id, float(sampled.logprob[index]), top)
     if part.start + part.num_tokens == len(request.prompt) and wants_prompt_logprobs(request):
         prompt = _prompt_logprobs(part.seq)
-        return _INVALID if prompt is None else token._replace(prompt=prompt)
+        return _INVALID if prompt is None else replace(token, prompt=prompt)
     return token
 
 

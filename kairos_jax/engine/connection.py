@@ -25,10 +25,13 @@ class Kind(enum.IntEnum):
     WRITE = 3
     END = 4
     SCORE = 5
+    FILL = 6
 
 
 class Frame(NamedTuple):
-    """tokens, sequences: of a STEP or SCORE. payload: arrays, one after the other."""
+    """tokens, sequences: of a STEP or SCORE; of a READ or WRITE, tokens are its blocks. payload:
+    arrays, one after the other.
+    """
 
     kind: Kind
     tokens: int = 0

@@ -6,6 +6,7 @@ processes, each has an engine, and all of them run the same calls (kairos_jax.en
 
 import functools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from jax.typing import DTypeLike
 from kairos_jax.engine import calls
 from kairos_jax.engine.calls import Call, Part, Read, Score, Step, Token, Write
 from kairos_jax.engine.functions import BLOCK_PAGES, Functions, Shapes
+from kairos_jax.engine.lanes import Fill, Holders, no_fill
 from kairos_jax.engine.programs import Programs
 from kairos_jax.process.parallel import parallel
 from models import kv_cache
@@ -39,6 +41,11 @@ class Engine(Protocol):
     """What a worker needs of an engine. `JaxEngine` is the real one; tests have a fake."""
 
     limits: Limits
+
+    @property
+    def copy_s(self) -> float:
+        """Seconds in which a block is copied out or in, about; 0: it is not known."""
+        ...
 
     @property
     def wire_sharding(self) -> Sharding | None:
@@ -68,6 +75,10 @@ class Engine(Protocol):
         """Writes what another engine's `read_pages` gave, now on `wire_sharding`, into `pages`;
         what is for a page past the pool is dropped.
         """
+        ...
+
+    def wait(self) -> None:
+        """Returns when all that was asked of it has run."""
         ...
 
 
@@ -101,8 +112,9 @@ class JaxEngine:
         self.block = self._functions.block
         self._cache = kv_cache.allocate(self._functions.pool)
         (self._lanes,) = kv_cache.allocate((self._functions.lanes,))
-        self._lane_of: dict[str, int] = {}  # what the last step sampled for whom, by request id
+        self._holders = Holders(limits)
         self._hidden: jax.Array | None = None  # of the last step, for `Score`
+        self.copy_s = 0.0
         self._programs = programs
         # Compiled programs, by name and shapes: each is for arguments of just one kind.
         self._compiled: dict[tuple[Any, ...], Any] = {}
@@ -132,12 +144,28 @@ class JaxEngine:
         # The largest take longest.
         parallel([functools.partial(compiled, size) for size in [*self.shapes][::-1]], at_once)
         progress("page moves")
-        self.write_pages([], [self.dispatch(Read(_block_ids([], 0)))])
+        self.dispatch(no_fill(self.limits))
+        for count in self.shapes.blocks:
+            read = self.dispatch(Read(_block_ids([], count, 0)))
+            self.dispatch(Write(_block_ids([], count, self.limits.num_pages), tuple(read)))
         self.wait()
+        self.copy_s = self._measured_copy_s()
+
+    def _measured_copy_s(self) -> float:
+        """See `Engine.copy_s`: of the most that one call copies, out of some pages and back."""
+        count = self.shapes.blocks[-1]
+        pages = range(min(count * BLOCK_PAGES, self.limits.num_pages))
+        begun = time.perf_counter()
+        self.write_pages(pages, self.read_pages(pages))
+        self.wait()
+        return (time.perf_counter() - begun) / (2 * num_blocks(len(pages)))
 
     def wait(self) -> None:
-        """Returns when all that was dispatched has run."""
-        jax.block_until_ready(self._cache)
+        """See `Engine.wait`. A read leaves nothing to wait for, but what is dispatched last runs
+        after it.
+        """
+        self.dispatch(no_fill(self.limits))
+        jax.block_until_ready((self._cache, self._lanes))
 
     def step(self, work: Sequence[tuple[Seq, int]]) -> dict[str, Token]:
         """Starts a step, and waits for it."""
@@ -148,8 +176,8 @@ class JaxEngine:
         most_tokens, most_sequences = self.shapes.largest
         runs: list[tuple[list[Part], jax.Array]] = []
         parts: list[Part] = []
-        room = most_tokens
-        lanes = self._free_lanes()
+        room, lane_of = most_tokens, self._holders.lane
+        self._holders.begin()
         for seq, count in work:
             start, length = seq.computed_and_length
             end = start + count
@@ -158,30 +186,19 @@ class JaxEngine:
                     runs.append((parts, self.run_parts(parts)))
                     parts, room = [], most_tokens
                 some = min(end - start, room)
-                samples = start + some == length
-                lane = next(lanes, None) if samples else None
-                parts.append(Part(seq, start, some, samples, lane))
-                start, room = start + some, room - some
+                now = start + some
+                parts.append(Part(seq, start, some, now == length, lane_of(seq, now)))
+                start, room = now, room - some
         runs.append((parts, self.run_parts(parts)))
-        self._lane_of = {
-            part.seq.request.id: part.lane
-            for parts, _ in runs
-            for part in parts
-            if part.lane is not None
-        }
         for _, packed in runs:
             packed.copy_to_host_async()
 
         def wait() -> dict[str, Token]:
-            return calls.merged(calls.tokens(parts, np.asarray(packed)) for parts, packed in runs)
+            return calls.merged(
+                *(calls.tokens(parts, np.asarray(packed)) for parts, packed in runs)
+            )
 
         return wait
-
-    def _free_lanes(self) -> Iterator[int]:
-        """The half of the lanes that holds nothing of the last step."""
-        half = self.limits.max_batch
-        first = next(iter(self._lane_of.values()), half)
-        return iter(range(half) if first >= half else range(half, 2 * half))
 
     def run_parts(self, parts: Sequence[Part]) -> jax.Array:
         """Dispatches one compiled step. Returns the packed samples (see models.sampling.unpack),
@@ -189,8 +206,11 @@ class JaxEngine:
         last part.
         """
         size = self.shapes.fitting(sum(part.num_tokens for part in parts), len(parts))
-        packed = self.dispatch(calls.step(parts, *size, self.limits, self._lane_of))
-        if any(part.num_scored for part in parts):
+        for fill in self._holders.fills():
+            self.dispatch(fill)
+        packed = self.dispatch(calls.step(parts, *size, self.limits))
+        prompts = [part for part in parts if part.num_tokens > 1 or not part.samples]
+        if any(part.num_scored for part in prompts):
             scored, at = self.dispatch(Score(calls.targets(parts, size[0]))), 0
             for part in parts:
                 if part.num_scored:
@@ -198,14 +218,16 @@ class JaxEngine:
                 at += part.num_tokens
         return packed
 
-    def run(self, call: Call) -> jax.Array | None:
-        """Dispatches one call, and returns its samples or its block, still on the device."""
+    def run(self, call: Call) -> Any:
+        """Dispatches one call, and returns its samples or its blocks, still on the device."""
         program, args = self._program(call)
         result = program(*args)
         match call:
             case Step():
                 self._cache, self._lanes, self._hidden, packed = result
                 return packed
+            case Fill():
+                self._lanes = result
             case Score() | Read():
                 return result
             case Write():
@@ -219,7 +241,7 @@ class JaxEngine:
         name, function, args = self._functions.of(call, self.params, self._cache, *last)
         if self.mesh.is_multi_process:
             return function, args
-        key = (name, *(array.shape for array in call))
+        key = (name, *(each.shape for each in call if isinstance(each, np.ndarray)))
         if key not in self._compiled:
             if self._programs is None:
                 self._compiled[key] = function.lower(*args).compile()
@@ -229,21 +251,38 @@ class JaxEngine:
 
     def read_pages(self, pages: Sequence[int]) -> KV:
         """See `Engine.read_pages`."""
-        return [self.dispatch(Read(_block_ids(block, 0))) for block in _blocks(pages)]
+        kv: list[jax.Array] = []
+        for first, count in self._ranges(num_blocks(len(pages))):
+            kv += self.dispatch(Read(_block_ids(pages, count, 0, first)))
+        return kv
 
     def write_pages(self, pages: Sequence[int], kv: KV) -> None:
         """See `Engine.write_pages`."""
+        if len(kv) != num_blocks(len(pages)):
+            raise ValueError(f"{len(pages)} pages are not {len(kv)} blocks")
         # Padding ids point past the pool, where the scatter drops them.
         past = self.limits.num_pages
-        for block, arrays in zip(_blocks(pages) or [[]], kv, strict=True):
-            self.dispatch(Write(_block_ids(block, past), arrays))
+        for first, count in self._ranges(len(kv)):
+            ids = _block_ids(pages, count, past, first)
+            self.dispatch(Write(ids, tuple(kv[first : first + count])))
+
+    def _ranges(self, total: int) -> Iterator[tuple[int, int]]:
+        """So many blocks in as few calls as may be: the first one of each, and how many."""
+        first = 0
+        while first < total:
+            count = max(size for size in self.shapes.blocks if size <= total - first)
+            yield first, count
+            first += count
 
 
-def _block_ids(pages: Sequence[int], padding: int) -> np.ndarray:
-    ids = np.full(BLOCK_PAGES, padding, np.int32)
-    ids[: len(pages)] = pages
+def num_blocks(num_pages: int) -> int:
+    """Blocks that so many pages take."""
+    return -(-num_pages // BLOCK_PAGES)
+
+
+def _block_ids(pages: Sequence[int], count: int, padding: int, first: int = 0) -> np.ndarray:
+    """Of `count` blocks of these pages, from block `first` on."""
+    ids = np.full(count * BLOCK_PAGES, padding, np.int32)
+    some = pages[first * BLOCK_PAGES : (first + count) * BLOCK_PAGES]
+    ids[: len(some)] = some
     return ids
-
-
-def _blocks(pages: Sequence[int]) -> list[Sequence[int]]:
-    return [pages[first : first + BLOCK_PAGES] for first in range(0, len(pages), BLOCK_PAGES)]

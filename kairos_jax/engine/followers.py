@@ -25,7 +25,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -33,12 +33,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kairos_jax.engine import calls
+from kairos_jax.engine import calls, lanes
 from kairos_jax.engine.calls import Call, Read, Score, Step, Write
 from kairos_jax.engine.connection import Connection, Frame, Kind
 from kairos_jax.engine.devices import Processes, agree
 from kairos_jax.engine.engine import JaxEngine
 from kairos_jax.engine.functions import BLOCK_PAGES
+from kairos_jax.engine.lanes import Fill
 from kairos_jax.net.address import split_address
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Leader:
         self._readers = [_thread(self._listen, connection) for connection in connections]
         _thread(self._watch)
 
-    def dispatch(self, call: Call) -> jax.Array | None:
+    def dispatch(self, call: Call) -> Any:
         """Runs a call on all processes; its result lies whole on a device of this one."""
         shape = _shape(call)
         by = time.monotonic() + (_CALL_S if shape in self._compiled else _COMPILE_S)
@@ -98,10 +99,8 @@ class Leader:
             connection.send(Frame(*shape, b"".join(array.tobytes() for array in arrays)))
         if isinstance(call, Write):
             _, *shards = _arrays(self._engine, call, 0)
-            call = Write(call.pages, _join(self._engine, shards))
-        result = self._engine.run(call)
-        if result is not None:
-            result = result.addressable_data(0)
+            call = Write(call.pages, _joined(self._engine, shards))
+        result = jax.tree.map(lambda array: array.addressable_data(0), self._engine.run(call))
         # The reader of a block owns it and may delete it. A step after it hangs where a read does.
         samples = isinstance(call, Step | Score)
         self._last = (by, result) if samples else (float("inf"), None)
@@ -272,18 +271,22 @@ def _greet(sock: socket.socket, secret: bytes) -> int | None:
 
 def _shape(call: Call) -> tuple[Kind, int, int]:
     if isinstance(call, Step):
-        return Kind.STEP, call.tokens.shape[1], call.sequences.shape[0]
+        return Kind.STEP, call.tokens.shape[0], call.sequences.shape[0]
     if isinstance(call, Score):
         return Kind.SCORE, *call.targets.shape, 0
-    return Kind.READ if isinstance(call, Read) else Kind.WRITE, 0, 0
+    if isinstance(call, Fill):
+        return Kind.FILL, 0, 0
+    kind = Kind.READ if isinstance(call, Read) else Kind.WRITE
+    return kind, len(call.pages) // BLOCK_PAGES, 0
 
 
 def _arrays(engine: JaxEngine, call: Call, process: int) -> list[np.ndarray]:
-    """What a process needs of a call: of a block, the shards that lie there."""
+    """What a process needs of a call: of each block, the shards that lie there."""
     if not isinstance(call, Write):
         return jax.tree.leaves(call)
-    whole = np.asarray(call.block)
-    return [call.pages, *(whole[index] for _, index in _shards(engine, process))]
+    indices = [index for _, index in _shards(engine, process)]
+    blocks = map(np.asarray, call.blocks)
+    return [call.pages, *(whole[index] for whole in blocks for index in indices)]
 
 
 def _call(engine: JaxEngine, message: Frame) -> Call:
@@ -293,14 +296,16 @@ def _call(engine: JaxEngine, message: Frame) -> Call:
         return Step(*_unpack(message.payload, like))
     if message.kind is Kind.SCORE:
         return Score(*_unpack(message.payload, [np.empty(message.tokens, np.int32)]))
-    ids = np.empty(BLOCK_PAGES, np.int32)
+    if message.kind is Kind.FILL:
+        return Fill(*_unpack(message.payload, lanes.no_fill(engine.limits)))
+    ids = np.empty(message.tokens * BLOCK_PAGES, np.int32)
     if message.kind is Kind.READ:
         return Read(*_unpack(message.payload, [ids]))
     block = engine.block
     shard = np.empty(block.sharding.shard_shape(block.shape), block.dtype)
-    mine = [shard] * len(_shards(engine, jax.process_index()))
+    mine = [shard] * (message.tokens * len(_shards(engine, jax.process_index())))
     ids, *shards = _unpack(message.payload, [ids, *mine])
-    return Write(ids, _join(engine, shards))
+    return Write(ids, _joined(engine, shards))
 
 
 def _unpack(payload: bytes, like: Iterable[np.ndarray]) -> list[np.ndarray]:
@@ -320,12 +325,16 @@ def _shards(engine: JaxEngine, process: int) -> list[tuple[Any, tuple[slice, ...
     return [each for each in indices.items() if each[0].process_index == process]
 
 
-def _join(engine: JaxEngine, shards: Iterable[np.ndarray]) -> jax.Array:
-    """The block of which this process has these shards."""
+def _joined(engine: JaxEngine, shards: Sequence[np.ndarray]) -> tuple[jax.Array, ...]:
+    """The blocks of which this process has these shards."""
     devices = [device for device, _ in _shards(engine, jax.process_index())]
-    placed = [jax.device_put(*each) for each in zip(shards, devices, strict=True)]
-    block = engine.block
-    return jax.make_array_from_single_device_arrays(block.shape, block.sharding, placed)
+    block, each = engine.block, len(devices)
+
+    def joined(some: Sequence[np.ndarray]) -> jax.Array:
+        placed = [jax.device_put(*pair) for pair in zip(some, devices, strict=True)]
+        return jax.make_array_from_single_device_arrays(block.shape, block.sharding, placed)
+
+    return tuple(joined(shards[at : at + each]) for at in range(0, len(shards), each))
 
 
 def _host(processes: Processes) -> str:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from kairos_jax.engine import calls
+from kairos_jax.engine import calls, lanes
 from kairos_jax.engine.calls import Call, Read, Score, Step, Write
+from kairos_jax.engine.lanes import Fill
 from models import kv_cache, sampling
 from models.config import ModelConfig
 from models.ops import KERNELS, on_mesh
@@ -43,25 +45,31 @@ def bucket_sizes(limit: int, coarse: int = 4) -> tuple[int, ...]:
 @dataclass(frozen=True, slots=True)
 class _Sizes:
     """least: tokens of the smallest step. least_chunk: of an engine that only prefills; of prompts
-    fewer are rarely left. coarse: see `bucket_sizes`.
+    fewer are rarely left. coarse: see `bucket_sizes`. blocks: see `Shapes`.
     """
 
     least: int
     least_chunk: int
     coarse: int
+    blocks: tuple[int, ...]
 
 
 # Each shape delays the start: by a second or two on a CPU, by half a minute on an accelerator. A
 # small step of an accelerator reads the weights for longer than it computes: there padding is free.
-_ON_CPU, _ON_ACCELERATOR = _Sizes(1, 16, 16), _Sizes(16, 64, 512)
+# It copies a block sooner than the host calls a program; a CPU takes ten times as long as the call.
+# Sixteen blocks a call take the host no less for each block than four.
+_ON_CPU, _ON_ACCELERATOR = _Sizes(1, 16, 16, (1,)), _Sizes(16, 64, 512, (1, 4))
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The sizes that an engine of this role compiles, each (tokens, sequences), ascending."""
+    """The sizes that an engine of this role compiles, each (tokens, sequences), ascending. blocks:
+    of pages, that one call copies, ascending from 1.
+    """
 
     role: Role
     sizes: tuple[tuple[int, int], ...]
+    blocks: tuple[int, ...] = (1,)
 
     @classmethod
     def for_role(cls, role: Role, limits: Limits, kernels: str = "cpu") -> "Shapes":
@@ -71,7 +79,8 @@ class Shapes:
         of = _ON_ACCELERATOR if KERNELS[kernels].on_accelerator else _ON_CPU
         least = min(of.least if decodes else of.least_chunk, most)
         sizes = [size for size in bucket_sizes(most, of.coarse) if size >= least]
-        return cls(role, tuple((size, min(size, limits.max_batch)) for size in sizes))
+        each = tuple((size, min(size, limits.max_batch)) for size in sizes)
+        return cls(role, each, of.blocks)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self.sizes)
@@ -99,7 +108,7 @@ class Functions:
         params: the weights as the kernels take them, as shapes.
         pool: the page pool, as shapes.
         block: one block of pages in wire form as it lies on the mesh, as a shape.
-        lanes: the samples of the last step, as a shape: see `kairos_jax.engine.calls.Part`.
+        lanes: all of them, as a shape: see `kairos_jax.engine.lanes`.
 
     Raises:
         ValueError: the kernels do not take the model's heads or the pages, or a dimension cannot be
@@ -137,7 +146,7 @@ class Functions:
         self.block = jax.ShapeDtypeStruct(shape, dtype, sharding=wire_sharding)
         self._hidden_size, self._dtype = config.hidden_size, dtype
         replicated = NamedSharding(mesh, PartitionSpec())
-        self.lanes = jax.ShapeDtypeStruct((calls.num_lanes(limits),), np.int32, sharding=replicated)
+        self.lanes = jax.ShapeDtypeStruct(lanes.shape(limits), np.int32, sharding=replicated)
         split = NamedSharding(mesh, rules.spec((None, "vocab")))
 
         def head(params, hidden, rows=None):
@@ -148,31 +157,34 @@ class Functions:
             parts = jax.lax.with_sharding_constraint(parts, split)
             return jax.lax.with_sharding_constraint(parts, replicated)
 
-        def step(params, cache, lanes, tokens, sequences):
-            inputs, how = calls.unpack(tokens, sequences)
-            inputs = calls.from_lanes(inputs, lanes)
+        def step(params, cache, known, tokens, sequences):
+            known, inputs, how = lanes.unpack(known, tokens, sequences, limits)
             hidden, cache = hidden_states(packed, params, cache, inputs, on_this_mesh)
             with jax.named_scope("sample"):
                 last = head(params, last_states(hidden, inputs), inputs.num_sequences)
                 sampled = sampling.sample(last, how, all_finite(hidden, inputs))
-                return cache, calls.to_lanes(lanes, sequences, sampled[:, 0]), hidden, sampled
+                return cache, lanes.keep(known, sequences, sampled[:, 0]), hidden, sampled
 
         def score(params, hidden, targets):
             return sampling.score(functools.partial(head, params), hidden, targets)
 
         def read(cache, pages):
-            return kv_cache.read_pages(config, layout, cache, pages)
+            # An array for each block, since they are given away one by one. Not in a loop: for
+            # that, XLA for TPU brings the whole pool into fast memory.
+            each = pages.reshape(-1, BLOCK_PAGES)
+            return tuple(kv_cache.read_pages(config, layout, cache, some) for some in each)
 
-        def write(cache, pages, kv):
-            return kv_cache.write_pages(layout, cache, pages, kv)
+        def write(cache, pages, blocks):
+            return kv_cache.write_pages(layout, cache, pages, jnp.concatenate(blocks, axis=1))
 
         # Functions of these programs' own: JAX keeps one cache of programs for each function, which
         # `num_compiled` looks at. The pool is donated, so that a step writes the pages where they
-        # are: 88 against 540 ms at batch 16.
+        # are: 88 against 540 ms at batch 16. So are the lanes.
         of_pool = jax.tree.map(lambda leaf: leaf.sharding, self.pool)
         self._step = jax.jit(
-            step, donate_argnums=1, out_shardings=(of_pool, replicated, replicated, replicated)
+            step, donate_argnums=(1, 2), out_shardings=(of_pool, replicated, replicated, replicated)
         )
+        self._fill = jax.jit(lanes.fill, donate_argnums=0, out_shardings=replicated)
         # Compiled when it is first asked for: few ever ask, and without the layers it is soon done.
         self._score = jax.jit(score, out_shardings=replicated)
         # What leaves a mesh that spans processes must be whole on the devices of one of them.
@@ -183,33 +195,40 @@ class Functions:
     @property
     def num_compiled(self) -> int:
         """Programs that JAX has compiled by calls of the functions."""
-        functions: tuple[Any, ...] = (self._step, self._score, self._read, self._write)
+        functions: tuple[Any, ...] = (
+            *(self._step, self._fill, self._score),
+            *(self._read, self._write),
+        )
         return sum(function._cache_size() for function in functions)
 
     def of(
-        self, call: Call, params: Any, pool: Any, lanes: Any, hidden: Any
+        self, call: Call, params: Any, pool: Any, known: Any, hidden: Any
     ) -> tuple[str, Any, tuple[Any, ...]]:
-        """Name, function and arguments of a call; the arrays may be shapes. lanes, hidden: of the
-        step before it, for Step and Score.
+        """Name, function and arguments of a call; the arrays may be shapes. known: the lanes.
+        hidden: of the step before it, for Score.
         """
         match call:
             case Step(tokens, sequences):
-                return "step", self._step, (params, pool, lanes, tokens, sequences)
+                return "step", self._step, (params, pool, known, tokens, sequences)
+            case Fill(numbers, rows):
+                return "fill", self._fill, (known, numbers, rows)
             case Score(targets):
                 return "score", self._score, (params, hidden, targets)
             case Read(pages):
                 return "read", self._read, (pool, pages)
-            case Write(pages, block):
-                return "write", self._write, (pool, pages, block)
+            case Write(pages, blocks):
+                return "write", self._write, (pool, pages, blocks)
 
     def described(self) -> Iterator[tuple[Call, str, Any, tuple[Any, ...]]]:
         """All programs: what calls each, its name, function and arguments, the arrays as shapes."""
-        pages = np.zeros(BLOCK_PAGES, np.int32)
         made: list[Call] = [calls.padding(*size, self.limits) for size in self.shapes]
         tokens, _ = self.shapes.largest
         if self.shapes.role is not Role.DECODE:
             made.append(Score(np.zeros(tokens, np.int32)))  # for smaller steps it is the same
-        made += [Read(pages), Write(pages, self.block)]
+        made.append(lanes.no_fill(self.limits))
+        for count in self.shapes.blocks:
+            pages = np.zeros(count * BLOCK_PAGES, np.int32)
+            made += [Read(pages), Write(pages, (self.block,) * count)]
         whole = NamedSharding(self.mesh, PartitionSpec())
         hidden = jax.ShapeDtypeStruct((tokens, self._hidden_size), self._dtype, sharding=whole)
         for call in made:

@@ -127,19 +127,11 @@ def _points(
     """What is timed: its kind, its lengths, and a run of it."""
     first, last = engines[0], engines[-1]
     of_kind = {
-        "prefill": [
-            ("prefill", p, functools.partial(_prefill, first, *p)) for p in _prefill_points(first)
-        ],
+        "prefill": [("prefill", p, _prefill(first, *p)) for p in _prefill_points(first)],
         "decode": [
-            *(
-                ("decode", p, functools.partial(_decode, last, [p[1]] * p[0]))
-                for p in _decode_points(last)
-            ),
-            *(
-                ("mixed", (len(c), sum(c), max(c)), functools.partial(_decode, last, c))
-                for c in _mixtures(last)
-            ),
-            *(("beside", p, functools.partial(_beside, last, *p)) for p in _beside_points(last)),
+            *(("decode", p, _decode(last, [p[1]] * p[0])) for p in _decode_points(last)),
+            *(("mixed", (len(c), sum(c), max(c)), _decode(last, c)) for c in _mixtures(last)),
+            *(("beside", p, _beside(last, *p)) for p in _beside_points(last)),
         ],
         "transfer": [
             ("transfer", (n,), functools.partial(_transfer, first, last, n))
@@ -291,16 +283,21 @@ def _work(engine: JaxEngine, steps: Sequence[tuple[int, int]]) -> list[tuple[Seq
     return work
 
 
-def _prefill(engine: JaxEngine, tokens: int, computed: int) -> None:
-    engine.step(_work(engine, [(computed, tokens)]))
+def _prefill(engine: JaxEngine, tokens: int, computed: int) -> Callable[[], Any]:
+    return _step(engine, [(computed, tokens)])
 
 
-def _decode(engine: JaxEngine, contexts: Sequence[int]) -> None:
-    engine.step(_work(engine, [(context, 1) for context in contexts]))
+def _decode(engine: JaxEngine, contexts: Sequence[int]) -> Callable[[], Any]:
+    return _step(engine, [(context, 1) for context in contexts])
 
 
-def _beside(engine: JaxEngine, batch: int, context: int, tokens: int) -> None:
-    engine.step(_work(engine, [*[(context, 1)] * batch, (0, tokens)]))
+def _beside(engine: JaxEngine, batch: int, context: int, tokens: int) -> Callable[[], Any]:
+    return _step(engine, [*[(context, 1)] * batch, (0, tokens)])
+
+
+def _step(engine: JaxEngine, steps: Sequence[tuple[int, int]]) -> Callable[[], Any]:
+    """A step of the same sequences each time, as of a server: so they have their lanes."""
+    return functools.partial(engine.step, _work(engine, steps))
 
 
 def _transfer(source: JaxEngine, target: JaxEngine, tokens: int) -> None:

@@ -35,7 +35,10 @@ _ROOT = Path(__file__).parents[2]
 # Whatever a program is made by.
 _SOURCES = (
     *("models/**/*.py", "models/**/*.cc"),
-    *(f"kairos_jax/engine/{name}.py" for name in ("engine", "functions", "calls", "programs")),
+    *(
+        f"kairos_jax/engine/{name}.py"
+        for name in ("engine", "functions", "calls", "lanes", "programs")
+    ),
 )
 _SETTINGS = ("JAX_", "XLA_")
 _KEPT_DAYS = 30.0

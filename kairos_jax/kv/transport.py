@@ -1,6 +1,7 @@
 """How KV gets from the instance that has it to the one that goes on with it."""
 
 import secrets
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -95,6 +96,9 @@ class LocalTransport:
     def __init__(self) -> None:
         self._offers: dict[Ticket, list[jax.Array]] = {}
         self._open: set[Ticket] = set()
+        # Fetches of open offers: they begin when all is there.
+        self._waiting: dict[Ticket, tuple[Sharding | None, Done, int]] = {}
+        self._lock = threading.Lock()
         self._mover = ThreadPoolExecutor(1, thread_name_prefix="kv-transfer")
         self._received_bytes = 0
 
@@ -123,31 +127,44 @@ class LocalTransport:
 
     def extend(self, ticket: Ticket, kv: KV, last: bool = False) -> None:
         """See `KVTransport.extend`."""
-        if ticket in self._open:
+        with self._lock:
+            if ticket not in self._open:
+                return
             self._offers[ticket].extend(kv)
             if last:
                 self._open.discard(ticket)
+                self._begin(ticket)
 
     def prefetch(self, ticket: Ticket, sharding: Sharding | None, first: int = 0) -> None:
         """Nothing: see `overlaps`."""
 
     def fetch(self, ticket: Ticket, sharding: Sharding | None, done: Done, first: int = 0) -> None:
         """See `KVTransport.fetch`."""
-        self._mover.submit(self._move, ticket, sharding, done, first)
+        with self._lock:
+            self._waiting[ticket] = sharding, done, first
+            if ticket not in self._open:
+                self._begin(ticket)
 
     def release(self, ticket: Ticket) -> None:
         """See `KVTransport.release`."""
-        self._open.discard(ticket)
-        self._offers.pop(ticket, None)
+        with self._lock:
+            self._open.discard(ticket)
+            self._offers.pop(ticket, None)
+            self._begin(ticket)
 
     def close(self) -> None:
         """Ends the thread, after the move it is at."""
         self._mover.shutdown(cancel_futures=True)
 
+    def _begin(self, ticket: Ticket) -> None:
+        """The fetch of an offer that is complete, or gone, if there is one."""
+        if asked := self._waiting.pop(ticket, None):
+            self._mover.submit(self._move, ticket, *asked)
+
     def _move(self, ticket: Ticket, sharding: Sharding | None, done: Done, first: int) -> None:
         try:
             kv = self._offers.get(ticket)
-            if kv is None or ticket in self._open:
+            if kv is None:
                 raise LookupError(f"no KV is offered for request {ticket.request_id!r}")
             kv = kv[first:]
             self._received_bytes += sum(block.nbytes for block in kv)

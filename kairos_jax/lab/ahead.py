@@ -17,6 +17,7 @@ from kairos_jax.config import ServerConfig
 from kairos_jax.config.chips import Chip
 from kairos_jax.engine.calls import Call, Read, Score, Step, Write
 from kairos_jax.engine.functions import Functions, Shapes
+from kairos_jax.engine.lanes import Fill
 from kairos_jax.lab import hlo
 from kairos_jax.process.command import UsageError
 from models.config import ModelConfig
@@ -83,12 +84,14 @@ def name_of(call: Call, size: tuple[int, int] | None) -> str:
     match call:
         case Step():
             return "step {} of {}".format(*size or ())
+        case Fill():
+            return "fill lanes"
         case Score(targets):
             return f"score {targets.shape[0]}"
-        case Read():
-            return "read pages"
-        case Write():
-            return "write pages"
+        case Read(pages):
+            return f"read {len(pages)} pages"
+        case Write(pages):
+            return f"write {len(pages)} pages"
 
 
 def build(
@@ -137,7 +140,7 @@ def _built(
     for fault in faults_of(built.program, call, functions):
         known = any(isinstance(call, of) and words in fault for of, words in _KNOWN)
         (built.known if known else built.faults).append(fault)
-    if not isinstance(call, Read | Write | Score) and built.memory.peak > chip.memory:
+    if isinstance(call, Step) and built.memory.peak > chip.memory:
         built.faults.append(
             f"takes {built.memory.peak / 1e9:.1f} GB of the {chip.memory / 1e9:.1f} GB there are"
         )
@@ -175,10 +178,11 @@ def faults_of(program: hlo.Program, call: Call, functions: Functions) -> list[st
     """What a program of these functions does that it should not, in words."""
     faults, layers = [], len(functions.pool)
     pool = _shards(jax.tree.leaves(functions.pool))
-    if isinstance(call, Step | Write):
-        arrays = len(jax.tree.leaves(functions.pool))
-        if program.aliased < arrays:
-            faults.append(f"{arrays - program.aliased} arrays of the pool are not written in place")
+    arrays = len(jax.tree.leaves(functions.pool)) if isinstance(call, Step | Write) else 0
+    arrays += isinstance(call, Step | Fill)
+    if program.aliased < arrays:
+        lacking = arrays - program.aliased
+        faults.append(f"{lacking} arrays of the pool and lanes are not written in place")
     if copied := program.moved(pool):
         faults.append(f"the pool is copied or laid out anew {copied} times")
     weights = {path: w for path, w in functions.params.items() if _bytes(w) >= _LEAST_BYTES}

@@ -73,7 +73,7 @@ class EndingEngine:
 
     def __init__(self, engine: Engine):
         self.engine, self.limits = engine, engine.limits
-        self.wire_sharding = engine.wire_sharding
+        self.wire_sharding, self.copy_s = engine.wire_sharding, engine.copy_s
 
     def start(self, work: Sequence[tuple[Seq, int]]) -> Callable[[], dict[str, Token]]:
         """See `Engine.start`."""
@@ -97,6 +97,10 @@ class EndingEngine:
     def write_pages(self, pages: Sequence[int], kv: KV) -> None:
         """See `Engine.write_pages`."""
         self.engine.write_pages(pages, kv)
+
+    def wait(self) -> None:
+        """See `Engine.wait`."""
+        self.engine.wait()
 
 
 def _end_after(num_tokens: int) -> int:

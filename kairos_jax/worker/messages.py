@@ -88,9 +88,10 @@ Message = Submit | Handover | Prefetch | Release | Cancel | Stay | GoOn | HandBa
 """All that is said to a worker."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Output:
-    """One new token of one request. ticket: set where it goes on elsewhere, good for its KV.
+    """One new token of one request. Not frozen, which takes four times as long to make, and a step
+    makes hundreds. ticket: set where it goes on elsewhere, good for its KV.
 
     begun_at, at: when its first step here began, and when this token was there, in seconds.
     cached: tokens of its prompt that were not computed for it, but were in the prefix cache.

@@ -1,15 +1,18 @@
 """KV out of one instance's pool and into it: what it offers to others, and what it fetches of them.
 
 All copies are asked of the engine in the order of its steps, so a copy sees what the step before it
-has computed, whether or not that step's result is there.
+has computed, whether or not that step's result is there. They are made a part at a time, between
+steps (`kairos_jax.worker.copies`): an offer grows with them, and a sequence may step when all of
+its KV is in the pool.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kairos_jax.engine.engine import KV, Engine
+from kairos_jax.engine.engine import KV, Engine, num_blocks
 from kairos_jax.engine.functions import BLOCK_PAGES
 from kairos_jax.kv.transport import KVTransport, Ticket
+from kairos_jax.worker.copies import Copies, Copy
 from kairos_jax.worker.messages import Moved, Offered
 from schedulers.ledger.instance import Instance
 from schedulers.ledger.request import Seq
@@ -27,7 +30,8 @@ class Fetched:
 class Moves:
     """The tickets of one instance, and what is done by them. The worker's thread calls it.
 
-    arrived: called with what a fetch has brought, on a thread of the transport's.
+    arrived: called with what a fetch has brought, on a thread of the transport's. moved: told what
+    is to be said of KV that is in the pool now.
     """
 
     def __init__(
@@ -37,13 +41,14 @@ class Moves:
         transport: KVTransport,
         clock: Callable[[], float],
         arrived: Callable[[Fetched], None],
+        moved: Callable[[Moved], None],
     ):
         self.instance, self.engine, self.transport = instance, engine, transport
-        self._clock, self._arrived = clock, arrived
+        self._clock, self._arrived, self._moved = clock, arrived, moved
+        self.copies = Copies(lambda: self.engine.copy_s, clock)
         self._tickets: dict[str, Ticket] = {}  # of KV that is to be fetched
         self._ahead: dict[str, Ticket] = {}  # of KV that was asked for ahead of its request
         self._offers: dict[str, Ticket] = {}  # of KV that was copied out of this pool
-        self._num_offered: dict[str, int] = {}  # pages, of prompts that are still computed
 
     @property
     def holds_tickets(self) -> bool:
@@ -53,38 +58,48 @@ class Moves:
     # Out of the pool.
 
     def offer(self, seq: Seq) -> Ticket:
-        """Offers all its KV, or what was not offered of it yet."""
-        id = seq.request.id
-        first = self._num_offered.pop(id, 0)
-        kv = self.engine.read_pages(self._written(seq)[first:])
-        if first:
-            self.transport.extend(self._offers[id], kv, last=True)
-        else:
-            self._offers[id] = self.transport.offer(id, seq.computed, kv)
-        return self._offers[id]
+        """Offers all its KV. It keeps its pages until they are copied: see `Instance.copied`."""
+        copy = self.copies.get(seq.request.id) or self._open(seq, seq.computed)
+        copy.past, copy.complete = num_blocks(len(self._written(seq))), True
+        return self._offers[seq.request.id]
 
     def offer_part(self, seq: Seq) -> Offered | None:
         """Offers what KV there is of a prompt whose rest is still to be computed: whole blocks, and
         never the last, which may grow. Returns what is to be said of it.
         """
-        id = seq.request.id
-        first = self._num_offered.get(id, 0)
-        past = seq.computed // self.instance.limits.page_size // BLOCK_PAGES * BLOCK_PAGES
-        if past == first:
+        id, page_size = seq.request.id, self.instance.limits.page_size
+        past = seq.computed // page_size // BLOCK_PAGES
+        known = self.copies.get(id)
+        if not past:
             return None
-        if not first:
-            self._offers[id] = self.transport.open(id, seq.length)
-        self.transport.extend(self._offers[id], self.engine.read_pages(seq.pages[first:past]))
-        self._num_offered[id] = past
-        return None if first else Offered(id, self._offers[id])
+        copy = known or self._open(seq, seq.length)
+        copy.past = past
+        return None if known else Offered(id, self._offers[id])
+
+    def _open(self, seq: Seq, num_tokens: int) -> Copy:
+        """An offer of so many tokens, of which nothing is copied yet."""
+        id = seq.request.id
+        ticket = self._offers[id] = self.transport.open(id, num_tokens)
+
+        def move(first: int, past: int, last: bool) -> None:
+            # As they are now: another sequence's may have taken the place of some.
+            pages = self._written(seq)[first * BLOCK_PAGES : past * BLOCK_PAGES]
+            self.transport.extend(ticket, self.engine.read_pages(pages), last)
+
+        def ended() -> None:
+            if id in self.instance.parked:
+                self.instance.copied(id)
+
+        return self.copies.add(id, Copy(move, ended))
 
     def evict(self, seq: Seq) -> None:
-        """Offers its KV, which is to be fetched again from here."""
+        """Offers its KV, which is to be fetched again from here. At once, since its pages go."""
         self._tickets[seq.request.id] = self.offer(seq)
+        self.copies.finish(seq.request.id)
 
     def drop_offer(self, id: str) -> None:
         """Releases what is on offer of a request, if anything is."""
-        self._num_offered.pop(id, None)
+        self.copies.drop(id)
         ticket = self._offers.pop(id, None)
         if ticket is not None:
             self.transport.release(ticket)
@@ -116,22 +131,30 @@ class Moves:
         """Whether that was not cancelled while it was fetched."""
         return self._tickets.get(fetched.ticket.request_id) is fetched.ticket
 
-    def write(self, fetched: Fetched) -> Moved | None:
-        """Writes what has come, save for what was here: others read that. Returns what is to be
-        said of it: nothing, if it had been evicted from here.
-        """
-        assert not isinstance(fetched.kv, Exception)
+    def write(self, fetched: Fetched) -> None:
+        """Writes what has come, save for what was here: others read that."""
+        kv = fetched.kv
+        assert not isinstance(kv, Exception)
         id = fetched.ticket.request_id
         del self._tickets[id]
         self._ahead.pop(id, None)
         seq, limits = self.instance.waiting[id], self.instance.limits
         first, held = self._first_block(seq.cached, seq.computed), seq.cached // limits.page_size
         pages = [limits.num_pages] * held + self._written(seq)[held:]
-        self.engine.write_pages(pages[first * BLOCK_PAGES :], fetched.kv)
-        if id in self._offers:
-            self.drop_offer(id)
-            return None
-        return Moved(id, self._clock(), fetched.asked_at)
+        pages = pages[first * BLOCK_PAGES :]
+
+        def move(first: int, past: int, last: bool) -> None:
+            some = pages[first * BLOCK_PAGES : past * BLOCK_PAGES]
+            self.engine.write_pages(some, kv[first:past])
+
+        def ended() -> None:
+            self.instance.fetched(id)
+            if id in self._offers:  # it had been evicted from here
+                self.drop_offer(id)
+            else:
+                self._moved(Moved(id, self._clock(), fetched.asked_at))
+
+        self.copies.add(id, Copy(move, ended, len(kv), True))
 
     # Either.
 
@@ -147,6 +170,7 @@ class Moves:
 
     def forget(self, id: str) -> None:
         """Releases all that there is of a request."""
+        self.copies.drop(id)
         ahead = self._ahead.pop(id, None)
         if ticket := self._tickets.pop(id, ahead):
             self.transport.release(ticket)

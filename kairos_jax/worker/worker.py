@@ -104,7 +104,7 @@ class Worker:
         self._num_received = 0
         self._draining = False
         self._aboard: tuple[str, ...] = ()  # requests of a step that has failed
-        self.moves = Moves(instance, engine, transport, clock, self._inbox.put)
+        self.moves = Moves(instance, engine, transport, clock, self._inbox.put, self._say)
         name = f"worker-{instance.id}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -217,10 +217,7 @@ class Worker:
             self._forget(id)
             self.emit(Lost(id, fetched.kv))
             return
-        moved = self.moves.write(fetched)
-        self.instance.fetched(id)
-        if moved:
-            self.emit(moved)
+        self.moves.write(fetched)
 
     def _forget(self, id: str) -> None:
         """Also what a step under way gives of it: later calls may have its pages, as the device
@@ -236,6 +233,8 @@ class Worker:
         """Decides, and begins what was decided; if that is a step, reads the inbox until the next
         decision is due. Returns whether there was something to do.
         """
+        copies = self.moves.copies
+        copies.make()
         now = self.clock()
         batch = self._decide(now)
         if batch:
@@ -250,6 +249,11 @@ class Worker:
         self.emit(Outlined(self.instance.id, summary, self._num_received))
         if batch.work:
             self._while_under_way()
+        elif copies.waiting and not self._flights:
+            # No step waits for them, but one that is asked for now is not to wait for all.
+            self.engine.wait()
+            copies.step_begun(0.0)
+            return True
         return bool(batch)
 
     def _decide(self, now: float) -> Batch:
@@ -273,10 +277,9 @@ class Worker:
         for id, why in self._leaving.items():
             if seq := self.instance.running.get(id):
                 self.instance.hand_over(id, why)
-                ticket = self.moves.offer(seq)
-                self.instance.copied(id)
-                self.emit(Parked(id, ticket))
+                self.emit(Parked(id, self.moves.offer(seq)))
         self._leaving.clear()
+        self.moves.copies.make()
 
     def _begin(self, batch: Batch, now: float) -> None:
         """Copies out what is evicted while it still has its pages; then books the decision."""
@@ -287,12 +290,13 @@ class Worker:
             self.moves.fetch(self.instance.waiting[id])
 
     def _start_step(self, batch: Batch, now: float) -> None:
-        seqs = {id: self.instance.running[id] for id in batch.work}
+        seqs = self.instance.running.some(batch.work)
         try:
-            wait = self.engine.start([(seqs[id], count) for id, count in batch.work.items()])
+            wait = self.engine.start(list(zip(seqs.values(), batch.work.values(), strict=True)))
         except BaseException:
             self._aboard = tuple(batch.work)
             raise
+        self.moves.copies.step_begun(self.instance.pace * batch.predicted_s)
         self.ran.num_ahead += len(self._flights)
         self._flights.add(Flight(batch, now, seqs), wait)
 
@@ -340,6 +344,7 @@ class Worker:
             if self.instance.role is Role.PREFILL and seq.request.max_tokens > 1:
                 flight.tickets[seq.request.id] = self.moves.offer(seq)
         self._offer_parts(flight)
+        self.moves.copies.make()
 
     def _end(self, ended: Ended) -> None:
         """Books the result of a step."""
@@ -352,9 +357,12 @@ class Worker:
         tokens = self._valid({id: token for id, token in ended.tokens.items() if id in seqs})
         self.ran.add(now - flight.begun_at, batch.predicted_s, len(batch.work))
         self.ran.num_waited += flight.waited_for
+        stopped = []
         for id, token in tokens.items():
-            seqs[id].tokens.append(token.id)
-        stopped = [id for id, token in tokens.items() if token.id in seqs[id].request.stop]
+            seq = seqs[id]
+            seq.tokens.append(token.id)
+            if token.id in seq.request.stop:
+                stopped.append(id)
         left = self.instance.end(batch, now, stopped)
         for seq in left:
             if seq.finish_reason:
@@ -362,7 +370,7 @@ class Worker:
             elif seq.request.id not in flight.tickets:
                 flight.tickets[seq.request.id] = self.moves.offer(seq)
         for seq in left:
-            if not seq.finish_reason:
+            if not (seq.finish_reason or seq.request.id in self.moves.copies):
                 self.instance.copied(seq.request.id)
         if not flight.expected:
             self._offer_parts(flight)
@@ -379,11 +387,14 @@ class Worker:
         self.ran.num_wasted += self._flights.drop(id)
 
     def _finish(self) -> None:
-        """Waits for the steps under way, and tells what they gave."""
+        """Waits for the steps under way, and tells what they gave. KV that is on offer or has come
+        is copied.
+        """
         while self._flights:
             if isinstance(message := self._inbox.get(), Ended):
                 self._end(message)
                 self._tell()
+        self.moves.copies.finish_all()
 
     def _offer_parts(self, flight: Flight) -> None:
         """Offers what the step computes of prompts that go on, where that gains."""
@@ -403,6 +414,11 @@ class Worker:
             self.emit(Failed(id, "not_finite", _NOT_FINITE))
             del tokens[id]
         return tokens
+
+    def _say(self, event: Event) -> None:
+        """Says something between two steps."""
+        self._tell()
+        self.emit(event)
 
     def _tell(self) -> None:
         """Says what the last step gave: once the next is under way, so that the mesh does not wait

@@ -100,7 +100,10 @@ class Pool:
         """
         keys, full = seq.request.page_keys, self._filled(seq, count)
         if keys[full]:
-            seq.pages[full] = self.table.cache(seq.pages[full], keys[full])
+            own = seq.pages[full]
+            pages = self.table.cache(own, keys[full])
+            if pages != own:
+                seq.pages = [*seq.pages[: full.start], *pages, *seq.pages[full.stop :]]
 
     def is_awaited(self, seq: Seq, count: int) -> bool:
         """Whether a waiting prompt lacks a page that those tokens fill: see `cache`."""

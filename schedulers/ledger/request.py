@@ -9,6 +9,9 @@ import numpy as np
 
 from schedulers.ledger.rows import Column
 
+# As names of this module they are found sooner.
+_COMPUTED, _LENGTH = Column.COMPUTED, Column.LENGTH
+
 
 @dataclass(frozen=True, slots=True)
 class Slo:
@@ -63,10 +66,11 @@ class Seq:
     policies read those of all sequences at once (see `schedulers.ledger.rows`).
 
     tokens: ids generated so far; only the engine reads and extends it. scored: what the engine
-    keeps of its prompt's log-probabilities until the last are there; head: what it keeps of rows
-    from step to step. pages: ids of the pages that hold its KV. begun_at: when its first step here
-    began. cached: tokens of its prompt that were here before it began, or before its KV was asked
-    for.
+    keeps of its prompt's log-probabilities until the last are there; lane: what it knows of where
+    the sequence is on the device. pages: ids of the pages that hold its KV, a list that only grows:
+    where other pages take the place of its pages, another list does. begun_at: when its first step
+    here began. cached: tokens of its prompt that were here before it began, or before its KV was
+    asked for.
     """
 
     __slots__ = (
@@ -74,7 +78,7 @@ class Seq:
         "cached",
         "cells",
         "finish_reason",
-        "head",
+        "lane",
         "pages",
         "request",
         "scored",
@@ -93,7 +97,7 @@ class Seq:
         self.request = request
         self.tokens = list(tokens)
         self.scored: list[Any] = []
-        self.head: Any = None
+        self.lane: Any = None
         self.pages: list[int] = []
         self.begun_at: float | None = None
         self.cached = 0
@@ -132,8 +136,8 @@ class Seq:
     @property
     def computed_and_length(self) -> tuple[int, int]:
         """Both at once, for code that asks all sequences of a step."""
-        computed, length = self.cells[Column.COMPUTED : Column.LENGTH + 1].tolist()
-        return int(computed), int(length)
+        cells = self.cells
+        return int(cells.item(_COMPUTED)), int(cells.item(_LENGTH))
 
     @property
     def num_tokens(self) -> int:

@@ -5,7 +5,7 @@ columns: `rows.length`, `rows.deadline` and so on are views of one array, a valu
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -170,6 +170,11 @@ class Rows(Generic[T]):
         if self._least_tpot is None:
             self._least_tpot = float(np.minimum.reduce(self.tpot)) if self.seqs else math.inf
         return self._least_tpot
+
+    def some(self, ids: Iterable[str]) -> dict[str, T]:
+        """Those sequences, by id."""
+        row, seqs = self._row, self.seqs
+        return {id: seqs[row[id]] for id in ids}
 
     def ones_at(self, rows: np.ndarray) -> dict[str, int]:
         """1 for the ids of some rows."""

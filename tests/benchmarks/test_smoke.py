@@ -96,6 +96,12 @@ def test_what_the_host_adds(environment):
     assert 0 < row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"]
 
 
+def test_what_copies_take_of_the_step_loop(environment):
+    result = run(environment, "copies", "--tokens=5000", "--blocks=1,4")
+    assert [row["way"] for row in result["copies"]] == ["out", "in"]
+    assert all(0 < row["ms"]["median"] <= row["longest_ms"] for row in result["copies"])
+
+
 def test_the_first_run_on_an_accelerator(environment, tmp_path):
     """On a CPU, which has all parts too."""
     output = tmp_path / "accelerator.json"

@@ -150,6 +150,7 @@ class FakeEngine:
 
     wire_sharding = None
     num_compiled = 0
+    copy_s = 0.0
 
     def __init__(self, limits: Limits):
         self.limits, self.page_size = limits, limits.page_size
@@ -199,6 +200,9 @@ class FakeEngine:
         written = zip(pages, rows, strict=False)  # the last block is padded
         kept = {page: row for page, row in written if page < self.limits.num_pages}
         self._enqueue(lambda: self.pool.update(kept))
+
+    def wait(self):
+        self._enqueue(lambda: None)()
 
     def _enqueue(self, run):
         """Returns what waits for its turn, and for its result."""

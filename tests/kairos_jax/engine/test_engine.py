@@ -26,7 +26,8 @@ from schedulers.ledger.request import Request, Seq, Slo
 from schedulers.ledger.rows import Column
 
 SLO = Slo(30.0, 30.0)
-LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pages=64)
+PAGE = 8
+LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=PAGE, num_pages=64)
 
 
 def build(directory, devices, role, limits=LIMITS, kernels="cpu", few=False):
@@ -244,13 +245,55 @@ def test_logprobs_sum_to_one_and_rank(tiny_llama, one_device):
 
 def test_a_second_pass_over_all_shapes_compiles_nothing(tiny_llama, one_device):
     compiled = one_device.num_compiled
-    assert compiled == len(list(one_device.shapes)) + 2
+    assert compiled == len(list(one_device.shapes)) + 3
     one_device.warm_up()
     requests, _ = golden_requests(tiny_llama)
     colocated(one_device, requests)
     kv = one_device.read_pages(list(range(2 * BLOCK_PAGES + 1)))
     one_device.write_pages(list(range(10, 10 + 2 * BLOCK_PAGES + 1)), kv)
     assert one_device.num_compiled == compiled
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "gpu"])
+def test_pages_of_any_number_and_order_are_copied_out_and_in(tiny_llama, kernels):
+    """By calls of several blocks: one page, all of the pool, and what fills no call."""
+    checkpoint, limits = open_checkpoint(tiny_llama), dataclasses.replace(LIMITS, num_pages=61)
+    mesh, rules = make_mesh(jax.devices()[:1]), Rules()
+    params = checkpoint.load(mesh, rules, "float32")
+    shapes = Shapes(Role.DECODE, (), (1, 2, 4))
+    engine = JaxEngine(checkpoint.config, params, mesh, rules, limits, shapes, kernels=kernels)
+    engine.warm_up()
+    assert engine.copy_s > 0
+    asked = []
+    engine.dispatch = lambda call: asked.append(call) or engine.run(call)
+    rng = np.random.default_rng(0)
+    content = rng.normal(size=(16, *engine.block.shape)).astype(np.float32)
+    blocks = [content[:, :, at * PAGE : (at + 1) * PAGE] for at in range(BLOCK_PAGES)]
+    pages = [block[at] for at in range(16) for block in blocks]  # of each page of the pool
+    engine.write_pages(range(61), list(content))
+    compiled = engine.num_compiled
+    for count in (1, 3, 4, 5, 16, 23, 61):
+        some = rng.permutation(61)[:count].tolist()
+        asked.clear()
+        kv = engine.read_pages(some)
+        assert len(asked) == {1: 1, 3: 1, 4: 1, 5: 1, 16: 1, 23: 2, 61: 4}[count]
+        read = np.concatenate(kv, axis=1)[:, : count * PAGE]
+        np.testing.assert_array_equal(read, np.concatenate([pages[page] for page in some], axis=1))
+        others = rng.permutation(61)[:count].tolist()
+        others[0] = 61  # dropped
+        engine.write_pages(others, kv)
+        for page, was in zip(others, some, strict=True):
+            if page < 61:
+                pages[page] = read_at(read, some.index(was))
+    every = np.concatenate(engine.read_pages(range(61)), axis=1)[:, : 61 * PAGE]
+    np.testing.assert_array_equal(every, np.concatenate(pages[:61], axis=1))
+    assert engine.num_compiled == compiled
+    with pytest.raises(ValueError, match="5 pages are not 1 blocks"):
+        engine.write_pages(range(5), kv[:1])
+
+
+def read_at(read, at):
+    return read[:, at * PAGE : (at + 1) * PAGE]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from kairos_jax.engine import calls, connection, followers
+from kairos_jax.engine import calls, connection, followers, lanes
 from kairos_jax.engine.calls import Read, Score, Step, Write
 from kairos_jax.engine.devices import (
     Processes,
@@ -29,6 +29,7 @@ from kairos_jax.engine.devices import (
     start_distributed,
     start_jax,
 )
+from kairos_jax.engine.lanes import Fill
 from kairos_jax.process import launch
 from kairos_jax.process.command import UsageError
 from schedulers.ledger.instance import Role
@@ -165,7 +166,11 @@ def test_calls_travel_as_bytes(tiny_llama):
     ids = np.array([3, 1, 2, 0], np.int32)
     block = rng.normal(size=engine.block.shape).astype(engine.block.dtype)
     score = Score(rng.integers(-1, 9, 16, np.int32))
-    for call in (step, score, Read(ids), Write(ids, block)):
+    empty = lanes.no_fill(engine.limits)
+    fill = Fill(*(rng.integers(0, 99, array.shape, np.int32) for array in empty))
+    twice = np.concatenate([ids, ids + 4])
+    moves = Read(ids), Read(twice), Write(ids, (block,)), Write(twice, (block, 2 * block))
+    for call in (step, fill, score, *moves):
         payload = b"".join(each.tobytes() for each in followers._arrays(engine, call, 0))
         message = connection.Frame(*followers._shape(call), payload)
         arrived = followers._call(engine, message)
@@ -264,7 +269,7 @@ class StuckEngine:
 
 def test_a_call_that_hangs_is_told_once_and_an_orderly_end_is_not(monkeypatch):
     lost = queue.SimpleQueue()
-    step = Step(np.zeros((3, 4), np.int32), np.zeros((1, 12), np.int32))
+    step = Step(np.zeros(4, np.int32), np.zeros((1, lanes.SAID), np.int32))
     with connection_to(2.0) as (end, theirs):
         leader = followers.Leader(StuckEngine(), [end], lost.put)
         leader.dispatch(step)

@@ -8,6 +8,7 @@ import pytest
 
 from kairos_jax.engine.calls import Read, Score, Step, Write
 from kairos_jax.engine.functions import Functions, Shapes
+from kairos_jax.engine.lanes import Fill
 from kairos_jax.lab import hlo
 from models.checkpoint import open_checkpoint
 from models.ops import KERNELS
@@ -28,7 +29,7 @@ def functions(directory, num_devices, kernels, role=Role.BOTH):
 def test_all_that_warm_up_compiles_is_described_and_score(tiny_llama):
     _, described = functions(tiny_llama, 1, "cpu")
     kinds = Counter(type(call) for call, *_ in described.described())
-    assert kinds == {Step: len(list(described.shapes)), Score: 1, Read: 1, Write: 1}
+    assert kinds == {Step: len(list(described.shapes)), Fill: 1, Score: 1, Read: 1, Write: 1}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_devices_exchange_sums_and_logits_and_nothing_else(
     }
     few = {4, described.shapes.largest[0]}  # of decode, and the largest
     for call, _, function, arguments in described.described():
-        if isinstance(call, Step) and call.tokens.shape[1] not in few:
+        if isinstance(call, Step) and call.tokens.shape[0] not in few:
             continue
         program = hlo.read(function.lower(*arguments).compile().as_text())
         counted = Counter()
@@ -59,7 +60,8 @@ def test_devices_exchange_sums_and_logits_and_nothing_else(
             assert logits or what.startswith("all-reduce")
         several = num_devices > 1
         if isinstance(call, Step | Write):
-            assert program.aliased == 2 * config.num_layers, "the pool is written in place"
+            arrays = 2 * config.num_layers + isinstance(call, Step)
+            assert program.aliased == arrays, "the pool and the lanes are written in place"
             assert program.moved(pool) == 0
         sums = 2 * config.num_layers + 1 if several and isinstance(call, Step) else 0
         gathers = int(several and isinstance(call, Step | Score))

@@ -91,10 +91,10 @@ def test_the_form_is_the_one_that_the_steps_have(measured, form, kernels, caplog
     assert bool(warned) == (form != KERNELS[kernels].contexts)
     cost = CostModel.from_profile(profile)
     engine.now = 0.0
-    profiling._decode(engine, [200] * 15 + [1900])
+    profiling._decode(engine, [200] * 15 + [1900])()
     assert cost.decode_s([200] * 15 + [1900]) == pytest.approx(engine.now, rel=0.01)
     engine.now = 0.0
-    profiling._beside(engine, 16, 300, 200)
+    profiling._beside(engine, 16, 300, 200)()
     beside_s = cost.decode_s([300] * 16) + cost.prefill_s(200) - cost.shared_s
     assert beside_s == pytest.approx(engine.now, rel=0.02)
     assert set(profile["fit"]) == {"prefill", "decode", "beside", "transfer"}

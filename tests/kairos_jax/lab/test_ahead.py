@@ -10,6 +10,7 @@ import pytest
 from kairos_jax.config.chips import CHIPS
 from kairos_jax.engine.calls import Read, Score, Step, Write
 from kairos_jax.engine.functions import Functions, Shapes
+from kairos_jax.engine.lanes import Fill
 from kairos_jax.lab import ahead, hlo
 from kairos_jax.lab.shapes import SHAPES
 from models.sharding import Rules, make_mesh
@@ -38,7 +39,8 @@ def call_of(functions, kind):
 def good(functions, kind):
     """What such a program is to be like."""
     layers, step = MODEL.num_layers, kind is Step
-    program = hlo.Program(aliased=2 * layers if kind in (Step, Write) else 0)
+    pool, lanes = 2 * layers * (kind in (Step, Write)), kind in (Step, Fill)
+    program = hlo.Program(aliased=pool + lanes)
     if step:
         program.collectives["all-reduce f32[2,64]"] = 2 * layers + 1
     if kind in (Step, Score):
@@ -51,14 +53,14 @@ def shard(array):
     return hlo.Shape("f32", tuple(array.sharding.shard_shape(array.shape)))
 
 
-@pytest.mark.parametrize("kind", [Step, Score, Read, Write])
+@pytest.mark.parametrize("kind", [Step, Fill, Score, Read, Write])
 def test_a_program_as_it_is_to_be_has_no_faults(functions, kind):
     assert ahead.faults_of(good(functions, kind), call_of(functions, kind), functions) == []
 
 
 def not_in_place(program, functions):
     program.aliased -= 1
-    return "1 arrays of the pool are not written in place"
+    return "1 arrays of the pool and lanes are not written in place"
 
 
 def pool_moved(program, functions):
@@ -141,8 +143,9 @@ def test_all_programs_are_compiled_the_small_ones_with_few_layers(functions):
         ("step 4 of 2", 1),
         ("step 6 of 2", 2),
         ("score 6", 2),
-        ("read pages", 2),
-        ("write pages", 2),
+        ("fill lanes", 2),
+        ("read 4 pages", 2),
+        ("write 4 pages", 2),
     ]
     assert all(each.memory.arguments > 0 and not each.error for each in built)
     steps = [each for each in built if each.name.startswith(("step", "write"))]
@@ -160,7 +163,7 @@ def test_a_program_that_does_not_compile_is_a_fault(functions, monkeypatch):
     shapes = Shapes(Role.BOTH, functions.shapes.sizes[:1])
     monkeypatch.setattr(functions, "shapes", shapes)
     built = ahead.build(Role.BOTH, MODEL, functions, functions, CHIPS["v5e"])
-    (read,) = [each for each in built if each.name == "read pages"]
+    (read,) = [each for each in built if each.name == "read 4 pages"]
     assert read.error == "ValueError: scoped VMEM: 16.4 of 16.0 MB"
     assert read.faults == [f"does not compile: {read.error}"]
     assert math.isclose(read.compile_s, 0.0)

@@ -8,8 +8,10 @@ import time
 import fakes
 import pytest
 
+from kairos_jax.engine.engine import num_blocks
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.worker.build import build_policy, build_worker
+from kairos_jax.worker.copies import MOST_S
 from kairos_jax.worker.messages import (
     Cancel,
     Died,
@@ -39,15 +41,21 @@ class Engine(fakes.FakeEngine):
     """Writes down what is asked of it, in order, and when results are given. steps: of each, its
     sequences.
 
-    The result of a step is held back until the next one is dispatched, or until `let_go`.
+    The result of a step is held back until the next one is dispatched, or until `let_go`. A block
+    takes so long to copy that each has a step of its own before it. most_copied: blocks between two
+    steps, but for those of evictions.
     """
+
+    copy_s = 0.75 * MOST_S
 
     def __init__(self, limits):
         super().__init__(limits)
         self.log, self.steps = [], []
+        self.most_copied = self._copied = 0
         self._given, self._changed = 0, threading.Condition()
 
     def start(self, work):
+        self._copied = 0
         number, wait = len(self.steps), super().start(work)
         self.log.append(("start", number))
         self.steps.append([seq.request.id for seq, _ in work])
@@ -69,7 +77,20 @@ class Engine(fakes.FakeEngine):
 
     def read_pages(self, pages):
         self.log.append(("read", len(self.steps) - 1))
+        self._count(num_blocks(len(pages)))
         return super().read_pages(pages)
+
+    def write_pages(self, pages, kv):
+        self._count(len(kv))
+        super().write_pages(pages, kv)
+
+    def wait(self):
+        self._copied = 0
+        super().wait()
+
+    def _count(self, blocks):
+        self._copied += blocks
+        self.most_copied = max(self.most_copied, self._copied)
 
 
 class Alone:
@@ -421,6 +442,9 @@ def test_kv_that_is_handed_over_is_that_of_the_prompt(seed, config):
         each.worker.start()
     prefill.until(lambda: len(prefill.ended) == len(asked))
     assert ended.wait(30)
+    assert prefill.engine.most_copied == 1
+    if config.decode.kv_tokens > 88:  # else there are evictions
+        assert decode.engine.most_copied == 1
     for each in (prefill, decode):
         each.stop()
         assert each.worker.ran.num_ahead
