@@ -88,7 +88,11 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     boolean("learn_outputs", True, "Learn from finished requests how long outputs will be.")
     boolean("prefix_cache", False, "Prompts that begin alike, by the trace, share pages.")
-    number("pack", 0.0, "Base costs of a prefill step that other prompts may add to it.")
+    number(
+        "pack",
+        None,
+        "Base costs of a prefill step that other prompts may add to it; default: no limit.",
+    )
     number("noise", 0.0, "Standard deviation of the logarithm of step times.")
     number("bias", 0.0, "Policies believe that steps take (1 + bias) times their real time.")
     integer("seed", 0, "Seed of noise, classes, Poisson and synthetic workloads.")
@@ -122,7 +126,7 @@ def scenario_of(values: Any) -> Scenario:
             page_size=values.page_size,
             parked_tokens=math.inf if values.parked_tokens is None else values.parked_tokens,
             learn_outputs=values.learn_outputs,
-            pack=values.pack,
+            pack=math.inf if values.pack is None else values.pack,
             prefix_cache=values.prefix_cache,
             noise=values.noise,
             bias=values.bias,

@@ -17,10 +17,6 @@ from schedulers.ledger.instance import Batch, Instance, Policy, Role
 from schedulers.ledger.rows import Rows
 from schedulers.policies import decode, prefill
 
-# Share of the least TPOT that a step with prompts takes where sequences come from elsewhere. From
-# 0.65 to 0.85 attainment differs by a point.
-SHORT = 0.75
-
 
 @dataclass(frozen=True, slots=True)
 class Free:
@@ -41,9 +37,8 @@ class Colocated:
     would take time from a request that can still be on time. In the first `late_share` of every
     `period_s` none yields, so that late ones end even in a lasting overload.
 
-    On an instance that receives, sequences are behind by the transfer of their KV, and catch up
-    only if steps are short: those with prompts take at most `SHORT` of the least TPOT there, and
-    any chunk is worth its step.
+    On an instance that receives, sequences are behind by the transfer of their KV, and no slack
+    gathers: any chunk is worth its step there.
 
     worth: a chunk takes at least so many times the base cost of its step, unless it is all that a
     prompt lacks; once, where the decode policy does not let slack gather until then.
@@ -61,6 +56,9 @@ class Colocated:
     ):
         self.cost = cost
         self.prefill: Policy = prefill.POLICIES[prefill_policy](cost, pack)
+        self._beside = self.prefill
+        if isinstance(self.prefill, prefill.KairosPlus):
+            self._beside = replace(self.prefill, fill=True)
         self.decode = decode.POLICIES[decode_policy](cost)
         self.late_share, self.period_s = late_share, period_s
         knows = isinstance(self.decode, decode.KairosPlus)
@@ -113,9 +111,6 @@ class Colocated:
         limit_s = math.inf
         if batch.work:
             limit_s = self.decode.limit_s(decoding, batch, now) / instance.pace
-            if instance.receives:
-                tpot = min(decoding.running.least_tpot, decoding.waiting.least_tpot)
-                limit_s = min(limit_s, SHORT * tpot / instance.pace)
         shared_s = self.cost.shared_s if batch.work else 0.0
         chunk = self._chunk(prompts, limit_s - batch.predicted_s + shared_s)
         beside = instance.limits.max_batch - len(batch.work)
@@ -132,7 +127,7 @@ class Colocated:
         if limit_s < math.inf:
             # A prompt has only the time that decode leaves it.
             prompts.pace = instance.pace / max(1 - batch.predicted_s / limit_s, 0.1)
-        more = self.prefill(prompts, now)
+        more = (self._beside if batch.work else self.prefill)(prompts, now)
         predicted_s = self.cost.together_s(more.predicted_s, batch.predicted_s)
         return Batch({**batch.work, **more.work}, batch.fetch, (), predicted_s)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from schedulers.cost import CostModel
 from schedulers.ledger.request import Request, Slo
-from schedulers.policies.colocated import SHORT
 from schedulers.policies.routing import Summary, first_token_s, route_decode, route_prefill, share
 
 
@@ -48,13 +47,9 @@ def flows(summaries: Sequence[Summary]) -> bool:
 
 def by_decoding(summaries: Sequence[Summary]) -> list[Summary]:
     """The summaries with the share of its time that decode takes as the load of each: prompts that
-    are there may go on elsewhere. A receiving instance keeps its steps short (`SHORT`), which takes
-    more of them.
+    are there may go on elsewhere.
     """
-    return [
-        replace(each, load=min(each.decoding / SHORT, 1.0) if each.receives else each.decoding)
-        for each in summaries
-    ]
+    return [replace(each, load=each.decoding) for each in summaries]
 
 
 def route_prompt(

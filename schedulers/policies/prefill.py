@@ -4,6 +4,7 @@ A step is one chunk of one prompt, the first in the policy's order. Others join 
 all of their tokens end in that step and together cost at most `pack` times the step's base cost: 0
 never packs, math.inf fills max_chunk, up to max_batch prompts. First tokens come at the step's end,
 so packing delays the first prompt; but near capacity the base costs that it saves weigh more.
+`KairosPlus` packs a prompt only if no prompt of the step is made late by it.
 
 A begun prompt holds all its pages, so it can always go on; others whose pages do not fit are
 passed over.
@@ -93,10 +94,15 @@ class KairosPlus:
     Hopeless prompts run when nothing else can, and first in `hopeless_share` of the time, oldest
     first, so that they end however long an overload lasts. The clock deals that share out, the
     first part of every `period_s`: a policy keeps no count of what it gave before.
+
+    fill: the last prompt of a step may join with a part of its tokens. Sequences that decode beside
+    prompts bound the step and pay for its base: what is left of it is best used. A step of prompts
+    alone would only end later.
     """
 
     cost: CostModel
     pack: float = math.inf
+    fill: bool = False
     hopeless_share: float = 0.001
     period_s: float = 2.0
 
@@ -117,7 +123,7 @@ class KairosPlus:
             oldest = _first(np.where(fits & ~live, arrival, math.inf), count)
             order = (oldest + order if turn else order + oldest)[:count]
         seqs = (_at(places, row) for row in order)
-        return _step(self.cost, instance, seqs, self.pack, now)
+        return _step(self.cost, instance, seqs, self.pack, now, True, self.fill)
 
     def verdict(self, instance: Instance, now: float, id: str) -> str:
         """What the policy thinks of one prompt, in words."""
@@ -243,14 +249,24 @@ def _first(keys: np.ndarray, count: int) -> list[int]:
 
 
 def _step(
-    cost: CostModel, instance: Instance, order: Iterable[Seq], pack: float, now: float
+    cost: CostModel,
+    instance: Instance,
+    order: Iterable[Seq],
+    pack: float,
+    now: float,
+    in_time: bool = False,
+    fill: bool = False,
 ) -> Batch:
-    """A chunk of the first in `order`, which fits, and those after it that may join."""
+    """A chunk of the first in `order`, which fits, and those after it that may join. in_time: none
+    joins that would itself be late, or would make another prompt late, where a prompt ends in time
+    in this step without it. fill: see `KairosPlus`.
+    """
     work: dict[str, int] = {}
     free, parked_room = _free(instance, now)
     room = instance.limits.max_chunk
     spare_s = math.inf
     predicted = cost.prefill.base_s
+    due = math.inf  # of the prompts that this step ends in time, the first
     for seq in order:
         length, computed = seq.length, seq.computed
         needed = instance.limits.pages_for(length) - len(seq.pages)
@@ -260,8 +276,13 @@ def _step(
         remaining = length - computed
         count = min(remaining, room)
         chunk_s = cost.chunk_s(count, computed)
-        if work and (count < remaining or chunk_s > spare_s):
+        ends = now + instance.pace * (predicted + chunk_s)
+        if work and ((count < remaining and not fill) or chunk_s > spare_s):
             break
+        if in_time and due < math.inf and ends > min(due, seq.request.deadline):
+            break
+        if count == remaining and ends <= seq.request.deadline:
+            due = min(due, seq.request.deadline)
         spare_s = spare_s - chunk_s if work else pack * cost.prefill.base_s
         work[seq.request.id] = count
         predicted += chunk_s

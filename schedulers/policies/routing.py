@@ -6,7 +6,7 @@ last summary came, it adds itself (`with_prompt`, `with_context`).
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -108,13 +108,13 @@ def outline(
     now: float,
     demotes: bool = True,
     demotes_late: bool = True,
-    without: str = "",
+    without: Collection[str] = (),
 ) -> Summary:
     """Sums up a ledger.
 
     demotes: its prefill policy puts hopeless prompts behind all others, which they do not delay.
-    demotes_late: its decode policy does so with sequences that have missed their TTFT. without: a
-    sequence that does not count in `decoding`.
+    demotes_late: its decode policy does so with sequences that have missed their TTFT. without:
+    sequences that do not count in `decoding`.
     """
     due: list[float] = []
     ahead_s: list[float] = []
@@ -305,13 +305,14 @@ def _load(instance: Instance, cost: CostModel, now: float, demotes_late: bool) -
     return total + min(pace * base_s / shortest, 1.0 - its_own)
 
 
-def _decoding(instance: Instance, cost: CostModel, now: float, without: str) -> float:
+def _decoding(instance: Instance, cost: CostModel, now: float, without: Collection[str]) -> float:
     """See `Summary`."""
     if not (instance.running or instance.waiting):
         return 0.0
     view = View(cost, instance, now, _KEEPS)
     counts = view.feasible & (view.cells[Column.COUNT] > 0)
-    counts[instance.running.where({without: 1})] = False
+    if without:
+        counts[instance.running.where(dict.fromkeys(without))] = False
     if not counts.any():
         return 0.0
     with np.errstate(over="ignore"):  # a TPOT may be as short as a client likes

@@ -3,7 +3,7 @@ tests all put their runs together here.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Scenario:
     max_batch: int = 256
     chunk: int = 4096
     page_size: int = 16
-    pack: float = 0.0
+    pack: float = math.inf
     prefix_cache: bool = False
     parked_tokens: float = math.inf
     learn_outputs: bool = True
@@ -130,7 +130,7 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
     ]
 
     def outlines(
-        instances: Sequence[Instance], now: float, without: str = ""
+        instances: Sequence[Instance], now: float, without: Collection[str] = ()
     ) -> list[routing.Summary]:
         demotes = scenario.prefill_policy in prefill.DEMOTING
         demotes_late = scenario.decode_policy in decode.DEMOTING
@@ -148,8 +148,10 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
         slo = seq.request.slo
         return routing.route_decode(seq.length, slo, outlines(instances, now), believed, now)
 
-    def place(seq: Seq, instances: Sequence[Instance], home: int, now: float) -> flowing.Placement:
-        request, summaries = seq.request, outlines(instances, now, seq.request.id)
+    def place(
+        seq: Seq, instances: Sequence[Instance], home: int, now: float, unplaced: Collection[str]
+    ) -> flowing.Placement:
+        request, summaries = seq.request, outlines(instances, now, unplaced)
         late = now > request.deadline
         return flowing.place(seq.length, request.slo, late, summaries, home, believed, now)
 

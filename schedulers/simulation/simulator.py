@@ -7,7 +7,7 @@ cost model, and in the place of waiting a heap of things that are going to happe
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,9 @@ class Fleet:
     decode: Sequence[tuple[Instance, Policy]]
 
 
-def stays(seq: Seq, instances: Sequence[Instance], home: int, now: float) -> Placement:
+def stays(
+    seq: Seq, instances: Sequence[Instance], home: int, now: float, unplaced: Collection[str]
+) -> Placement:
     """Where a sequence goes on, wherever roles do not flow."""
     return Placement(home, "")
 
@@ -40,7 +42,8 @@ class Simulation:
     requests: by arrival, with `serial` 0, 1, 2, ...; outputs: tokens that each will generate [R].
     cost: what steps and transfers really take. route_prefill, route_decode: (request or sequence,
     instances, now) -> index of the instance. place: where roles flow, (sequence with its first
-    token, instances, index of its own, now) -> where it goes on. noise: the logarithm's standard
+    token, instances, index of its own, now, ids of it and of others there that are still to be
+    placed) -> where it goes on. noise: the logarithm's standard
     deviation of each step's time, whose mean stays.
     """
 
@@ -52,7 +55,7 @@ class Simulation:
         cost: CostModel,
         route_prefill: Callable[[Request, Sequence[Instance], float], int],
         route_decode: Callable[[Seq, Sequence[Instance], float], int],
-        place: Callable[[Seq, Sequence[Instance], int, float], Placement] = stays,
+        place: Callable[[Seq, Sequence[Instance], int, float, Collection[str]], Placement] = stays,
         noise: float = 0.0,
         seed: int = 0,
     ):
@@ -170,10 +173,10 @@ class Simulation:
                 which = self.route_decode(seq, [n.instance for n in self._decode], now)
             woken.append(self._hand_over(seq, node, which, now))
         home = self._decode.index(node) if stay else 0
-        for seq in stay:
-            if seq.finish_reason:
-                continue
-            placed = self.place(seq, [n.instance for n in self._decode], home, now)
+        unplaced = {seq.request.id: seq for seq in stay if not seq.finish_reason}
+        for seq in list(unplaced.values()):
+            placed = self.place(seq, [n.instance for n in self._decode], home, now, unplaced)
+            del unplaced[seq.request.id]
             if placed.index == home:
                 instance.stay(seq.request.id, placed.why)
             else:

@@ -47,7 +47,8 @@ def azure(tmp_path):
 
 
 def test_a_lone_request_takes_what_the_profile_says(azure):
-    result = answer(PROFILE, *SLO, f"--trace={azure((0, 1000, 3), (30, 1000, 1))}")
+    trace = f"--trace={azure((0, 1000, 3), (30, 1000, 1))}"
+    result = answer(PROFILE, *SLO, trace, "--pack=0")
     prefill_s = 5e-3 + 1000 * 32e-6 + 0.66e-9 * 1000**2
     transfer_s = 2e-3 + 1000 * 131072 / 25e9
     steps_s = [7e-3 + 20e-6 + 55e-9 * context for context in (1001, 1002)]
@@ -93,7 +94,7 @@ def test_mooncake_traces_are_read_too(tmp_path):
 @pytest.mark.parametrize("prefill", ["fcfs", "sjf", "edf", "kairos", "kairos_plus"])
 def test_every_policy_ends_every_request_and_none_beats_the_bound(prefill, decode):
     policies = (f"--prefill_policy={prefill}", f"--decode_policy={decode}")
-    result = answer(*SYNTHETIC, *policies, "--rate=24", "--num_requests=200")
+    result = answer(*SYNTHETIC, *policies, "--rate=24", "--num_requests=200", "--pack=0")
     assert result["num_failed"] == 0
     assert result["ttft_attainment"] <= result["ttft_bound"] < 100
     for each in result["e2e_by_output_decile"]:
@@ -108,7 +109,8 @@ def test_every_policy_ends_every_request_and_none_beats_the_bound(prefill, decod
     ],
 )
 def test_the_bound_is_null_where_it_is_not_exact(flag):
-    result = answer(*SYNTHETIC, *flag.split(), "--rate=20", "--num_requests=60")
+    flags = ("--pack=0", "--rate=20", "--num_requests=60", *flag.split())
+    result = answer(*SYNTHETIC, *flags)
     assert result["ttft_bound"] is None
 
 
@@ -116,8 +118,8 @@ def test_the_bound_counts_chunks_and_classes_of_one_ttft(azure):
     # Two at once, of 0.5 s each in chunks of 4096: only one can be in time.
     trace = f"--trace={azure((0, 12000, 2), (0, 12000, 2))}"
     classes = "--classes=0.5:0.6:0.025,0.5:0.6:0.1"
-    assert answer(PROFILE, classes, trace)["ttft_bound"] == 50
-    assert answer(PROFILE, "--classes=1:1.3:0.025", trace)["ttft_bound"] == 100
+    assert answer(PROFILE, classes, trace, "--pack=0")["ttft_bound"] == 50
+    assert answer(PROFILE, "--classes=1:1.3:0.025", trace, "--pack=0")["ttft_bound"] == 100
 
 
 def test_same_seed_same_answer():

@@ -1,5 +1,7 @@
 """One instance that does both jobs, on small ledgers whose answer can be worked out by hand."""
 
+import math
+
 import pytest
 from costs import decodes, prefills
 
@@ -95,6 +97,31 @@ def test_a_step_that_decodes_and_prefills_has_one_base():
     batch = Colocated(COST, "fcfs", "continuous")(ledger([IN_TIME], [("p", 50, 9.0)]), NOW)
     assert dict(batch.work) == {"d": 1, "p": 50}
     assert batch.predicted_s == pytest.approx(0.1 + 50 * 0.01)
+
+
+def test_what_decode_leaves_of_a_step_is_filled():
+    prompts = [("p", 20, 0.5), ("q", 90, 0.4)]
+    # The slack of 1 s leaves 0.96 s: 0.1 s of base, and 86 tokens.
+    packed = decide(ledger([IN_TIME], prompts), pack=math.inf)
+    assert packed == {"d": 1, "p": 20, "q": 66}
+    packed = decide(ledger([], prompts), pack=math.inf)
+    assert packed == {"p": 20}, "a step of prompts alone would only end later"
+
+
+@pytest.mark.parametrize(
+    ("age", "chunk"),
+    [
+        (1.0, 86),  # 0.96 of the second that it has, without a base of 0.1 s
+        (1.8, 9),  # 0.96 of a TPOT
+        (1.9, 4),  # half a TPOT behind: a quarter is made up for
+        (2.0, 0),
+    ],
+)
+def test_one_that_was_handed_over_catches_up_before_prompts_go_on(age, chunk):
+    instance = ledger([("d", 10, age)], [("p", 90, 0.5)])
+    instance.receives = True
+    work = decide(instance)
+    assert (work["d"], work.get("p", 0)) == (1, chunk)
 
 
 def test_under_overload_more_keep_both_slos_than_by_coming_first():

@@ -132,6 +132,25 @@ def test_packing_joins_what_the_base_cost_pays_for(name, pack, expected):
     assert batch.predicted_s == 4.0 + sum(expected.values())
 
 
+@pytest.mark.parametrize(
+    ("requests", "expected"),
+    [
+        ({"a": (0, 9, 2), "b": (0, 20, 3)}, {"a": 2, "b": 3}),
+        ({"a": (0, 4, 2), "b": (0, 20, 3)}, {"a": 2}),  # a ends at 3 s by itself, at 6 s with b
+        ({"a": (0, 9, 2), "b": (0, 0.5, 3)}, {"a": 2}),  # b is late as it is, and would hold up a
+        ({"a": (0, 0.5, 2), "b": (0, 0.9, 3)}, {"a": 2, "b": 3}),  # neither has anything to lose
+        ({"a": (0, 9, 2), "b": (0, 20, 9)}, {"a": 2}),  # b does not end in this step
+    ],
+)
+def test_kairos_plus_packs_while_none_becomes_late_by_it(requests, expected):
+    assert dict(prefill.KairosPlus(COST)(ledger(requests), 1.0).work) == expected
+
+
+def test_the_last_prompt_of_a_step_may_fill_it():
+    instance = ledger({"a": (0, 99, 2), "b": (0, 100, 9)})
+    assert dict(prefill.KairosPlus(COST, fill=True)(instance, 1.0).work) == {"a": 2, "b": 8}
+
+
 def test_predictions_follow_the_pace():
     instance = ledger({"long": (0, 20, 10), "short": (0, 25, 2)})
     policy = prefill.Kairos(COST)

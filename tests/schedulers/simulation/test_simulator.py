@@ -200,6 +200,21 @@ def test_explained_is_where_a_request_went_and_why():
     assert "handed over to decode0" in moved
 
 
+def test_of_prompts_that_end_together_none_decodes_at_home_before_it_is_placed():
+    slo = (SloClass(1.0, Slo(1.0, 0.025)),)
+    simulation = build(Scenario(BUSY, slo, 2, 1, fluid=True), [Arrival(0.0, 200, 9)] * 6)
+    unplaced, place = [], simulation.place
+
+    def noted(seq, instances, home, now, ids):
+        assert seq.request.id in ids
+        unplaced.append(len(ids))
+        return place(seq, instances, home, now, ids)
+
+    simulation.place = noted
+    simulation.run()
+    assert unplaced == [2, 1] * 3, "two prompts in a step of each instance, placed one by one"
+
+
 @pytest.mark.parametrize("rate", [24.0, 40.0])
 def test_flowing_roles_keep_at_least_what_fixed_ones_do(rate):
     arrivals = synthetic(300, rate, seed=3, max_prompt=4000)
