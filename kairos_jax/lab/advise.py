@@ -56,10 +56,11 @@ def layouts(scenario: Scenario, devices: int, of_instance: Sizes = (1, 1)) -> li
         both = replace(
             scenario, colocated=devices // of_prefill, fluid=False, num_prefill=0, num_decode=0
         )
-        # How many of them begin with decode matters little where roles flow: one, or half.
-        begins = {1, devices // of_prefill // 2}
-        fluid = [replace(each, fluid=True) for each in split if each.num_decode in begins]
-        return [both, *split, *fluid]
+        # How many of them begin with decode matters little where roles flow: a third. The layouts
+        # that take longest to simulate come first.
+        begin = max(devices // of_prefill // 3, 1)
+        fluid = [replace(each, fluid=True) for each in split if each.num_decode == begin]
+        return [*fluid, both, *split]
     return split
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from schedulers.cost import CostModel
 from schedulers.ledger.request import Request, Slo
-from schedulers.policies.routing import Summary, first_token_s, route_decode, route_prefill, share
+from schedulers.policies.routing import Summary, decode_key, route_prefill, share, stretch
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,22 @@ def route_prompt(
     """The instance that computes a prompt, of a fleet whose roles flow. cached: as of
     `route_prefill`.
     """
-    summaries, found = by_decoding(summaries), cached or [0] * len(summaries)
+    found = cached or [0] * len(summaries)
+    # Copies of summaries would cost more than all else here.
     everywhere = range(len(summaries))
-    free = [i for i in everywhere if summaries[i].load < bounds.busy] or list(everywhere)
-    soonest = {i: first_token_s(request, summaries[i], cost, found[i]) for i in free}
+    free = [i for i in everywhere if summaries[i].decoding < bounds.busy] or list(everywhere)
+    own_s = {n: cost.prefill_s(len(request.prompt) - n, n) for n in set(found)}
+    soonest = {
+        i: stretch(each.decoding) * each.finish_s(request.deadline, each.pace * own_s[found[i]])
+        for i in free
+        for each in [summaries[i]]
+    }
     within_s = request.arrival + bounds.early * request.slo.ttft - now
-    for some in ([i for i in free if not summaries[i].load], free):
+    for some in ([i for i in free if not summaries[i].decoding], free):
         best = min(some, key=soonest.__getitem__, default=-1)
         if best >= 0 and soonest[best] <= within_s:
             return best
-    left = [summaries[i] for i in free]
+    left = by_decoding([summaries[i] for i in free])
     return free[route_prefill(request, left, cost, now, [found[i] for i in free])]
 
 
@@ -101,8 +107,10 @@ def place(
     if fit and not late:
         first = max(fit, key=lambda i: summaries[i].decoding)
         return Placement(first, _told(summaries[first], length))
-    loaded = [replace(summaries[i], load=summaries[i].decoding) for i in receiving]
-    first = receiving[route_decode(length, slo, loaded, cost, now)]
+    first = min(
+        receiving,
+        key=lambda i: decode_key(length, slo, summaries[i], summaries[i].decoding, cost),
+    )
     if late:
         return Placement(first, "its first token was late")
     told = _told(summaries[first], length)

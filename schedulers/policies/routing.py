@@ -189,16 +189,16 @@ def route_decode(
     sequences need the least of its time. Of equals, the one with the most room: instances that hold
     only hopeless sequences all have a load of 0.
     """
-    keys = [
-        (
-            summary.room < length,
-            summary.is_too_slow(slo, cost),
-            summary.load + summary.added_load(length, slo, cost),
-            -summary.room,
-        )
-        for summary in summaries
-    ]
+    keys = [decode_key(length, slo, summary, summary.load, cost) for summary in summaries]
     return keys.index(min(keys))
+
+
+def decode_key(
+    length: int, slo: Slo, summary: Summary, load: float, cost: CostModel
+) -> tuple[bool, bool, float, float]:
+    """What `route_decode` orders instances by. load: of the instance."""
+    added = summary.added_load(length, slo, cost)
+    return summary.room < length, summary.is_too_slow(slo, cost), load + added, -summary.room
 
 
 def always(request: Request, summaries: Sequence[Summary], cost: CostModel, now: float) -> float:
@@ -255,8 +255,12 @@ def share(length: Number, tpot: Number, cost: CostModel) -> Number:
 
 
 def _stretch(summary: Summary) -> float:
+    return stretch(summary.load) if summary.role is Role.BOTH else 1.0
+
+
+def stretch(load: float) -> float:
     """By how much prompts take longer for the sequences that an instance also decodes."""
-    return 1 / max(1.0 - summary.load, 0.05) if summary.role is Role.BOTH else 1.0
+    return 1 / max(1.0 - load, 0.05)
 
 
 def _prompts(instance: Instance, cost: CostModel) -> tuple[np.ndarray, np.ndarray]:

@@ -39,12 +39,11 @@ def holds(monkeypatch, capacity):
 
 def test_layouts_are_all_colocated_and_every_split():
     assert [each.layout for each in layouts(SCENARIO, 4)] == [
+        "3 prefill + 1 decode (fluid)",
         "4 colocated",
         "1 prefill + 3 decode",
         "2 prefill + 2 decode",
         "3 prefill + 1 decode",
-        "2 prefill + 2 decode (fluid)",
-        "3 prefill + 1 decode (fluid)",
     ]
 
 
@@ -54,7 +53,7 @@ def test_layouts_of_instances_of_several_devices():
 
     assert named(8, (1, 4)) == ["4 prefill + 1 decode"]
     fluid = "1 prefill + 1 decode (fluid)"
-    assert named(8, (4, 4)) == ["2 colocated", "1 prefill + 1 decode", fluid]
+    assert named(8, (4, 4)) == [fluid, "2 colocated", "1 prefill + 1 decode"]
     assert named(8, (2, 4)) == ["2 prefill + 1 decode"]
     assert named(4, (1, 2)) == ["2 prefill + 1 decode"]
 
