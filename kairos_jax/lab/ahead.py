@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
 import tempfile
@@ -30,6 +31,9 @@ _LEAST_BYTES = 1 << 20
 # back, in one or two layers of a step. And for the log-probabilities of prompts, which few ask for,
 # it lays the head out anew once.
 _KNOWN = ((Step, "comes back from fast memory"), (Score, "1 weights are copied"))
+# A step of as many tokens as sequences moves little beside the weights, and no step computes much
+# beside its tokens: so much more than that is a fault.
+_MOST_MOVED, _MOST_OPERATIONS = 1.15, 1.1
 _DTYPES = {"bfloat16": "bf16", "float32": "f32", "float16": "f16", "int32": "s32"}
 
 
@@ -140,6 +144,7 @@ def _built(
     for fault in faults_of(built.program, call, functions):
         known = any(isinstance(call, of) and words in fault for of, words in _KNOWN)
         (built.known if known else built.faults).append(fault)
+    built.faults += excess(built, functions)
     if isinstance(call, Step) and built.memory.peak > chip.memory:
         built.faults.append(
             f"takes {built.memory.peak / 1e9:.1f} GB of the {chip.memory / 1e9:.1f} GB there are"
@@ -206,6 +211,30 @@ def faults_of(program: hlo.Program, call: Call, functions: Functions) -> list[st
         faults.append(f"{sums} all-reduces where {expected} do")
     if others > allowed:
         faults.append(f"{others} other collectives where {allowed} does")
+    return faults
+
+
+def excess(built: Built, functions: Functions) -> list[str]:
+    """Of a step, what it moves and computes beyond what it must, in words."""
+    if built.size is None:
+        return []
+    tokens, sequences = built.size
+    # A head of its own leaves of the embedding a few rows to read.
+    head = "head" if "head" in functions.params else "embed"
+    sizes = {
+        path: math.prod(weight.sharding.shard_shape(weight.shape)) * weight.dtype.itemsize
+        for path, weight in functions.params.items()
+        if path == head or path != "embed"
+    }
+    of_number = functions.params[head].dtype.itemsize
+    weights = sum(sizes.values())
+    useful = tokens * (weights - sizes[head]) + sequences * sizes[head]
+    useful *= 2 / of_number
+    faults = []
+    if tokens == sequences and built.moved > _MOST_MOVED * weights:
+        faults.append(f"moves {built.moved / 1e9:.2f} GB where the weights are {weights / 1e9:.2f}")
+    if (operations := built.program.operations) > _MOST_OPERATIONS * useful:
+        faults.append(f"computes {operations / 1e9:.0f} Gflop where {useful / 1e9:.0f} do")
     return faults
 
 

@@ -113,6 +113,22 @@ def test_each_fault_is_told(functions, spoil):
     assert ahead.faults_of(program, call_of(functions, Step), functions) == [words]
 
 
+def test_a_step_that_moves_or_computes_too_much_is_told(functions):
+    def faults(size, moved, operations):
+        program = hlo.Program(operations=operations)
+        built = ahead.Built(Role.BOTH, "", 2, size=size, moved=moved, program=program)
+        return ahead.excess(built, functions)
+
+    shards = [w.sharding.shard_shape(w.shape) for w in functions.params.values()]
+    weights = 4 * sum(map(math.prod, shards))  # the embedding is the head
+    enough = 2 * 2 * weights // 4
+    assert faults((2, 2), weights, enough) == []
+    assert faults((2, 2), 2 * weights, enough)[0].startswith("moves 0.00 GB where the weights")
+    assert faults((2, 2), weights, 2 * enough)[0].startswith("computes 0 Gflop where")
+    assert faults((4, 2), 2 * weights, enough) == [], "prompts have activations"
+    assert faults(None, 2 * weights, 2 * enough) == []
+
+
 def test_kernels_that_spill_are_told():
     clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
     assert ahead.spills(f"ptxas info: {clean}\nptxas info: Used 171 registers") == []
