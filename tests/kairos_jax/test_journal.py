@@ -49,7 +49,7 @@ def journal(folder, *arguments):
 
 
 def test_it_explains_checks_and_exports(run):
-    done = journal(run, "--explain=7", "--profile=profile.json", "--pack=0", "--check")
+    done = journal(run, "--explain=7", "--profile=profile.json", "--check")
     assert done.returncode == 0, done.stderr
     assert "request 7, from its arrival" in done.stdout or "arrived:" in done.stdout
     assert "live: laxity" in done.stdout, "what the policy thought"

@@ -88,7 +88,7 @@ async def test_logprobs_of_a_prompt_come_before_its_first_token(harness):
     expected = list(fakes.expected_prompt_logprobs(prompt, 2).tokens(prompt))
     for entry, token in zip(told, expected, strict=True):
         top = tuple((each.token_id, each.logprob) for each in entry.top)
-        assert (entry.token_id, entry.logprob, top) == token[:3]
+        assert (entry.token_id, entry.logprob, top) == (token.id, token.logprob, token.top)
     assert ids(answer) == fakes.expected_tokens(prompt, 3)
     assert not any(part.prompt_logprobs for part in await harness.generate([5], 2))
     await harness.assert_nothing_held()
@@ -238,16 +238,15 @@ def test_a_dead_engine_fails_its_streams_with_the_reason(which):
 
 @served
 async def test_after_a_failed_transfer_a_request_begins_again(harness):
-    offer, refused = harness.transport.offer, []
+    extend, refused = harness.transport.extend, []
 
-    def lossy(request_id, num_tokens, kv):
-        ticket = offer(request_id, num_tokens, kv)
+    def lossy(ticket, kv, last):
+        extend(ticket, kv, last)
         if len(refused) < 2:
             refused.append(ticket)
             harness.transport.release(ticket)
-        return ticket
 
-    harness.transport.offer = lossy
+    harness.transport.extend = lossy
     *_, last = answer = await harness.generate([1, 2], 9)
     assert ids(answer) == fakes.expected_tokens([1, 2], 9)
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (2, 9)
@@ -257,18 +256,17 @@ async def test_after_a_failed_transfer_a_request_begins_again(harness):
 
 @served
 async def test_a_transfer_that_always_fails_is_given_up(harness):
-    offer = harness.transport.offer
+    extend = harness.transport.extend
 
-    def lossy(request_id, num_tokens, kv):
-        ticket = offer(request_id, num_tokens, kv)
+    def lossy(ticket, kv, last):
+        extend(ticket, kv, last)
         harness.transport.release(ticket)
-        return ticket
 
-    harness.transport.offer = lossy
+    harness.transport.extend = lossy
     code, details = await refusal(harness.stub.Generate(fakes.ask([1, 2], 9), timeout=30))
     assert code is grpc.StatusCode.UNAVAILABLE
     assert "the KV transfer failed" in details
-    harness.transport.offer = offer
+    harness.transport.extend = extend
     assert ids(await harness.generate([1, 2], 9)) == fakes.expected_tokens([1, 2], 9)
     await harness.assert_nothing_held()
 
