@@ -84,12 +84,18 @@ def main() -> int:
     return int(bool(wrong))
 
 
-def platform_of(name: str) -> str:
-    """tpu or gpu, of a config."""
+def read(name: str) -> tuple:
+    """A config, and its chip."""
     from kairos_jax.config import ServerConfig, files
     from kairos_jax.config.chips import CHIPS
 
-    return CHIPS[ServerConfig.from_dict(files.read_file(name)).chip].platform
+    config = ServerConfig.from_dict(files.read_file(name))
+    return config, CHIPS[config.chip]
+
+
+def platform_of(name: str) -> str:
+    """tpu or gpu, of a config."""
+    return read(name)[1].platform
 
 
 def run_apart(name: str, compilers: Path, *arguments: str) -> int:
@@ -120,12 +126,10 @@ def compile_all(name: str, output: Path) -> int:
     from rich.console import Console
 
     from kairos_jax import plan
-    from kairos_jax.config import ServerConfig, files
-    from kairos_jax.config.chips import CHIPS
     from kairos_jax.lab.planning import needs_of
 
-    config = ServerConfig.from_dict(files.read_file(name))
-    chip, model = CHIPS[config.chip], plan.model_of(config)
+    config, chip = read(name)
+    model = plan.model_of(config)
     needs = {role: needs_of(config, model, role, chip) for role in dict.fromkeys(config.roles)}
     built = plan.compiled(config, model, chip, needs)
     console = Console(width=140)
@@ -143,15 +147,13 @@ def start_cold(name: str) -> int:
 
     topology.prepare()
     from kairos_jax import plan
-    from kairos_jax.config import ServerConfig, files
-    from kairos_jax.config.chips import CHIPS
     from kairos_jax.engine.calls import Score
     from kairos_jax.lab import ahead
     from kairos_jax.lab.planning import kernels_of
     from kairos_jax.process.parallel import parallel
 
-    config = ServerConfig.from_dict(files.read_file(name))
-    chip, model = CHIPS[config.chip], plan.model_of(config)
+    config, chip = read(name)
+    model = plan.model_of(config)
     for role in dict.fromkeys(config.roles):
         devices = topology.describe(chip, config.devices(role))
         kernels = kernels_of(config, chip)

@@ -16,7 +16,6 @@ COLLECTIVES = (
     *("collective-broadcast", "ragged-all-to-all"),
 )
 _MOVES = ("copy", "transpose", "reshape")
-_FAST = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([1-9]")
 # An array in a result, and how it lies.
 _PLACED = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\](\{[^}]*\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
@@ -34,7 +33,6 @@ _MOVE_NOTHING = (
 _FROM_FAST = re.compile(r"^\(\w+\[[\d,]*\]\{[^}]*\}, \w+\[[\d,]*\]\{[^}]*S\([1-9]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_SHAPE = re.compile(r"\b(pred|token|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
@@ -205,17 +203,13 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             name = ""
         elif name and (parts := _LINE.match(line)):
             root, own, result, opcode, rest = parts.groups()
-            shapes = tuple(
-                Shape(dtype, tuple(int(size) for size in dims.split(",") if size))
-                for dtype, dims in _SHAPE.findall(result)
-                if dtype != "token"
-            )
-            fast = bool(_FAST.match(result.lstrip("(")))
             back = bool(_FROM_FAST.match(result))
             placed = [
                 (Shape(dtype, tuple(int(size) for size in dims.split(",") if size)), layout or "")
                 for dtype, dims, layout in _PLACED.findall(result)
             ]
+            shapes = tuple(shape for shape, _ in placed)
+            fast = bool(placed) and _is_fast(placed[0][1])
             in_main = tuple(shape for shape, layout in placed if not _is_fast(layout))
             if opcode in _DESTINATION:  # beside it stand its source and a mark
                 shape, layout = placed[_DESTINATION[opcode]]
