@@ -4,6 +4,7 @@ The worker is the one that serves, with its threads, ledger, policies and events
 takes the place of the router. The lines are those of benchmarks/steps_vllm.py.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -33,6 +34,8 @@ from schedulers.ledger.request import Request, Slo
 # So late that no policy takes a sequence for hopeless, or holds one back for another.
 _LOOSE = Slo(3600.0, 60.0)
 _STOP_TIMEOUT_S = 5.0
+# The end of a step that nobody waits for is no event.
+_POLL_S = 0.005
 
 
 def main(argv: list[str]) -> int:
@@ -106,11 +109,11 @@ def _run(
 
 
 def _until_idle(worker: Worker, events: queue.SimpleQueue[Event]) -> None:
-    """Returns when the step under way is over, and nothing is left of what was cancelled."""
-    # A worker says what it holds after each decision.
-    while worker.instance.running or worker.instance.waiting:
-        if isinstance(event := events.get(), Died):
-            raise event.error
+    """Returns when no step is under way, and nothing is left of what was cancelled."""
+    while worker.instance.running or worker.instance.waiting or worker.num_under_way:
+        with contextlib.suppress(queue.Empty):
+            if isinstance(event := events.get(timeout=_POLL_S), Died):
+                raise event.error
     while not events.empty():
         events.get()
 

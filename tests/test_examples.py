@@ -221,6 +221,7 @@ def ask(environment, server):
     return run(environment, sys.executable, *command, "--max_tokens=3")
 
 
+@pytest.mark.slow
 def test_a_server_of_ones_own_model(environment, model, profile, tmp_path):
     write = readme("kairos serve PATH_OR_ID --dump_config=", {"PATH_OR_ID": model})
     here = {"cwd": tmp_path, "env": environment, "text": True, "timeout": 120}
@@ -257,6 +258,7 @@ def test_converting_and_measuring_of_the_readme(environment, model, tmp_path):
     assert json.loads((tmp_path / "p").read_text())["source"] == "measured"
 
 
+@pytest.mark.slow
 def test_roles_of_the_readme(environment, model, profile):
     config, common = {"FILE": "tests/support/tiny_config.py"}, (f"--model={model}", profile)
     prefill = readme("kairos prefill --config=FILE", config | {"50061": "0"})

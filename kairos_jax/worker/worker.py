@@ -113,6 +113,11 @@ class Worker:
         self._flights.start()
         self._thread.start()
 
+    @property
+    def num_under_way(self) -> int:
+        """Steps that were dispatched and whose results are not booked."""
+        return len(self._flights)
+
     def post(self, message: Message) -> None:
         """Puts a message into the inbox."""
         self._inbox.put(message)

@@ -64,45 +64,58 @@ struct Vector {
   }
 };
 
-// c[M, N*W] = a[M, depth] @ b[depth, N*W], added to what is there if `add`. All in registers. next:
-// what is to be in the cache when this is done, as many rows as b and laid out like it; or null.
+// What a product asks for ahead: `rows` rows from `from` on, laid out like its b.
+struct Ahead {
+  const float* from = nullptr;
+  int64_t rows = 0;
+};
+
+// c[M, N*W] = a[M, depth] @ b[depth, N*W], added to what is there if `add`. All in registers.
 template <int W, int M, int N>
 void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-          int64_t depth, bool add, const float* next = nullptr) {
+          int64_t depth, bool add, Ahead ahead) {
   using V = Vector<W>;
   typename V::Type sum[M][N];
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) sum[i][j] = add ? V::load(c + i * ldc + j * W) : V::all(0.0f);
-  for (int64_t t = 0; t < depth; t++) {
-    if (next)
-      for (int j = 0; j < N * W; j += 16) __builtin_prefetch(next + t * ldb + j);
+  auto step = [&](int64_t t) {
     typename V::Type row[N];
     for (int j = 0; j < N; j++) row[j] = V::load(b + t * ldb + j * W);
     for (int i = 0; i < M; i++) {
       typename V::Type value = V::all(a[i * lda + t]);
       for (int j = 0; j < N; j++) sum[i][j] += value * row[j];
     }
+  };
+  int64_t t = 0;
+  for (; t < ahead.rows; t++) {
+    for (int j = 0; j < N * W; j += 16) __builtin_prefetch(ahead.from + t * ldb + j);
+    step(t);
   }
+  for (; t < depth; t++) step(t);
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) V::store(c + i * ldc + j * W, sum[i][j]);
 }
 
 // In tiles of up to 6 rows, as even as can be: one of 1 or 2 takes almost as long as one of 4, since
-// each sum waits for itself. next: as of `tile`.
+// each sum waits for itself. next: what is wanted after this, as large as b and laid out like it, or
+// null. Each tile asks for its share of it: memory is then busy all the time, and never in the way.
 template <int W, int N>
 void tile_rows(int64_t m, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                int64_t ldc, int64_t depth, bool add, const float* next = nullptr) {
-  for (int64_t tiles = (m + 5) / 6; tiles; tiles--) {
+  int64_t tiles = (m + 5) / 6, share = tiles ? (depth + tiles - 1) / tiles : 0;
+  for (int64_t asked = 0; tiles; tiles--) {
     int64_t rows = (m + tiles - 1) / tiles;
+    Ahead ahead;
+    if (next) ahead = {next + asked * ldb, std::min(share, depth - asked)};
     switch (rows) {
-      case 6: tile<W, 6, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
-      case 5: tile<W, 5, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
-      case 4: tile<W, 4, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
-      case 3: tile<W, 3, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
-      case 2: tile<W, 2, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
-      case 1: tile<W, 1, N>(a, lda, b, ldb, c, ldc, depth, add, next); break;
+      case 6: tile<W, 6, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
+      case 5: tile<W, 5, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
+      case 4: tile<W, 4, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
+      case 3: tile<W, 3, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
+      case 2: tile<W, 2, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
+      case 1: tile<W, 1, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
     }
-    m -= rows, a += rows * lda, c += rows * ldc, next = nullptr;
+    m -= rows, a += rows * lda, c += rows * ldc, asked += ahead.rows;
   }
 }
 
@@ -118,19 +131,46 @@ void product(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, c
 
 // Columns of a packed weight that lie together. See `linear`.
 constexpr int kPanel = kColumns * kWidth;
-// Of a panel, so many rows are in the first cache at once: 16 KiB.
-constexpr int64_t kDepth = 4096 / kPanel;
-// Rows that are enough for a task.
-constexpr int64_t kRows = 24;
+// Inputs that a product takes at once: of a panel, 8 KiB with AVX2 and 16 KiB with AVX-512, so that
+// they, the next ones and six rows of x lie in the first cache.
+constexpr int64_t kDepth = kWidth == 16 ? 64 : 2048 / kPanel;
+// The rows of x that meet them lie in the second cache.
+constexpr int64_t kBlockBytes = 256 * 1024;
+// Tasks for each thread, so that all end at about the same time; rows that are enough for a task; and
+// panels of one that read the rows of x together.
+constexpr int64_t kTasks = 8, kRows = 24, kPanels = 3;
 
-// y[m, n] = x[m, depth] @ w, whose columns, kPanel at a time, are panels [depth, kPanel], the last one
-// filled up with zeros. So each thread reads memory from one end to the other; what comes next is on
-// its way while it computes.
-void linear_panel(int64_t m, int64_t n, int64_t depth, const float* x, const float* panel, float* y) {
-  for (int64_t t = 0; t < depth; t += kDepth) {
-    int64_t some = std::min(kDepth, depth - t);
-    const float* next = panel + (t + some) * kPanel;  // past the last one lies the next panel
-    tile_rows<kWidth, kColumns>(m, x + t, depth, panel + t * kPanel, kPanel, y, n, some, t > 0, next);
+// How a product of m rows is cut into tasks: into blocks of `rows` of x, and so many panels at once,
+// which take `depth` inputs at once.
+struct Cut {
+  int64_t depth, rows, blocks, panels;
+
+  Cut(int64_t m, int64_t inputs, int64_t whole, int64_t threads) {
+    int64_t parts = (inputs + kDepth - 1) / kDepth, wanted = kTasks * threads;
+    depth = (inputs + parts - 1) / parts;
+    int64_t most = std::max<int64_t>(kBlockBytes / (depth * sizeof(float)) / 6, 1) * 6;
+    int64_t shared = std::min(m / kRows, wanted / std::max<int64_t>(whole, 1));
+    blocks = std::max((m + most - 1) / most, std::max<int64_t>(shared, 1));
+    rows = ((m + blocks - 1) / blocks + 5) / 6 * 6;
+    panels = std::clamp<int64_t>(whole * blocks / wanted, 1, kPanels);
+  }
+};
+
+// y[m, panels * kPanel] = x[m, inputs] @ w, whose columns, kPanel at a time, are panels
+// [inputs, kPanel]; rows of y are n apart. What comes next is on its way while this is computed: after
+// these panels, those of the next task.
+void linear_panels(int64_t m, int64_t n, int64_t inputs, int64_t depth, const float* x,
+                   const float* w, int64_t panels, float* y) {
+  int64_t size = inputs * kPanel;
+  for (int64_t t = 0; t < inputs; t += depth) {
+    int64_t some = std::min(depth, inputs - t);
+    for (int64_t j = 0; j < panels; j++) {
+      const float* panel = w + j * size + t * kPanel;
+      const float* next = panel + size;
+      if (j + 1 == panels) next = t + some < inputs ? w + (t + some) * kPanel : w + panels * size;
+      tile_rows<kWidth, kColumns>(m, x + t, inputs, panel, kPanel, y + j * kPanel, n, some, t > 0,
+                                  next);
+    }
   }
 }
 
@@ -317,27 +357,32 @@ ffi::Error paged_attention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, F
 }
 
 ffi::Error linear(ffi::ThreadPool pool, Floats x, Floats w, Ints wanted, ffi::Result<Floats> y) {
-  int64_t depth = x.dimensions().back(), n = y->dimensions().back();
-  int64_t rows = x.element_count() / depth, whole = n / kPanel;
+  int64_t inputs = x.dimensions().back(), n = y->dimensions().back();
+  int64_t rows = x.element_count() / inputs, whole = n / kPanel;
   int64_t m = std::clamp<int64_t>(wanted.typed_data()[0], 0, rows);
-  if (w.dimensions().size() != 3 || w.dimensions()[1] != depth || w.dimensions()[2] != kPanel ||
+  if (w.dimensions().size() != 3 || w.dimensions()[1] != inputs || w.dimensions()[2] != kPanel ||
       w.dimensions()[0] != (n + kPanel - 1) / kPanel)
     return ffi::Error::InvalidArgument("the weight is not packed for this product");
   const float *from = x.typed_data(), *panels = w.typed_data();
   float* out = y->typed_data();
   std::fill_n(out + m * n, (rows - m) * n, 0.0f);
   if (!m) return ffi::Error::Success();
-  // With many rows a panel is shared by several tasks, so that all threads end at the same time.
-  int64_t parts = std::clamp<int64_t>(m / kRows, 1, 8), each = (m + parts - 1) / parts;
-  parallel(pool, w.dimensions()[0] * parts, [&](int64_t i) {
-    int64_t j = i / parts, first = i % parts * each, some = std::min(each, m - first);
+  Cut cut(m, inputs, whole, pool.num_threads());
+  int64_t groups = (whole + cut.panels - 1) / cut.panels + (n % kPanel > 0);
+  parallel(pool, groups * cut.blocks, [&](int64_t i) {
+    int64_t first = i / groups * cut.rows, some = std::min(cut.rows, m - first);
+    int64_t j = i % groups * cut.panels, count = std::min(cut.panels, whole - j);
     if (some <= 0) return;
-    const float *panel = panels + j * depth * kPanel, *rows = from + first * depth;
+    const float* block = from + first * inputs;
     float* to = out + first * n;
-    if (j < whole) return linear_panel(some, n, depth, rows, panel, to + j * kPanel);
+    if (count > 0)
+      return linear_panels(some, n, inputs, cut.depth, block, panels + j * inputs * kPanel, count,
+                           to + j * kPanel);
+    // The last panel is filled up with zeros, and wider than what is left of a row.
     thread_local std::vector<float> last;
     last.resize(some * kPanel);
-    linear_panel(some, kPanel, depth, rows, panel, last.data());
+    linear_panels(some, kPanel, inputs, cut.depth, block, panels + whole * inputs * kPanel, 1,
+                  last.data());
     for (int64_t r = 0; r < some; r++)
       std::copy_n(&last[r * kPanel], n % kPanel, to + r * n + whole * kPanel);
   });

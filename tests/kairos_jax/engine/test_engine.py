@@ -112,7 +112,7 @@ def ids(tokens):
 
 @pytest.fixture(scope="module")
 def one_device(tiny_llama):
-    engine = build(tiny_llama, jax.devices()[:1], Role.BOTH)
+    engine = build(tiny_llama, jax.devices()[:1], Role.BOTH, few=True)
     engine.warm_up()
     return engine
 
