@@ -33,13 +33,14 @@ serve prompts of every length."""
 
 def bucket_sizes(limit: int, coarse: int = 4) -> tuple[int, ...]:
     """1, 2, 4, 6, 8, 12, 16, 24, ... up to and including `limit`: padding wastes a third at most
-    from 4 on, for two compilations a doubling. Below `coarse` there is one a doubling.
+    from 4 on, for two compilations a doubling. Below `coarse` there is one a doubling. What is
+    hardly less than `limit` is left out, for which the last step wastes a little more.
     """
     sizes, size = {limit}, 1
     while size < limit:
         sizes |= {size, size + size // 2 if size >= coarse else size}
         size *= 2
-    return tuple(sorted(size for size in sizes if size <= limit))
+    return tuple(sorted(size for size in sizes if size == limit or size + size // 16 < limit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,11 @@ class _Sizes:
     blocks: tuple[int, ...]
 
 
-# Each shape delays the start: by a second or two on a CPU, by half a minute on an accelerator. A
-# small step of an accelerator reads the weights for longer than it computes: there padding is free.
-# It copies a block sooner than the host calls a program; a CPU takes ten times as long as the call.
-# Sixteen blocks a call take the host no less for each block than four.
-_ON_CPU, _ON_ACCELERATOR = _Sizes(1, 16, 16, (1,)), _Sizes(16, 64, 512, (1, 4))
+# Each shape delays the start: by a second or two on a CPU, by half a minute on an accelerator. There
+# a step of 64 tokens, and on most chips one of 256, reads the weights for longer than it computes, so
+# padding is free. It copies a block sooner than the host calls a program; a CPU takes ten times as
+# long as the call. Sixteen blocks a call take the host no less for each block than four.
+_ON_CPU, _ON_ACCELERATOR = _Sizes(1, 16, 16, (1,)), _Sizes(64, 256, 1024, (1, 4))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,9 @@ _LANES = 128
 LAYOUT = Layout(Interleaved("pgkh"), (_LANES, 2 * _LANES, 4 * _LANES), (16, 32, 64, 128, 256))
 
 # Of a block, which must fit into a core's 16 MB of fast memory: what the kernel itself chooses for
-# some sizes takes more than there is.
-_BLOCK_TOKENS, _BLOCK_QUERIES = 1024, 64
+# some sizes takes more than there is. It computes all queries of a block for each sequence that has
+# one there: many are in vain where each sequence has a single one.
+_BLOCK_TOKENS, _BLOCK_QUERIES, _SINGLE_QUERIES = 1024, 64, 8
 
 
 def takes(head_dim: int, kv_heads: int) -> bool:
@@ -50,7 +51,9 @@ def attention(
         return gathered(LAYOUT, q, layer, step, cudnn=False), layer
     num_pages, page_size, _, width = layer.kv.shape
     if kernel is None:
-        kernel = _ragged_kernel(tokens, step.pages.shape[1], page_size)
+        single = tokens <= step.pages.shape[0]
+        queries = min(tokens, _SINGLE_QUERIES if single else _BLOCK_QUERIES)
+        kernel = _ragged_kernel(queries, step.pages.shape[1], page_size)
     out = kernel(
         pad_heads(q, width),
         layer.kv,
@@ -63,12 +66,12 @@ def attention(
     return out[..., :head], layer
 
 
-def _ragged_kernel(tokens: int, table_pages: int, page_size: int) -> Callable[..., Any]:
+def _ragged_kernel(queries: int, table_pages: int, page_size: int) -> Callable[..., Any]:
     # Not at the top: servers on other platforms need not wait for it.
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     return functools.partial(
         ragged_paged_attention,
         num_kv_pages_per_block=min(table_pages, max(1, _BLOCK_TOKENS // page_size)),
-        num_queries_per_block=min(tokens, _BLOCK_QUERIES),
+        num_queries_per_block=queries,
     )

@@ -393,10 +393,11 @@ def test_more_sequences_than_the_largest_shape_holds_take_further_runs(tiny_llam
     assert packed == alone
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 5, 8, 24, 100, 256])
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 8, 9, 24, 36, 100, 256])
 def test_bucket_sizes(limit):
     sizes = bucket_sizes(limit)
     assert sizes == tuple(sorted(set(sizes)))
     assert (sizes[0], sizes[-1]) == (1, limit)
     for n in range(4, limit + 1):
-        assert min(size for size in sizes if size >= n) < 1.5 * n
+        assert min(size for size in sizes if size >= n) < 1.5 * n * 17 / 16
+    assert all(size + size // 16 < limit for size in sizes[:-1])
