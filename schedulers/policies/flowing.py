@@ -15,10 +15,8 @@ from schedulers.ledger.request import Request, Slo
 from schedulers.policies.routing import (
     Summary,
     decode_key,
-    prefill_alone_s,
-    route_prefill,
+    prefill_keys,
     share,
-    stretch,
 )
 
 
@@ -63,22 +61,16 @@ def route_prompt(
     """The instance that computes a prompt, of a fleet whose roles flow. cached: as of
     `route_prefill`.
     """
-    found = cached or [0] * len(summaries)
     free = [i for i, each in enumerate(summaries) if each.load < bounds.busy]
     free = free or list(range(len(summaries)))
-    alone_s, deadline = prefill_alone_s(request, cost, found), request.deadline
-    soonest = {
-        i: stretch(each.load) * each.finish_s(deadline, each.pace * alone_s[found[i]], now)
-        for i in free
-        for each in [summaries[i]]
-    }
+    keys = prefill_keys(request, summaries, cost, now, cached)
     within_s = request.arrival + bounds.early * request.slo.ttft - now
     for some in ([i for i in free if not summaries[i].load], free):
-        best = min(some, key=soonest.__getitem__, default=-1)
-        if best >= 0 and soonest[best] <= within_s:
-            return best
-    left, of_left = [summaries[i] for i in free], [found[i] for i in free]
-    return free[route_prefill(request, left, cost, now, of_left)]
+        of_some = ((i, *keys[i]) for i in some)
+        early = [(s, i) for i, _, late, s, _ in of_some if not late and s <= within_s]
+        if early:
+            return min(early)[1]
+    return min(free, key=keys.__getitem__)
 
 
 def place(

@@ -163,21 +163,32 @@ def route_prefill(
 
     cached: tokens of the prompt that each has in its prefix cache; left out, none.
     """
-    if len(summaries) == 1:
-        return 0
-    found = cached or [0] * len(summaries)
-    alone_s, deadline = prefill_alone_s(request, cost, found), request.deadline
-    best, best_key = 0, (True, True, math.inf, math.inf)
-    for index, summary in enumerate(summaries):
-        own_s, stretched = summary.pace * alone_s[found[index]], _stretch(summary)
-        finish_s = stretched * summary.finish_s(deadline, own_s, now)
-        late = now + finish_s > deadline
+    keys = prefill_keys(request, summaries, cost, now, cached)
+    return keys.index(min(keys))
+
+
+def prefill_keys(
+    request: Request,
+    summaries: Sequence[Summary],
+    cost: CostModel,
+    now: float,
+    cached: Sequence[int] = (),
+) -> list[tuple[bool, bool, float, float]]:
+    """What `route_prefill` orders instances by: whether one may park no more, whether the first
+    token would be late, the seconds until it (where it is late, until all prompts are computed),
+    and the load. cached: as of `route_prefill`.
+    """
+    length, deadline, found = len(request.prompt), request.deadline, cached or [0] * len(summaries)
+    alone_s = {count: cost.prefill_s(length - count, count) for count in set(found)}
+    keys = []
+    for summary, count in zip(summaries, found, strict=True):
+        own_s, stretch = summary.pace * alone_s[count], _stretch(summary)
+        seconds = stretch * summary.finish_s(deadline, own_s, now)
+        late = now + seconds > deadline
         if late:
-            finish_s = stretched * (summary.work_s(now) + own_s)
-        key = summary.parked_room < math.inf, late, finish_s, summary.load
-        if key < best_key:
-            best, best_key = index, key
-    return best
+            seconds = stretch * (summary.work_s(now) + own_s)
+        keys.append((summary.parked_room < math.inf, late, seconds, summary.load))
+    return keys
 
 
 def route_decode(
@@ -238,19 +249,9 @@ def prompt_s(request: Request, summary: Summary, cost: CostModel, cached: int = 
     return summary.pace * cost.prefill_s(len(request.prompt) - cached, cached)
 
 
-def prefill_alone_s(request: Request, cost: CostModel, cached: Sequence[int]) -> dict[int, float]:
-    """Seconds that the prompt takes, by each of these numbers of cached tokens."""
-    length = len(request.prompt)
-    return {found: cost.prefill_s(length - found, found) for found in set(cached)}
-
-
-def first_token_s(
-    request: Request, summary: Summary, cost: CostModel, now: float, cached: int = 0
-) -> float:
-    """Seconds until a prompt that comes now would have its first token there. cached: as of
-    `prompt_s`.
-    """
-    own_s = prompt_s(request, summary, cost, cached)
+def first_token_s(request: Request, summary: Summary, cost: CostModel, now: float) -> float:
+    """Seconds until a prompt that comes now would have its first token there."""
+    own_s = prompt_s(request, summary, cost)
     return _stretch(summary) * summary.finish_s(request.deadline, own_s, now)
 
 
@@ -261,12 +262,8 @@ def share(length: Number, tpot: Number, cost: CostModel) -> Number:
 
 
 def _stretch(summary: Summary) -> float:
-    return stretch(summary.load) if summary.role is Role.BOTH else 1.0
-
-
-def stretch(load: float) -> float:
     """By how much prompts take longer for the sequences that an instance also decodes."""
-    return 1 / max(1.0 - load, 0.05)
+    return 1 / max(1.0 - summary.load, 0.05) if summary.role is Role.BOTH else 1.0
 
 
 def _prompts(instance: Instance, cost: CostModel) -> tuple[np.ndarray, np.ndarray]:
