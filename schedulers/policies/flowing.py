@@ -12,12 +12,7 @@ from dataclasses import dataclass
 
 from schedulers.cost import CostModel
 from schedulers.ledger.request import Request, Slo
-from schedulers.policies.routing import (
-    Summary,
-    decode_key,
-    prefill_keys,
-    share,
-)
+from schedulers.policies.routing import Summary, decode_key, prefill_keys, share
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +61,9 @@ def route_prompt(
     keys = prefill_keys(request, summaries, cost, now, cached)
     within_s = request.arrival + bounds.early * request.slo.ttft - now
     for some in ([i for i in free if not summaries[i].load], free):
-        of_some = ((i, *keys[i]) for i in some)
-        early = [(s, i) for i, _, late, s, _ in of_some if not late and s <= within_s]
+        early = [i for i in some if not keys[i][1] and keys[i][2] <= within_s]
         if early:
-            return min(early)[1]
+            return min(early, key=lambda i: keys[i][2])
     return min(free, key=keys.__getitem__)
 
 
