@@ -108,12 +108,12 @@ def fleet(count: int, cost: CostModel, prompts: int = 20) -> Fleet:
             due.tolist(),
             ahead_s.tolist(),
             pace=1.0,
-            load=random.uniform(0.2, 1),
+            load=random.uniform(0.5, 1) if receives else max(random.uniform(-1, 0.5), 0.0),
             room=random.uniform(0, 400_000),
-            decoding=random.uniform(0.5, 1) if receives else max(random.uniform(-1, 0.5), 0.0),
+            flows=True,
             receives=receives,
         )
-        made.join(Peer(summary.id, Role.BOTH, lambda message: None, cost, summary, 0.0))
+        made.join(Peer(summary.id, Role.BOTH, lambda message: None, cost, summary))
     return made
 
 

@@ -78,7 +78,8 @@ async def produce(num_blocks: int) -> None:
                 await asyncio.to_thread(_send, listener, flat)
                 continue
             kv = jax.block_until_ready([jnp.copy(block) for block in blocks])
-            ticket = kinds[line].offer("a", num_blocks * FACTS.block_tokens, kv)
+            ticket = kinds[line].open("a", num_blocks * FACTS.block_tokens)
+            kinds[line].extend(ticket, kv, last=True)
             print(json.dumps(dataclasses.asdict(ticket)), flush=True)
 
 

@@ -137,12 +137,6 @@ class RemoteTransport:
 
     # What a worker calls, from its own thread.
 
-    def offer(self, request_id: str, num_tokens: int, kv: KV) -> Ticket:
-        """See `KVTransport.offer`."""
-        ticket = self.open(request_id, num_tokens)
-        self.extend(ticket, kv, last=True)
-        return ticket
-
     def open(self, request_id: str, num_tokens: int) -> Ticket:
         """See `KVTransport.open`."""
         ticket = Ticket(request_id, num_tokens, address=self.address)

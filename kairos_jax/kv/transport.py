@@ -46,18 +46,16 @@ class KVTransport(Protocol):
     @property
     def received_bytes(self) -> int: ...
 
-    def offer(self, request_id: str, num_tokens: int, kv: KV) -> Ticket:
-        """Holds `kv` until it is released. It must be a copy that nothing else uses: it is the
-        transport's from now on, which may delete it.
+    def open(self, request_id: str, num_tokens: int) -> Ticket:
+        """An offer of which nothing is there yet; it is to have the KV of `num_tokens` tokens, and
+        is held until it is released.
         """
         ...
 
-    def open(self, request_id: str, num_tokens: int) -> Ticket:
-        """An offer of which nothing is there yet; it is to have the KV of `num_tokens` tokens."""
-        ...
-
     def extend(self, ticket: Ticket, kv: KV, last: bool = False) -> None:
-        """Adds the next blocks, whole ones, to an open offer; `last` completes it."""
+        """Adds the next blocks, whole ones, to an open offer; `last` completes it. They must be
+        copies that nothing else uses: they are the transport's from now on, which may delete them.
+        """
         ...
 
     def prefetch(self, ticket: Ticket, sharding: Sharding | None, first: int = 0) -> None:
@@ -111,12 +109,6 @@ class LocalTransport:
     def num_offers(self) -> int:
         """Prompts whose KV is held here."""
         return len(self._offers)
-
-    def offer(self, request_id: str, num_tokens: int, kv: KV) -> Ticket:
-        """See `KVTransport.offer`."""
-        ticket = self.open(request_id, num_tokens)
-        self.extend(ticket, kv, last=True)
-        return ticket
 
     def open(self, request_id: str, num_tokens: int) -> Ticket:
         """See `KVTransport.open`."""

@@ -91,11 +91,12 @@ class Record:
     """One request of a replay.
 
     outcome: its times are seconds since the replay's start, and its arrival is the scheduled one.
-    error: "STATUS: message" if it was rejected or failed.
+    token_ids: of its answer. error: "STATUS: message" if it was rejected or failed.
     """
 
     num_prompt: int
     outcome: Outcome
+    token_ids: Sequence[int] = ()
     error: str | None = None
 
 
@@ -154,7 +155,7 @@ async def replay(
                 error = error_line(failure, address)
             on_ended(next(ended))
             outcome = received.outcome(slo, arrival.at, start, arrival.num_output)
-            return Record(len(prompt), outcome, error)
+            return Record(len(prompt), outcome, received.token_ids, error)
 
         async with asyncio.TaskGroup() as group:
             pairs = zip(arrivals, prompts, strict=True)

@@ -118,7 +118,7 @@ class RouterGauges(Collector):
         """See `Collector`."""
         streams, peers = self._router.streams, self._router.peers
         waiting = sum(stream.first_token_at is None for stream in streams)
-        running, kv_used = len(streams) - waiting, kv_usage(peers, self._router.clock())
+        running, kv_used = len(streams) - waiting, kv_usage(peers)
         requests = GaugeMetricFamily(
             "kairos_requests_in_progress",
             "Requests before their first token (waiting), and after it (running).",
@@ -140,11 +140,11 @@ class RouterGauges(Collector):
     def _of_peers(self, peers: Sequence[Peer]) -> Iterator[Metric]:
         now = self._router.clock()
         # By name: one that was started anew is another peer, and for a moment there may be both.
-        rows = {peer.id.partition("@")[0]: (peer, peer.summary(now)) for peer in peers}
+        rows = {peer.id.partition("@")[0]: (peer, peer.summary) for peer in peers}
         for name, what, value in (
             ("taking", "1 if it takes new requests, 0 if it drains.", lambda p, s: not p.draining),
             ("queued_prompts", "Prompts that can be in time.", lambda p, s: len(s.deadline)),
-            ("queue_seconds", "Time that all its prompts need.", lambda p, s: s.work_s),
+            ("queue_seconds", "Time that all its prompts need.", lambda p, s: s.work_s(now)),
             ("load_ratio", "Share of its time that decoding in time takes.", lambda p, s: s.load),
             ("room_tokens", "Tokens whose KV it could take in.", lambda p, s: s.room),
         ):
@@ -154,11 +154,11 @@ class RouterGauges(Collector):
             yield family
 
 
-def kv_usage(peers: Sequence[Peer], now: float) -> float:
+def kv_usage(peers: Sequence[Peer]) -> float:
     """The used part of the pools that decode, 0 to 1, as the router knows it."""
     pools = [peer for peer in peers if peer.role is not Role.PREFILL and peer.kv_tokens]
     total = sum(peer.kv_tokens for peer in pools)
-    room = sum(max(peer.summary(now).room, 0.0) for peer in pools)
+    room = sum(max(peer.summary.room, 0.0) for peer in pools)
     return min(max(1 - room / total, 0.0), 1.0) if total else 0.0
 
 

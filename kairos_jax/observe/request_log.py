@@ -104,7 +104,7 @@ class RequestLog(Observer):
                 "tokens_per_s": max(self._tokens_ended + tokens - self._tokens_before, 0) / took_s,
                 "judged": judged,
                 "attainment": 100.0 * self._kept / judged if judged else None,
-                "kv_used": kv_usage(self._router.peers, now),
+                "kv_used": kv_usage(self._router.peers),
                 "rejected": dict(self._rejected),
             }
             log.info(interval_line(fields), extra={"fields": fields})

@@ -177,7 +177,7 @@ class Dispatch:
     def _on_peer(self, peer: Peer, event: Event) -> None:
         match event:
             case Outlined(_, summary, num_received):
-                peer.update(summary, num_received, self.fleet.clock())
+                peer.update(summary, num_received)
             case Draining():
                 self.fleet.drains(peer)
             case Died(stood_still=True):
@@ -328,10 +328,10 @@ class Dispatch:
         self, stream: Stream, peers: Sequence[Peer], ahead: Sequence[Peer], source: Peer
     ) -> Peer:
         """The worker to which its KV was sent ahead, unless that has filled up since."""
-        length, now = len(stream.request.prompt) + len(stream.tokens), self.fleet.clock()
+        length = len(stream.request.prompt) + len(stream.tokens)
         for peer in ahead:
             peer.unbook(stream.request.id)  # or it would count twice
-            if peer in peers and (len(peers) == 1 or peer.fits(length, stream.request.slo, now)):
+            if peer in peers and (len(peers) == 1 or peer.fits(length, stream.request.slo)):
                 return peer
         return self._choose_decode(stream, peers, source)
 

@@ -106,8 +106,7 @@ class Fleet:
         others = [peer for peer in self.taking(prefill=True) if peer is not source]
         if not others:
             raise WorkerLost(f"no other instance takes requests ({self.last_loss})")
-        now = self.clock()
-        return [peer for peer in others if peer.summary(now).receives] or others
+        return [peer for peer in others if peer.summary.receives] or others
 
     def place(self, home: Peer, length: int, slo: Slo, late: bool) -> tuple[Peer, str] | None:
         """Where a request of so many tokens goes on that has its first token, and why: on `home`,
@@ -115,9 +114,9 @@ class Fleet:
         """
         now, peers = self.clock(), [home]
         for peer in self._taking(prefill=True):
-            if peer is not home and peer.role is Role.BOTH and not self._avoided(home, peer):
+            if peer is not home and peer.role is Role.BOTH and not self._avoided(home, peer, now):
                 peers.append(peer)
-        summaries = [peer.summary(now) for peer in peers]
+        summaries = [peer.summary for peer in peers]
         if home.role is not Role.BOTH or not flowing.flows(summaries):
             return None
         placed = flowing.place(length, slo, late, summaries, 0, self.cost, now)
@@ -132,9 +131,7 @@ class Fleet:
         """Raises Full where a request should not even wait, and WorkerLost where none is served."""
         self.check_served()
         now = self.clock()
-        summaries = [peer.summary(now) for peer in self._taking(prefill=True)]
-        if flowing.flows(summaries):
-            summaries = flowing.by_decoding(summaries)
+        summaries = [peer.summary for peer in self._taking(prefill=True)]
         if is_full(len(request.prompt), summaries):
             raise Full(
                 "every instance that prefills holds all the KV for decode that it may, and as much "
@@ -152,11 +149,10 @@ class Fleet:
 
     def wait_s(self) -> float:
         """Seconds until something of what is in progress has ended, as predicted."""
-        now = self.clock()
         prefill, decode = (
-            [peer.summary(now) for peer in self._taking(prefill=which)] for which in (True, False)
+            [peer.summary for peer in self._taking(prefill=which)] for which in (True, False)
         )
-        return relief_s(prefill, decode)
+        return relief_s(prefill, decode, self.clock())
 
     def choose_prefill(self, peers: Sequence[Peer], message: Submit) -> Peer:
         """Where a new request is best sent, of at least one worker."""
@@ -166,9 +162,9 @@ class Fleet:
         peers = [
             peer
             for peer in peers
-            if peer.role is Role.BOTH or any(not self._avoided(peer, each) for each in targets)
+            if peer.role is Role.BOTH or any(not self._avoided(peer, each, now) for each in targets)
         ] or peers
-        summaries = [peer.summary(now) for peer in peers]
+        summaries = [peer.summary for peer in peers]
         cached = [peer.cached(message.request) for peer in peers]
         route = flowing.route_prompt if flowing.flows(summaries) else route_prefill
         return peers[route(message.request, summaries, self.cost, now, cached)]
@@ -179,17 +175,17 @@ class Fleet:
         """Where a request of so many tokens is best sent to decode, of at least one worker. source:
         the worker that has its KV.
         """
+        now = self.clock()
         if source:
-            peers = [peer for peer in peers if not self._avoided(source, peer)] or peers
+            peers = [peer for peer in peers if not self._avoided(source, peer, now)] or peers
         if len(peers) == 1:
             return peers[0]
-        now = self.clock()
-        summaries = [peer.summary(now) for peer in peers]
+        summaries = [peer.summary for peer in peers]
         return peers[route_decode(length, slo, summaries, self.cost, now)]
 
-    def _avoided(self, source: Peer, target: Peer) -> bool:
-        until, _ = self._failed.get((source.id, target.id), (0.0, 0.0))
-        return self.clock() < until
+    def _avoided(self, source: Peer, target: Peer, now: float) -> bool:
+        failed = self._failed.get((source.id, target.id))
+        return failed is not None and now < failed[0]
 
     def _taking(self, prefill: bool) -> list[Peer]:
         some = [peer for peer in self.peers.values() if (peer.role is not Role.DECODE) == prefill]

@@ -257,8 +257,7 @@ class _Link:
             cost = CostModel.from_profile(welcome.profile, welcome.does.jobs)
             linked = Linked(self._address, welcome, cost)
             said = await _read(call)
-        now = links.clock()
-        first = codec.decode(said, Sender(now, linked.id, welcome.does))
+        first = codec.decode(said, Sender(links.clock(), linked.id, welcome.does))
         if not isinstance(first, Outlined):
             raise ValueError(f"its Welcome was followed by a {type(first).__name__}")
         limits = linked.welcome.limits
@@ -268,7 +267,6 @@ class _Link:
             self._outbox.put_nowait,
             cost,
             first.summary,
-            now,
             limits.kv_tokens,
             limits.page_size if linked.welcome.prefix_cache else 0,
             lambda: self.status,

@@ -16,8 +16,8 @@ from schedulers.policies.routing import Summary, prompt_s
 class Peer:
     """One worker, in this process or another.
 
-    post: sends it a message. cost: of its own steps. summary: of its ledger as it was at `now`;
-    from then on `update` tells. kv_tokens: whose KV its pool holds, 0 if that is not known.
+    post: sends it a message. cost: of its own steps. summary: of its ledger; from then on `update`
+    tells. kv_tokens: whose KV its pool holds, 0 if that is not known.
     page_size: tokens of a page of its prefix cache, 0 if it has none. look: what it holds and has
     run, as far as it has told. draining: it takes no new requests.
     """
@@ -29,7 +29,6 @@ class Peer:
         post: Callable[[Message], None],
         cost: CostModel,
         summary: Summary,
-        now: float,
         kv_tokens: int = 0,
         page_size: int = 0,
         look: Callable[[], Status | None] = lambda: None,
@@ -37,7 +36,7 @@ class Peer:
         self.id, self.role, self.post, self.cost = id, role, post, cost
         self.kv_tokens, self.page_size, self.look = kv_tokens, page_size, look
         self.draining = False
-        self._unseen = Unseen(summary, now)
+        self._unseen = Unseen(summary)
         # Keys of the pages that it had to compute or to find, those of the latest last.
         self._pages: OrderedDict[int, None] = OrderedDict()
 
@@ -46,13 +45,14 @@ class Peer:
         """What clients are told of it: not its id, which may hold an address."""
         return f"a {self.role.value} instance" if self.role is not Role.BOTH else "an instance"
 
-    def summary(self, now: float) -> Summary:
-        """Its state as far as is known at `now`."""
-        return self._unseen.summary(now)
+    @property
+    def summary(self) -> Summary:
+        """Its state as far as is known. May be read from any thread."""
+        return self._unseen.summary
 
-    def update(self, summary: Summary, num_received: int, now: float) -> None:
+    def update(self, summary: Summary, num_received: int) -> None:
         """Takes a new summary, in which the first `num_received` requests sent here count."""
-        self._unseen.update(summary, num_received, now)
+        self._unseen.update(summary, num_received)
 
     def submit(self, message: Submit) -> None:
         """Sends a request to prefill, and perhaps to decode too."""
@@ -84,22 +84,17 @@ class Peer:
     def stays(self, length: int, slo: Slo) -> None:
         """A sequence whose prompt it has computed will be decoded here too."""
         self._unseen.told(
-            lambda summary: replace(
-                summary, decoding=summary.with_context(length, slo, self.cost).decoding
-            )
+            lambda summary: replace(summary, load=summary.with_context(length, slo, self.cost).load)
         )
 
     def unbook(self, id: str) -> None:
         """Gives up a place that was kept."""
         self._unseen.unbook(id)
 
-    def fits(self, length: int, slo: Slo, now: float) -> bool:
+    def fits(self, length: int, slo: Slo) -> bool:
         """Whether it has room and time for a further sequence of so many tokens."""
-        summary = self.summary(now)
-        after = summary.with_context(length, slo, self.cost)
-        if self.role is Role.BOTH:  # its load counts prompts, which may go on elsewhere
-            return after.room >= 0 and (after.decoding <= 1 or not summary.decoding)
-        return after.room >= 0 and (after.load <= 1 or not summary.load)
+        after = self.summary.with_context(length, slo, self.cost)
+        return after.room >= 0 and (after.load <= 1 or not self.summary.load)
 
     def cancel(self, id: str) -> None:
         """The request is to be forgotten there."""
@@ -121,5 +116,6 @@ def _with_request(summary: Summary, request: Request, cost: CostModel, cached: i
     summary = summary.with_prompt(request.deadline, own_s, request.arrival)
     if summary.role is Role.BOTH:
         after = summary.with_context(len(request.prompt), request.slo, cost)
-        summary = replace(after, decoding=summary.decoding)
+        # Where roles flow, a prompt is no load: it may go on elsewhere.
+        summary = replace(after, load=summary.load) if summary.flows else after
     return replace(summary, parked_room=summary.parked_room - len(request.prompt))

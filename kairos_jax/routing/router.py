@@ -76,7 +76,7 @@ class Router:
             who = ledger.id, ledger.role, worker.post
             look = functools.partial(status_of, ledger, worker.ran)
             summary = worker.outline(ledger, now)
-            self.join(Peer(*who, self.fleet.cost, summary, now, held, size, look))
+            self.join(Peer(*who, self.fleet.cost, summary, held, size, look))
 
     def join(self, peer: Peer) -> None:
         """Takes in a worker, at any time. Raises ValueError if its id is in use."""

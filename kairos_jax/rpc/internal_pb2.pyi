@@ -332,7 +332,7 @@ class Died(_message.Message):
     def __init__(self, error: _Optional[str] = ..., aboard: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Outlined(_message.Message):
-    __slots__ = ("free_s", "due_in_s", "ahead_s", "pace", "load", "room", "num_received", "end_s", "parked_room", "decoding", "receives")
+    __slots__ = ("free_s", "due_in_s", "ahead_s", "pace", "load", "room", "num_received", "end_s", "parked_room", "receives", "flows")
     FREE_S_FIELD_NUMBER: _ClassVar[int]
     DUE_IN_S_FIELD_NUMBER: _ClassVar[int]
     AHEAD_S_FIELD_NUMBER: _ClassVar[int]
@@ -342,8 +342,8 @@ class Outlined(_message.Message):
     NUM_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     END_S_FIELD_NUMBER: _ClassVar[int]
     PARKED_ROOM_FIELD_NUMBER: _ClassVar[int]
-    DECODING_FIELD_NUMBER: _ClassVar[int]
     RECEIVES_FIELD_NUMBER: _ClassVar[int]
+    FLOWS_FIELD_NUMBER: _ClassVar[int]
     free_s: float
     due_in_s: _containers.RepeatedScalarFieldContainer[float]
     ahead_s: _containers.RepeatedScalarFieldContainer[float]
@@ -353,9 +353,9 @@ class Outlined(_message.Message):
     num_received: int
     end_s: float
     parked_room: float
-    decoding: float
     receives: bool
-    def __init__(self, free_s: _Optional[float] = ..., due_in_s: _Optional[_Iterable[float]] = ..., ahead_s: _Optional[_Iterable[float]] = ..., pace: _Optional[float] = ..., load: _Optional[float] = ..., room: _Optional[float] = ..., num_received: _Optional[int] = ..., end_s: _Optional[float] = ..., parked_room: _Optional[float] = ..., decoding: _Optional[float] = ..., receives: _Optional[bool] = ...) -> None: ...
+    flows: bool
+    def __init__(self, free_s: _Optional[float] = ..., due_in_s: _Optional[_Iterable[float]] = ..., ahead_s: _Optional[_Iterable[float]] = ..., pace: _Optional[float] = ..., load: _Optional[float] = ..., room: _Optional[float] = ..., num_received: _Optional[int] = ..., end_s: _Optional[float] = ..., parked_room: _Optional[float] = ..., receives: _Optional[bool] = ..., flows: _Optional[bool] = ...) -> None: ...
 
 class Returned(_message.Message):
     __slots__ = ("id", "ticket")

@@ -53,7 +53,7 @@ def build_worker(
         instance.journal = journal.recorder(instance)
     policy = build_policy(config, role, cost)
     demotes = config.prefill.policy in prefill.DEMOTING, config.decode.policy in decode.DEMOTING
-    summed_up = functools.partial(_outline, cost, demotes)
+    summed_up = functools.partial(_outline, cost, (*demotes, config.fluid))
     keys = None
     part = config.decode if role is Role.DECODE else config.prefill
     if part.prefix_cache:
@@ -67,6 +67,6 @@ def build_policy(config: ServerConfig, role: Role, cost: CostModel) -> Policy:
 
 
 def _outline(
-    cost: CostModel, demotes: tuple[bool, bool], instance: Instance, now: float
+    cost: CostModel, how: tuple[bool, bool, bool], instance: Instance, now: float
 ) -> Summary:
-    return outline(instance, cost, now, *demotes)
+    return outline(instance, cost, now, *how)

@@ -392,7 +392,7 @@ def _to_prompt_logprobs(said: pb.PromptLogprobs) -> PromptLogprobs:
 def _outlined(event: Outlined, now: float) -> pb.Outlined:
     summary = event.summary
     return pb.Outlined(
-        free_s=summary.free_s,
+        free_s=max(summary.free_at - now, 0.0),
         due_in_s=[deadline - now for deadline in summary.deadline],
         ahead_s=summary.ahead_s,
         pace=summary.pace,
@@ -401,7 +401,7 @@ def _outlined(event: Outlined, now: float) -> pb.Outlined:
         num_received=event.num_received,
         end_s=summary.end_s,
         parked_room=summary.parked_room,
-        decoding=summary.decoding,
+        flows=summary.flows,
         receives=summary.receives,
     )
 
@@ -410,7 +410,7 @@ def _to_outlined(said: pb.Outlined, sender: Sender) -> Outlined:
     summary = Summary(
         sender.instance,
         sender.role,
-        said.free_s,
+        sender.now + said.free_s,
         [sender.now + due for due in said.due_in_s],
         list(said.ahead_s),
         said.pace,
@@ -418,7 +418,7 @@ def _to_outlined(said: pb.Outlined, sender: Sender) -> Outlined:
         said.room,
         said.end_s,
         said.parked_room,
-        said.decoding,
+        said.flows,
         said.receives,
     )
     return Outlined(sender.instance, summary, said.num_received)

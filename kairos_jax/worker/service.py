@@ -133,9 +133,8 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
 
     def open(self, worker: Worker, welcome: Welcome) -> None:
         """Takes routers for a worker that is not started yet, and was made with this `emit`."""
-        now = self.clock()
-        summary = worker.outline(worker.instance, now)
-        self._outlined, self._outlined_at = Outlined(welcome.instance, summary, 0), now
+        summary = worker.outline(worker.instance, self.clock())
+        self._outlined = Outlined(welcome.instance, summary, 0)
         self._worker, self._welcome = worker, welcome
 
     def emit(self, event: Event) -> None:
@@ -216,10 +215,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
             raise _Refused(unfit, str(error)) from error
         router = _Attached(hello.router, self.max_behind)
         # As it was when last told; what was sent here since is in the next one.
-        waited_s = self.clock() - self._outlined_at
-        summary = self._outlined.summary
-        summary = replace(summary, free_s=max(summary.free_s - waited_s, 0.0))
-        router.tell(replace(self._outlined, summary=summary, num_received=0))
+        router.tell(replace(self._outlined, num_received=0))
         self._routers.add(router)
         self._receipts.join(router)
         self.linked.set()
@@ -358,7 +354,7 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
 
     def _on_instance(self, event: Event) -> None:
         if isinstance(event, Outlined):
-            self._outlined, self._outlined_at = event, self.clock()
+            self._outlined = event
             self._receipts.count(event.num_received)
             for router in self._routers:
                 router.tell(replace(event, num_received=self._receipts.of(router)))

@@ -8,18 +8,19 @@ of its own requests are counted (`Receipts`).
 
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 
 from schedulers.policies.routing import Summary
 
 
 class Unseen:
-    """The router's end, of one worker. summary: the worker's ledger as it was at `now`, in seconds
-    of the router's clock.
+    """The router's end, of one worker. Used on one event loop, except for `summary`.
+
+    summary: the worker's state as far as is known: its last summary, and all that it does not
+    count. It is made when something changes, since it is read far more often.
     """
 
-    def __init__(self, summary: Summary, now: float):
-        self._summary, self._at = summary, now
+    def __init__(self, summary: Summary):
+        self.summary = self._without_booked = summary
         self._num_sent = 0
         # What each request adds that the summary does not count yet, in the order sent.
         self._adds: deque[Callable[[Summary], Summary]] = deque()
@@ -29,36 +30,38 @@ class Unseen:
     def book(self, id: str, add: Callable[[Summary], Summary]) -> None:
         """Keeps a place for a request that will be sent. add: as of `sent`."""
         self._booked[id] = add
+        self._sum_up()
 
     def unbook(self, id: str) -> None:
         """The request was sent, or will not come. Unknown ids are ignored."""
-        self._booked.pop(id, None)
+        if self._booked.pop(id, None):
+            self._sum_up()
 
     def sent(self, add: Callable[[Summary], Summary]) -> None:
         """A request was sent. add: what it adds to a summary that does not count it."""
         self._num_sent += 1
         self._adds.append(add)
-        self._summary = add(self._summary)
+        self.told(add)
 
     def told(self, add: Callable[[Summary], Summary]) -> None:
         """Something is known that the next summary will count. add: as of `sent`."""
-        self._summary = add(self._summary)
+        self._without_booked = add(self._without_booked)
+        self._sum_up()
 
-    def update(self, summary: Summary, num_received: int, now: float) -> None:
+    def update(self, summary: Summary, num_received: int) -> None:
         """Takes a new summary, in which the first `num_received` requests sent count."""
         while len(self._adds) > self._num_sent - num_received:
             self._adds.popleft()
         for add in self._adds:
             summary = add(summary)
-        self._summary, self._at = summary, now
+        self._without_booked = summary
+        self._sum_up()
 
-    def summary(self, now: float) -> Summary:
-        """The worker's state as far as is known at `now`. May be called from any thread."""
-        free_s = max(self._summary.free_s - (now - self._at), 0.0)
-        summary = replace(self._summary, free_s=free_s)
-        for add in list(self._booked.values()):  # a copy: places are booked while metrics are made
+    def _sum_up(self) -> None:
+        summary = self._without_booked
+        for add in self._booked.values():
             summary = add(summary)
-        return summary
+        self.summary = summary
 
 
 class Receipts:

@@ -8,11 +8,11 @@ also to those that decode, and to a receiving instance if its sequences leave it
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from schedulers.cost import CostModel
 from schedulers.ledger.request import Request, Slo
-from schedulers.policies.routing import Summary, decode_key, route_prefill, share, stretch
+from schedulers.policies.routing import Summary, decode_key, prefill_keys, share
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,6 @@ def flows(summaries: Sequence[Summary]) -> bool:
     return any(summary.receives for summary in summaries)
 
 
-def by_decoding(summaries: Sequence[Summary]) -> list[Summary]:
-    """The summaries with the share of its time that decode takes as the load of each: prompts that
-    are there may go on elsewhere.
-    """
-    return [replace(each, load=each.decoding) for each in summaries]
-
-
 def route_prompt(
     request: Request,
     summaries: Sequence[Summary],
@@ -63,23 +56,15 @@ def route_prompt(
     """The instance that computes a prompt, of a fleet whose roles flow. cached: as of
     `route_prefill`.
     """
-    found = cached or [0] * len(summaries)
-    # Copies of summaries would cost more than all else here.
-    everywhere = range(len(summaries))
-    free = [i for i in everywhere if summaries[i].decoding < bounds.busy] or list(everywhere)
-    own_s = {n: cost.prefill_s(len(request.prompt) - n, n) for n in set(found)}
-    soonest = {
-        i: stretch(each.decoding) * each.finish_s(request.deadline, each.pace * own_s[found[i]])
-        for i in free
-        for each in [summaries[i]]
-    }
+    free = [i for i, each in enumerate(summaries) if each.load < bounds.busy]
+    free = free or list(range(len(summaries)))
+    keys = prefill_keys(request, summaries, cost, now, cached)
     within_s = request.arrival + bounds.early * request.slo.ttft - now
-    for some in ([i for i in free if not summaries[i].decoding], free):
-        best = min(some, key=soonest.__getitem__, default=-1)
-        if best >= 0 and soonest[best] <= within_s:
-            return best
-    left = by_decoding([summaries[i] for i in free])
-    return free[route_prefill(request, left, cost, now, [found[i] for i in free])]
+    for some in ([i for i in free if not summaries[i].load], free):
+        early = [i for i in some if not keys[i][1] and keys[i][2] <= within_s]
+        if early:
+            return min(early, key=lambda i: keys[i][2])
+    return min(free, key=keys.__getitem__)
 
 
 def place(
@@ -93,29 +78,25 @@ def place(
     bounds: Bounds = BOUNDS,
 ) -> Placement:
     """Where a sequence of so many tokens goes on, of a fleet whose roles flow. late: it has missed
-    its TTFT. home: the index of the instance that has its KV, and whose `decoding` does not count
-    it.
+    its TTFT. home: the index of the instance that has its KV, and whose load does not count it.
     """
+    own, base = share(length, slo.tpot, cost), cost.decode.base_s / slo.tpot
 
     def load_with(index: int) -> float:
         each = summaries[index]
-        base_s = 0.0 if each.decoding else cost.decode.base_s
-        return each.decoding + each.pace * (base_s / slo.tpot + share(length, slo.tpot, cost))
+        return each.load + each.pace * (own if each.load else base + own)
 
     receiving = [i for i, each in enumerate(summaries) if each.receives]
     fit = [i for i in receiving if summaries[i].room >= length and load_with(i) <= bounds.receives]
     if fit and not late:
-        first = max(fit, key=lambda i: summaries[i].decoding)
+        first = max(fit, key=lambda i: summaries[i].load)
         return Placement(first, _told(summaries[first], length))
-    first = min(
-        receiving,
-        key=lambda i: decode_key(length, slo, summaries[i], summaries[i].decoding, cost),
-    )
+    first = min(receiving, key=lambda i: decode_key(length, slo, summaries[i], cost))
     if late:
         return Placement(first, "its first token was late")
     told = _told(summaries[first], length)
     others = [i for i, each in enumerate(summaries) if not each.receives]
-    for index in sorted(others, key=lambda i: (not summaries[i].decoding, i != home)):
+    for index in sorted(others, key=lambda i: (not summaries[i].load, i != home)):
         fits = index == home or summaries[index].room >= length
         if fits and load_with(index) <= bounds.stays:
             return Placement(index, told)
@@ -124,7 +105,7 @@ def place(
 
 def _told(summary: Summary, length: int) -> str:
     """How an instance stands that receives, in words."""
-    told = f"{summary.id} decodes {summary.decoding:.0%} of its time"
+    told = f"{summary.id} decodes {summary.load:.0%} of its time"
     if summary.room < length:
         told += f" and has room for {max(summary.room, 0):.0f} tokens"
     return told

@@ -25,20 +25,23 @@ _KEEPS = 0.9
 class Summary:
     """What a router knows of one instance.
 
-    free_s: seconds until the step under way is over. deadline, ahead_s: of the prompts that count
-    [Q], by deadline: when each is due, and the seconds that it and those due before it need. pace:
-    see `Instance`. load: the share of its time that its sequences need to keep their TPOT. room:
-    tokens whose KV it could still take in. end_s: seconds until, as expected, the first of its
-    sequences has ended. parked_room: tokens of prompts that it should still be sent: without a
-    bound, unless it has to wait until parked KV is fetched; then as many wait as may be parked.
-    decoding: of an instance that does both, the share of its time that the sequences with a first
-    token need, each at the pace at which it keeps its SLO; those that cannot keep it need none.
-    receives: see `Instance`.
+    free_at: when the step under way is over; past where there is none. deadline, ahead_s: of the
+    prompts that count [Q], by deadline: when each is due, and the seconds that it and those due
+    before it need. pace: see `Instance`. load: the share of its time that its sequences need to
+    keep their TPOT. flows: it is one of several whose roles flow; then only sequences with a first
+    token count in its load, each at the pace at which it keeps its SLO, since prompts may go on
+    elsewhere. room: tokens whose KV it could still take in. end_s: seconds until, as expected, the
+    first of its sequences has ended. parked_room: tokens of prompts that it should still be sent:
+    without a bound, unless it has to wait until parked KV is fetched; then as many wait as may be
+    parked. receives: see `Instance`.
+
+    Times are on the clock of the one who reads it: what it says stays true while time passes, so
+    that nobody has to copy it to ask again.
     """
 
     id: str
     role: Role
-    free_s: float
+    free_at: float
     deadline: list[float]
     ahead_s: list[float]
     pace: float
@@ -46,18 +49,18 @@ class Summary:
     room: float
     end_s: float = math.inf
     parked_room: float = math.inf
-    decoding: float = 0.0
+    flows: bool = False
     receives: bool = False
 
-    @property
-    def work_s(self) -> float:
+    def work_s(self, now: float) -> float:
         """Seconds that all its prompts need."""
-        return self.free_s + (self.ahead_s[-1] if self.ahead_s else 0.0)
+        return max(self.free_at - now, 0.0) + (self.ahead_s[-1] if self.ahead_s else 0.0)
 
-    def finish_s(self, deadline: float, seconds: float) -> float:
+    def finish_s(self, deadline: float, seconds: float, now: float) -> float:
         """Seconds until a prompt of so many seconds, due then, would have its first token."""
         before = bisect.bisect_right(self.deadline, deadline)
-        return self.free_s + (self.ahead_s[before - 1] if before else 0.0) + seconds
+        ahead_s = self.ahead_s[before - 1] if before else 0.0
+        return max(self.free_at - now, 0.0) + ahead_s + seconds
 
     def with_prompt(self, deadline: float, seconds: float, now: float = -math.inf) -> "Summary":
         """The summary with a further prompt. A prompt that is late even if it is computed at once
@@ -91,15 +94,10 @@ class Summary:
 
     def with_context(self, length: int, slo: Slo, cost: CostModel, late: bool = False) -> "Summary":
         """The summary with a further sequence to decode; late: as of `added_load`."""
-        own = self.added_load(length, slo, cost, late)
-        # The first one pays the base of its steps.
-        with_base = min(own + self.pace * cost.decode.base_s / slo.tpot, 1.0) if own else 0.0
-        return replace(
-            self,
-            load=self.load + (own if self.load else with_base),
-            room=self.room - length,
-            decoding=self.decoding + (own if self.decoding else with_base),
-        )
+        added = self.added_load(length, slo, cost, late)
+        if added and not self.load:  # the first one pays the base of its steps
+            added = min(added + self.pace * cost.decode.base_s / slo.tpot, 1.0)
+        return replace(self, load=self.load + added, room=self.room - length)
 
 
 def outline(
@@ -108,13 +106,14 @@ def outline(
     now: float,
     demotes: bool = True,
     demotes_late: bool = True,
+    flows: bool = False,
     without: Collection[str] = (),
 ) -> Summary:
     """Sums up a ledger.
 
     demotes: its prefill policy puts hopeless prompts behind all others, which they do not delay.
-    demotes_late: its decode policy does so with sequences that have missed their TTFT. without:
-    sequences that do not count in `decoding`.
+    demotes_late: its decode policy does so with sequences that have missed their TTFT. flows: see
+    `Summary`. without: sequences that do not count in the load where roles flow.
     """
     due: list[float] = []
     ahead_s: list[float] = []
@@ -125,20 +124,21 @@ def outline(
             seconds, deadline = seconds[live], deadline[live]
         order = deadline.argsort(kind="stable")
         due, ahead_s = deadline[order].tolist(), seconds[order].cumsum().tolist()
-    load = room = decoding = 0.0
+    load = room = 0.0
     end_s = parked_room = math.inf
     if instance.role is not Role.DECODE:
         parked_room = _parked_room(instance)
     if instance.role is not Role.PREFILL:
-        load, room = _load(instance, cost, now, demotes_late), _room(instance)
-        end_s = _end_s(instance, cost)
-    if instance.role is Role.BOTH:
-        decoding = _decoding(instance, cost, now, without)
-    free_s = max(instance.busy_until - now, 0.0)
+        load = (
+            _load_of_begun(instance, cost, now, without)
+            if flows
+            else _load(instance, cost, now, demotes_late)
+        )
+        room, end_s = _room(instance), _end_s(instance, cost)
     return Summary(
         instance.id,
         instance.role,
-        free_s,
+        instance.busy_until,
         due,
         ahead_s,
         instance.pace,
@@ -146,7 +146,7 @@ def outline(
         room,
         end_s,
         parked_room,
-        decoding,
+        flows,
         instance.receives,
     )
 
@@ -163,23 +163,32 @@ def route_prefill(
 
     cached: tokens of the prompt that each has in its prefix cache; left out, none.
     """
-    if len(summaries) == 1:
-        return 0
-    best, best_key = 0, (math.inf, math.inf, math.inf, math.inf)
-    for index, summary in enumerate(summaries):
-        found = cached[index] if cached else 0
-        own_s = cost.prefill_s(len(request.prompt) - found, found)
-        finish_s = first_token_s(request, summary, cost, found)
-        late = now + finish_s > request.deadline
-        key = (
-            float(summary.parked_room < math.inf),
-            float(late),
-            _stretch(summary) * (summary.work_s + summary.pace * own_s) if late else finish_s,
-            summary.load,
-        )
-        if key < best_key:
-            best, best_key = index, key
-    return best
+    keys = prefill_keys(request, summaries, cost, now, cached)
+    return keys.index(min(keys))
+
+
+def prefill_keys(
+    request: Request,
+    summaries: Sequence[Summary],
+    cost: CostModel,
+    now: float,
+    cached: Sequence[int] = (),
+) -> list[tuple[bool, bool, float, float]]:
+    """What `route_prefill` orders instances by: whether one may park no more, whether the first
+    token would be late, the seconds until it (where it is late, until all prompts are computed),
+    and the load. cached: as of `route_prefill`.
+    """
+    length, deadline, found = len(request.prompt), request.deadline, cached or [0] * len(summaries)
+    alone_s = {count: cost.prefill_s(length - count, count) for count in set(found)}
+    keys = []
+    for summary, count in zip(summaries, found, strict=True):
+        own_s, stretch = summary.pace * alone_s[count], _stretch(summary)
+        seconds = stretch * summary.finish_s(deadline, own_s, now)
+        late = now + seconds > deadline
+        if late:
+            seconds = stretch * (summary.work_s(now) + own_s)
+        keys.append((summary.parked_room < math.inf, late, seconds, summary.load))
+    return keys
 
 
 def route_decode(
@@ -189,16 +198,16 @@ def route_decode(
     sequences need the least of its time. Of equals, the one with the most room: instances that hold
     only hopeless sequences all have a load of 0.
     """
-    keys = [decode_key(length, slo, summary, summary.load, cost) for summary in summaries]
+    keys = [decode_key(length, slo, summary, cost) for summary in summaries]
     return keys.index(min(keys))
 
 
 def decode_key(
-    length: int, slo: Slo, summary: Summary, load: float, cost: CostModel
+    length: int, slo: Slo, summary: Summary, cost: CostModel
 ) -> tuple[bool, bool, float, float]:
-    """What `route_decode` orders instances by. load: of the instance."""
-    added = summary.added_load(length, slo, cost)
-    return summary.room < length, summary.is_too_slow(slo, cost), load + added, -summary.room
+    """What `route_decode` orders instances by."""
+    load = summary.load + summary.added_load(length, slo, cost)
+    return summary.room < length, summary.is_too_slow(slo, cost), load, -summary.room
 
 
 def always(request: Request, summaries: Sequence[Summary], cost: CostModel, now: float) -> float:
@@ -208,7 +217,7 @@ def always(request: Request, summaries: Sequence[Summary], cost: CostModel, now:
 
 def late_s(request: Request, summaries: Sequence[Summary], cost: CostModel, now: float) -> float:
     """By how many seconds its first token would be late on the instance where it comes soonest."""
-    soonest_s = min(first_token_s(request, summary, cost) for summary in summaries)
+    soonest_s = min(first_token_s(request, summary, cost, now) for summary in summaries)
     return max(now + soonest_s - request.deadline, 0.0)
 
 
@@ -226,11 +235,11 @@ def is_full(num_tokens: int, summaries: Sequence[Summary]) -> bool:
     return all(summary.parked_room < num_tokens for summary in summaries)
 
 
-def relief_s(prefill: Sequence[Summary], decode: Sequence[Summary]) -> float:
+def relief_s(prefill: Sequence[Summary], decode: Sequence[Summary], now: float) -> float:
     """Seconds until, as predicted, something of what is in progress has ended: all prompts of one
     instance, and the output of one sequence.
     """
-    prompts_s = min((summary.work_s for summary in prefill), default=0.0)
+    prompts_s = min((summary.work_s(now) for summary in prefill), default=0.0)
     output_s = min((summary.end_s for summary in (*prefill, *decode)), default=math.inf)
     return max(prompts_s, output_s if output_s < math.inf else 0.0)
 
@@ -240,12 +249,10 @@ def prompt_s(request: Request, summary: Summary, cost: CostModel, cached: int = 
     return summary.pace * cost.prefill_s(len(request.prompt) - cached, cached)
 
 
-def first_token_s(request: Request, summary: Summary, cost: CostModel, cached: int = 0) -> float:
-    """Seconds until a prompt that comes now would have its first token there. cached: as of
-    `prompt_s`.
-    """
-    own_s = prompt_s(request, summary, cost, cached)
-    return _stretch(summary) * summary.finish_s(request.deadline, own_s)
+def first_token_s(request: Request, summary: Summary, cost: CostModel, now: float) -> float:
+    """Seconds until a prompt that comes now would have its first token there."""
+    own_s = prompt_s(request, summary, cost)
+    return _stretch(summary) * summary.finish_s(request.deadline, own_s, now)
 
 
 def share(length: Number, tpot: Number, cost: CostModel) -> Number:
@@ -255,12 +262,8 @@ def share(length: Number, tpot: Number, cost: CostModel) -> Number:
 
 
 def _stretch(summary: Summary) -> float:
-    return stretch(summary.load) if summary.role is Role.BOTH else 1.0
-
-
-def stretch(load: float) -> float:
     """By how much prompts take longer for the sequences that an instance also decodes."""
-    return 1 / max(1.0 - load, 0.05)
+    return 1 / max(1.0 - summary.load, 0.05) if summary.role is Role.BOTH else 1.0
 
 
 def _prompts(instance: Instance, cost: CostModel) -> tuple[np.ndarray, np.ndarray]:
@@ -309,8 +312,10 @@ def _load(instance: Instance, cost: CostModel, now: float, demotes_late: bool) -
     return total + min(pace * base_s / shortest, 1.0 - its_own)
 
 
-def _decoding(instance: Instance, cost: CostModel, now: float, without: Collection[str]) -> float:
-    """See `Summary`."""
+def _load_of_begun(
+    instance: Instance, cost: CostModel, now: float, without: Collection[str]
+) -> float:
+    """Where roles flow: see `Summary`. A sequence that cannot keep its SLO does not count."""
     if not (instance.running or instance.waiting):
         return 0.0
     view = View(cost, instance, now, _KEEPS)

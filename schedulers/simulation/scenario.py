@@ -135,7 +135,7 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
         demotes = scenario.prefill_policy in prefill.DEMOTING
         demotes_late = scenario.decode_policy in decode.DEMOTING
         return [
-            routing.outline(instance, believed, now, demotes, demotes_late, without)
+            routing.outline(instance, believed, now, demotes, demotes_late, scenario.fluid, without)
             for instance in instances
         ]
 

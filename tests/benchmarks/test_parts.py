@@ -1,15 +1,22 @@
-"""What the benchmarks are made of: the client of vLLM's API, the ladder."""
+"""What the benchmarks are made of: the client of vLLM's API, the ladder, what journals tell."""
 
 import asyncio
 import json
+from dataclasses import astuple
 
+import fakes
 import figures
+import journals
 import numpy as np
 import openai_replay
 import pytest
 import rates
 
+from schedulers.cost import CostModel
+from schedulers.ledger.instance import Role
+from schedulers.ledger.journal import Journal, to_lines
 from schedulers.ledger.request import Slo
+from schedulers.policies.colocated import policy_for
 from schedulers.simulation.attainment import Outcome
 from schedulers.simulation.workload import Arrival
 
@@ -108,3 +115,39 @@ def test_who_begins_alternates():
 def test_a_spread_of_what_is_there():
     assert figures.spread([3, None, 1, 2]) == {"median": 2, "low": 1, "high": 3}
     assert figures.short(figures.spread([None])) == "-"
+
+
+def test_what_instances_did_is_read_from_their_journals(tmp_path):
+    config = fakes.altered(fluid=True, prefill__instances=2)
+
+    async def served():
+        journal = Journal(fakes.time.monotonic)
+        async with fakes.running(config, journal) as harness:
+            await asyncio.gather(*(harness.generate([i] * 40, 9) for i in range(12)))
+        return list(journal.take())
+
+    begun_at, records = fakes.time.monotonic(), asyncio.run(served())
+    ids = {record[0] for record in records}
+    assert len(ids) == 3
+    for id in ids:
+        own = (record for record in records if record[0] == id)
+        (tmp_path / f"{id}.jsonl").write_text("".join(to_lines(own)))
+    merged = journals.read(tmp_path)
+    policies = journals.policies_of(merged, fakes.PROFILE)
+
+    work, decisions, differing = journals.account(merged, policies, begun_at, 1e6, 2)
+    assert work.keys() == ids
+    assert not any(any(astuple(of[1])) for of in work.values()), "all was over by then"
+    done = [of[0] for of in work.values()]
+    assert sum(each.prompt_tokens for each in done) == 12 * 40
+    assert sum(each.answer_tokens for each in done) == 12 * 8
+    assert sum(each.stayed + each.handed_over for each in done) > 0
+    assert (decisions > 0, differing) == (True, 0)
+
+    told = journals.timelines(merged, policies)
+    assert told
+    for name, words in (("stayed", "kept at"), ("moved", "leaves")):
+        assert name not in told or any(words in line for line in told[name])
+    slower = CostModel.from_profile(fakes.PROFILE).scaled(2)
+    other = dict.fromkeys(ids, policy_for(Role.BOTH, slower, "kairos_plus", "kairos_plus"))
+    assert journals.account(merged, other, begun_at, 1e6, 2)[2] > 0

@@ -98,7 +98,7 @@ def test_a_prompt_goes_to_the_instance_that_has_its_prefix(colocated, monkeypatc
 def test_a_router_knows_what_a_worker_has_by_what_it_was_sent_last():
     sent, cost = [], CostModel.from_profile(fakes.PROFILE)
     idle = Summary("p", Role.PREFILL, 0.0, [], [], 1.0, 0.0, math.inf)
-    peer = Peer("p", Role.PREFILL, sent.append, cost, idle, 0.0, kv_tokens=32, page_size=8)
+    peer = Peer("p", Role.PREFILL, sent.append, cost, idle, kv_tokens=32, page_size=8)
 
     def asked(prompt):
         keys = page_keys(8, SECRET, prompt)
@@ -108,9 +108,9 @@ def test_a_router_knows_what_a_worker_has_by_what_it_was_sent_last():
     assert peer.cached(first) == 0
     peer.submit(Submit(first))
     assert (peer.cached(first), peer.cached(asked(PREFIX[:24]))) == (24, 16)
-    before = peer.summary(0.0).work_s
+    before = peer.summary.work_s(0.0)
     peer.submit(Submit(first))
-    again_s = peer.summary(0.0).work_s - before
+    again_s = peer.summary.work_s(0.0) - before
     assert again_s == pytest.approx(cost.prefill_s(1, 24))
     peer.submit(Submit(asked([9] * 16)))
     assert peer.cached(first) == 16, "of what its pool cannot hold the ends are forgotten first"

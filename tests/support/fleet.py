@@ -122,7 +122,7 @@ class Played:
         self.posts[id] = []
         role = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}[id[0]]
         idle = Summary(id, role, 0.0, [], [], 1.0, 0.0, math.inf)
-        self.router.join(Peer(id, role, self.posts[id].append, COST, idle, 0.0))
+        self.router.join(Peer(id, role, self.posts[id].append, COST, idle))
 
     async def say(self, event):
         self.router.emit(event)

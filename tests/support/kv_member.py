@@ -88,7 +88,9 @@ async def main(kind: str) -> None:
         where = sharding(ask["num_devices"], ask["axis"])
         kv = some_kv(ask["shape"], ask["dtype"], ask["num_blocks"], ask["seed"], where)
         num_tokens = ask["num_blocks"] * facts.block_tokens
-        ticket = transports[facts][0].offer(ask["id"], num_tokens, kv)
+        transport, _ = transports[facts]
+        ticket = transport.open(ask["id"], num_tokens)
+        transport.extend(ticket, kv, last=True)
         print(json.dumps(dataclasses.asdict(ticket)), flush=True)
     os._exit(0)  # a transfer server's threads are not waited for
 

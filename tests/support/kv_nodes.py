@@ -40,6 +40,13 @@ def same(ours, theirs):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
+def offered(transport, id, num_tokens, kv):
+    """The ticket of an offer that is whole at once."""
+    ticket = transport.open(id, num_tokens)
+    transport.extend(ticket, kv, last=True)
+    return ticket
+
+
 class Node:
     """One transport and its server, as a process has them."""
 
@@ -60,7 +67,7 @@ class Node:
 
     def offer(self, id, num_tokens, kv):
         """A copy: what is offered belongs to the transport, which deletes it."""
-        return self.transport.offer(id, num_tokens, jax.tree.map(jnp.copy, kv))
+        return offered(self.transport, id, num_tokens, jax.tree.map(jnp.copy, kv))
 
     async def fetch(self, ticket, where=None, first=0):
         loop = asyncio.get_running_loop()

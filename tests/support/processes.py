@@ -52,6 +52,7 @@ class Process:
             ],
             cwd=ROOT,
             env=dict(env),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -136,7 +137,7 @@ class Process:
         self._popen.wait()
         for thread in self._threads:
             thread.join()
-        for stream in (self._popen.stdout, self._popen.stderr):
+        for stream in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
             assert stream is not None
             stream.close()
 

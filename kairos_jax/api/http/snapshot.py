@@ -72,7 +72,7 @@ def _queued(
     those that can no longer be in time.
     """
     begun = {id for status in statuses.values() if status for id in status.begun}
-    pace = {peer.id: peer.summary(now).pace for peer in router.peers}
+    pace = {peer.id: peer.summary.pace for peer in router.peers}
     where = [_where(stream) for stream in streams]
     prompt = np.array([len(stream.request.prompt) for stream in streams], dtype=float)
     paces = np.array([pace.get(id, 1.0) for id in where])
@@ -175,14 +175,13 @@ def _counted(values: np.ndarray, bounds: Sequence[float]) -> dict[str, Any]:
 
 
 def _instance(peer: Peer, status: Status | None, now: float) -> dict[str, Any]:
-    summary = peer.summary(now)
+    summary = peer.summary
     told: dict[str, Any] = {
         "id": _shown(peer.id),
         "role": peer.role.value,
         "taking": not peer.draining,
-        "queue_s": _finite(summary.work_s),
-        # Prompts of an instance that does both may go on elsewhere.
-        "load": _finite(summary.decoding if peer.role is Role.BOTH else summary.load),
+        "queue_s": _finite(summary.work_s(now)),
+        "load": _finite(summary.load),
         "pace": _finite(summary.pace),
         "status": None,
     }

@@ -66,27 +66,27 @@ def test_evicted_requests_come_back_with_every_token(decode_policy, colocated):
 def test_a_peer_counts_what_its_summary_does_not_know_yet():
     cost = CostModel.from_profile(fakes.PROFILE)
     idle, sent = outline(Instance("p", Role.PREFILL, LIMITS), cost, 0.0), []
-    peer, slo = Peer("p", Role.PREFILL, sent.append, cost, idle, 0.0), Slo(30.0, 30.0)
+    peer, slo = Peer("p", Role.PREFILL, sent.append, cost, idle), Slo(30.0, 30.0)
     for index in range(3):
         peer.submit(Submit(Request(str(index), 0.0, [1] * 20, 5, slo)))
     one_s = cost.prefill_s(20)
-    assert peer.summary(0.0).work_s == pytest.approx(3 * one_s)
+    assert peer.summary.work_s(0.0) == pytest.approx(3 * one_s)
     assert len(sent) == 3
-    peer.update(replace(idle, free_s=1.0), num_received=2, now=5.0)
-    assert peer.summary(5.0).work_s == pytest.approx(1.0 + one_s)
-    assert peer.summary(5.4).work_s == pytest.approx(0.6 + one_s), "the step goes on meanwhile"
-    peer.update(idle, num_received=3, now=6.0)
-    assert peer.summary(9.0).work_s == 0.0
+    peer.update(replace(idle, free_at=6.0), num_received=2)
+    assert peer.summary.work_s(5.0) == pytest.approx(1.0 + one_s)
+    assert peer.summary.work_s(5.4) == pytest.approx(0.6 + one_s), "the step goes on meanwhile"
+    peer.update(idle, num_received=3)
+    assert peer.summary.work_s(9.0) == 0.0
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_peer_counts_no_load_for_a_request_that_missed_its_ttft(late):
     cost = CostModel.from_profile(fakes.PROFILE)
     idle, sent = outline(Instance("d", Role.DECODE, LIMITS), cost, 0.0), []
-    peer = Peer("d", Role.DECODE, sent.append, cost, idle, 0.0)
+    peer = Peer("d", Role.DECODE, sent.append, cost, idle)
     request = Request("a", 0.0, [1] * 20, 5, Slo(30.0, 30.0))
     peer.hand_over(Handover(request, (7,), 31.0 if late else 29.0, None))
-    summary = peer.summary(0.0)
+    summary = peer.summary
     assert (summary.load == 0.0) == late
     assert summary.room == idle.room - 21
 

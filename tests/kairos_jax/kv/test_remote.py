@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kv_nodes import FACTS, KINDS, TOKENS, nodes, same, sharding, some_kv
+from kv_nodes import FACTS, KINDS, TOKENS, nodes, offered, same, sharding, some_kv
 
 from kairos_jax.kv.manifest import ManifestMismatch
 
@@ -179,7 +179,7 @@ def test_one_s_own_kv_takes_no_detour():
     async def run():
         async with nodes(1) as (node,):
             kv = some_kv()
-            ticket = node.transport.offer("a", 20, kv)
+            ticket = offered(node.transport, "a", 20, kv)
             await node.server.stop(None)
             same(await node.fetch(ticket, sharding(2)), kv)
             node.transport.release(ticket)

@@ -11,7 +11,7 @@ import grpc
 import jax
 import jax.numpy as jnp
 import pytest
-from kv_nodes import FACTS, KINDS, TOKENS, nodes, same, sharding, some_kv
+from kv_nodes import FACTS, KINDS, TOKENS, nodes, offered, same, sharding, some_kv
 
 from kairos_jax.rpc import kv_pb2 as pb
 from kairos_jax.rpc import kv_pb2_grpc
@@ -197,7 +197,7 @@ def test_memory_goes_back_whatever_becomes_of_an_offer(kind):
             blocks = [
                 jax.device_put(jnp.zeros(shape, jnp.float32) + at, sharding(2)) for _ in range(2)
             ]  # 64 MiB
-            tickets.append(prefill.transport.offer(str(at), 1024, blocks))
+            tickets.append(offered(prefill.transport, str(at), 1024, blocks))
         await decode.fetch(tickets[0], sharding(first=1))
         me = pb.Claimant(identity=1, nonce=1)
         call = stub.Claim(pb.ClaimRequest(uuid=tickets[1].uuid, request_id="1", claimant=me))

@@ -27,8 +27,8 @@ def asked(length, ttft=100.0):
 
 
 def peer(id, role=Role.PREFILL, **known):
-    values = {"free_s": 0.0, "deadline": [], "ahead_s": [], "pace": 1.0, "load": 0.0, "room": 100.0}
-    return Peer(id, role, lambda message: None, COST, Summary(id, role, **values | known), 0.0)
+    values = {"free_at": 0.0, "deadline": [], "ahead_s": [], "pace": 1.0, "load": 0.0, "room": 100}
+    return Peer(id, role, lambda message: None, COST, Summary(id, role, **values | known))
 
 
 async def router_of(*peers, max_requests=10, **kwargs):
@@ -47,7 +47,7 @@ def refused(router, request):
 
 def test_predicted_turns_away_what_is_late_everywhere():
     async def main():
-        prefill = [peer("p0", free_s=20.0), peer("p1", deadline=[5.0], ahead_s=[10.0])]
+        prefill = [peer("p0", free_at=20.0), peer("p1", deadline=[5.0], ahead_s=[10.0])]
         router = await router_of(*prefill, peer("d", Role.DECODE), admission="predicted")
         router.submit(asked(5, ttft=15.0))  # p1 has it in time, by nothing to spare
         error = refused(router, asked(5, ttft=16.0))
@@ -62,7 +62,7 @@ def test_predicted_turns_away_what_is_late_everywhere():
 
 def test_by_default_what_is_late_everywhere_is_taken():
     async def main():
-        router = await router_of(peer("p0", free_s=20.0), peer("d", Role.DECODE))
+        router = await router_of(peer("p0", free_at=20.0), peer("d", Role.DECODE))
         router.submit(asked(5, ttft=1.0))
 
     asyncio.run(main())
@@ -70,7 +70,7 @@ def test_by_default_what_is_late_everywhere_is_taken():
 
 def test_a_draining_instance_promises_nothing():
     async def main():
-        first, second = peer("p0"), peer("p1", free_s=20.0)
+        first, second = peer("p0"), peer("p1", free_at=20.0)
         router = await router_of(first, second, peer("d", Role.DECODE), admission="predicted")
         first.draining = True
         assert refused(router, asked(5, ttft=15.0)).retry_after_s == 10.0
@@ -80,7 +80,7 @@ def test_a_draining_instance_promises_nothing():
 
 def test_what_cannot_be_parked_goes_elsewhere_or_nowhere():
     async def main():
-        stuck, free = peer("p0", parked_room=7.0), peer("p1", free_s=50.0)
+        stuck, free = peer("p0", parked_room=7.0), peer("p1", free_at=50.0)
         router = await router_of(stuck, free, peer("d", Role.DECODE, end_s=3.0))
         assert router.submit(asked(5)).peers == [free]
         router.leave("p1")
@@ -100,8 +100,8 @@ def test_what_cannot_be_parked_goes_elsewhere_or_nowhere():
 )
 def test_the_hint_of_a_full_server_is_what_ends_first(busy_s, end_s, retry_s):
     async def main():
-        prefill, decode = peer("p0", free_s=busy_s), peer("d", Role.DECODE, end_s=end_s)
-        later = peer("p1", free_s=99.0), peer("e", Role.DECODE, end_s=99.0)
+        prefill, decode = peer("p0", free_at=busy_s), peer("d", Role.DECODE, end_s=end_s)
+        later = peer("p1", free_at=99.0), peer("e", Role.DECODE, end_s=99.0)
         router = await router_of(prefill, decode, *later, max_requests=0)
         if math.isinf(end_s):
             router.leave("e")

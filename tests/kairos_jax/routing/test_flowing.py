@@ -119,9 +119,9 @@ def test_one_that_ends_before_it_was_to_move_leaves_no_place_booked(monkeypatch)
         fleet = played(monkeypatch, 1)
         _, id = await begun(fleet)
         peer = fleet.router.fleet.peers["b2"]
-        assert peer.summary(0.0).decoding > 0
+        assert peer.summary.load > 0
         await fleet.output(id, 6, finish_reason="stop")
-        assert peer.summary(0.0).decoding == 0
+        assert peer.summary.load == 0
 
     asyncio.run(main())
 

@@ -137,8 +137,8 @@ def test_the_outputs_of_a_step_arrive_as_they_were(outputs, now):
 
 def summary(id, skew):
     due = [2.0 + skew, 9.0 + skew]
-    rest = 4.0, math.inf, 0.25, True
-    return Summary(id, Role.BOTH, 1.0, due, [1.0, 2.5], 1.5, 0.5, 8.0, *rest)
+    rest = 4.0, math.inf, True, True
+    return Summary(id, Role.BOTH, 8.0 + skew, due, [1.0, 2.5], 1.5, 0.5, 8.0, *rest)
 
 
 EVENTS = [

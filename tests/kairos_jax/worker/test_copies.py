@@ -6,6 +6,7 @@ import threading
 import fakes
 import numpy as np
 import pytest
+from kv_nodes import offered
 
 from kairos_jax.kv.transport import LocalTransport
 from kairos_jax.worker.copies import MOST_S, Copies, Copy
@@ -145,7 +146,7 @@ class Pool:
     def fetch(self, id, prompt):
         """KV comes of a prompt that is a block longer than a step may bring in."""
         kv = [np.full((4, LIMITS.page_size), at, np.int32) for at in range(-(-len(prompt) // 32))]
-        ticket = self.transport.offer(id, len(prompt), kv)
+        ticket = offered(self.transport, id, len(prompt), kv)
         self.ledger.add(Request(id, 0.0, prompt, 9, Slo(1.0, 1.0)), 1, 0.0, [5])
         self.moves.expect(ticket)
         self.ledger.begin(Batch(fetch=(id,)), 0.0)

@@ -18,36 +18,32 @@ def loads(amount):
 
 
 def test_what_was_sent_counts_until_a_summary_has_it():
-    unseen = Unseen(IDLE, 0.0)
+    unseen = Unseen(IDLE)
     unseen.sent(loads(1))
     unseen.sent(loads(10))
-    assert unseen.summary(0.0).load == 11
-    unseen.update(replace(IDLE, load=1), 1, 0.0)
-    assert unseen.summary(0.0).load == 11, "the first is in the summary, the second is added"
+    assert unseen.summary.load == 11
+    unseen.update(replace(IDLE, load=1), 1)
+    assert unseen.summary.load == 11, "the first is in the summary, the second is added"
     unseen.sent(loads(100))
-    unseen.update(replace(IDLE, load=11), 2, 0.0)
-    assert unseen.summary(0.0).load == 111
-    unseen.update(replace(IDLE, load=0), 3, 0.0)
-    assert unseen.summary(0.0).load == 0
+    unseen.update(replace(IDLE, load=11), 2)
+    assert unseen.summary.load == 111
+    unseen.update(replace(IDLE, load=0), 3)
+    assert unseen.summary.load == 0
 
 
-def test_the_time_until_it_is_free_passes():
-    unseen = Unseen(IDLE, 10.0)
-    assert unseen.summary(12.0).free_s == 3.0
-    assert unseen.summary(99.0).free_s == 0.0
-
-
-def test_a_place_that_is_booked_while_a_summary_is_made_does_not_break_it():
-    """As by the event loop, while a thread renders the metrics."""
-    unseen = Unseen(IDLE, 0.0)
-
-    def add(summary):
-        unseen.book("b", loads(10))
-        return replace(summary, load=summary.load + 1)
-
-    unseen.book("a", add)
-    assert unseen.summary(0.0).load == 1
-    assert unseen.summary(0.0).load == 11
+def test_a_place_counts_until_it_is_given_up():
+    unseen = Unseen(IDLE)
+    unseen.book("a", loads(1))
+    unseen.book("b", loads(10))
+    unseen.book("a", loads(2))
+    assert unseen.summary.load == 12
+    unseen.update(replace(IDLE, load=100), 0)
+    assert unseen.summary.load == 112
+    unseen.unbook("a")
+    unseen.unbook("unknown")
+    assert unseen.summary.load == 110
+    unseen.unbook("b")
+    assert unseen.summary.load == 100
 
 
 @given(st.lists(st.sampled_from("abc")), st.data())

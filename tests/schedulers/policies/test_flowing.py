@@ -16,13 +16,13 @@ from schedulers.policies.routing import Summary, outline
 COST = CostModel(prefills(0, 1e-3, 0), decodes(0.01, 1e-3, 0), TransferCost(0, 0), 10_000)
 SLO = Slo(1.0, 0.1)
 LIMITS = Limits(max_batch=64, max_chunk=100, max_context=200, page_size=1, num_pages=400)
-IDLE = Summary("", Role.BOTH, 0.0, [], [], 1.0, 0.0, room=400.0)
+IDLE = Summary("", Role.BOTH, 0.0, [], [], 1.0, 0.0, room=400.0, flows=True)
 
 
 def fleet(*decoding, room=400.0):
     """Summaries of two that prefill and one that receives, of these shares of decode."""
     ids = "prefill-0", "prefill-1", "decode-0"
-    each = [replace(IDLE, id=id, decoding=x) for id, x in zip(ids, decoding, strict=True)]
+    each = [replace(IDLE, id=id, load=x) for id, x in zip(ids, decoding, strict=True)]
     return [*each[:2], replace(each[2], receives=True, room=room)]
 
 
@@ -76,7 +76,7 @@ def test_kv_moves_only_to_where_there_is_room_for_it():
 )
 def test_a_prompt_goes_where_nothing_decodes_as_long_as_it_is_early_there(decoding, busy_s, index):
     summaries = [
-        replace(each, free_s=free_s) for each, free_s in zip(fleet(*decoding), busy_s, strict=True)
+        replace(each, free_at=at) for each, at in zip(fleet(*decoding), busy_s, strict=True)
     ]
     request = Request("a", 0.0, range(100), 5, SLO)
     assert flowing.route_prompt(request, summaries, COST, 0.0) == index
@@ -93,9 +93,9 @@ def test_what_decodes_counts_at_the_pace_that_keeps_it_and_the_hopeless_not_at_a
         instance.add(Request(f"r{index}", 0.0, range(10), 50, SLO), 1, first_at)
     instance.add(Request("prompt", 0.0, range(10), 50, SLO))
     # Ten milliseconds of a step's base and two sequences, in a TPOT; the third was late.
-    assert outline(instance, COST, 0.0).decoding == pytest.approx(0.12, rel=0.01)
-    assert outline(instance, COST, 9.0).decoding == 0.0, "too far behind"
-    assert outline(Instance("b", Role.BOTH, LIMITS), COST, 0.0).decoding == 0.0
+    assert outline(instance, COST, 0.0, flows=True).load == pytest.approx(0.12, rel=0.01)
+    assert outline(instance, COST, 9.0, flows=True).load == 0.0, "too far behind"
+    assert outline(Instance("b", Role.BOTH, LIMITS), COST, 0.0, flows=True).load == 0.0
 
 
 def test_a_sequence_that_is_placed_is_not_among_those_that_decode_at_home():
@@ -105,16 +105,18 @@ def test_a_sequence_that_is_placed_is_not_among_those_that_decode_at_home():
         instance.begin(batch(id, 10), 0.0)
         instance.end(batch(id, 10), 0.01)
         assert seq.num_tokens == 1
-    assert outline(instance, COST, 0.01).decoding == pytest.approx(0.12, rel=0.02)
-    assert outline(instance, COST, 0.01, without=["new"]).decoding == pytest.approx(0.11, rel=0.02)
+    assert outline(instance, COST, 0.01, flows=True).load == pytest.approx(0.12, rel=0.02)
+    assert outline(instance, COST, 0.01, flows=True, without=["new"]).load == pytest.approx(
+        0.11, rel=0.02
+    )
 
 
 def test_what_was_placed_counts_before_a_summary_says_so():
     one = IDLE.with_context(50, SLO, COST)
     two = one.with_context(50, SLO, COST)
-    assert (one.decoding, two.decoding) == (pytest.approx(0.11), pytest.approx(0.12))
+    assert (one.load, two.load) == (pytest.approx(0.11), pytest.approx(0.12))
     assert two.room == 300
-    assert one.with_context(50, SLO, COST, late=True).decoding == one.decoding
+    assert one.with_context(50, SLO, COST, late=True).load == one.load
 
 
 def test_parked_kv_is_bounded_by_the_prompts_alone():

@@ -115,9 +115,9 @@ def test_a_prompt_that_is_late_in_any_case_delays_no_other():
     idle = routing.outline(Instance("p", Role.PREFILL, LIMITS), COST, 0.0)
     own_s = COST.prefill_s(1000)
     more = idle.with_prompt(5.0 + 1e-6, own_s, 5.0)
-    assert more.finish_s(6.0, own_s) == idle.finish_s(6.0, own_s)
-    assert more.work_s == own_s, "it is work nevertheless"
-    assert idle.with_prompt(6.0, own_s, 5.0).finish_s(6.0, own_s) == 2 * own_s
+    assert more.finish_s(6.0, own_s, 5.0) == idle.finish_s(6.0, own_s, 5.0)
+    assert more.work_s(5.0) == own_s, "it is work nevertheless"
+    assert idle.with_prompt(6.0, own_s, 5.0).finish_s(6.0, own_s, 5.0) == 2 * own_s
 
 
 # The policies.

@@ -75,9 +75,9 @@ def test_the_step_under_way_counts_once():
     instance = prefill(prompt("a", 15))
     instance.begin(Batch({"a": 10}, predicted_s=10.0), 0.0)
     summary = routing.outline(instance, COST, 4.0)
-    assert summary.free_s == 6.0
+    assert summary.free_at == 10.0
     assert summary.ahead_s == [5.0], "10 of the 15 tokens are computed when it is free"
-    assert summary.finish_s(1000.0, 3.0) == 14.0
+    assert summary.finish_s(1000.0, 3.0, 4.0) == 14.0
 
 
 def test_what_was_sent_since_is_added():
@@ -86,7 +86,7 @@ def test_what_was_sent_since_is_added():
     more = summary.with_prompt(70.0, 4.0)
     assert more.deadline == [50.0, 70.0, 100.0]
     assert more.ahead_s == [10.0, 14.0, 34.0]
-    assert more.work_s == 34.0
+    assert more.work_s(0.0) == 34.0
 
 
 def test_a_sequence_goes_where_the_load_is_least_and_has_room():
@@ -155,6 +155,6 @@ def test_relief_comes_with_the_first_end():
     assert summary.end_s == pytest.approx(4 * 1.5)
     idle = routing.outline(decode(), COST, 0.0)
     busy = routing.outline(prefill(prompt("a", 9)), COST, 0.0)
-    assert routing.relief_s([busy], [summary, idle]) == 9.0
-    assert routing.relief_s([routing.outline(prefill(), COST, 0.0)], [summary, idle]) == 6.0
-    assert routing.relief_s([], [idle]) == 0.0
+    assert routing.relief_s([busy], [summary, idle], 0.0) == 9.0
+    assert routing.relief_s([routing.outline(prefill(), COST, 0.0)], [summary, idle], 0.0) == 6.0
+    assert routing.relief_s([], [idle], 0.0) == 0.0
