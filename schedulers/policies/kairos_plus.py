@@ -12,9 +12,13 @@ from schedulers.policies.batches import NONE, batch_of, under_light_load
 from schedulers.policies.room import Room, prefix
 from schedulers.policies.view import View
 
-# Where sequences are handed over, one that is behind makes up for this share of it in each step
-# with prompts: some outputs have six tokens.
-_CATCH_UP = 0.5
+# Where sequences are handed over, one that is behind makes up for it by this token, in equal parts,
+# while prompts share its steps: some outputs have six tokens.
+_CATCH_UP = 6.0
+# In steps without prompts, one that is behind makes up for it in so many tokens, as far as the load
+# leaves time for the base of shorter steps. Its period spreads this over the tokens that are
+# expected, but of outputs that are expected to be long, some have ten tokens.
+_SOON = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +93,17 @@ class KairosPlus:
         """Seconds that a step which also prefills may take: as long as each feasible one keeps its
         line by the slack that it has, or at the pace that it needs. That pace relies on the length
         of the output, as it is expected. On an instance that receives, sequences are behind when
-        they come: there each that is behind makes up for a share of it in the step.
+        they come: there each makes up for that in its first tokens.
         """
         view = View(self.cost, instance, now, self.least)
         feasible = view.feasible
         if not feasible.any():
             return math.inf
-        slack, pace = view.cells[Column.DUE] - now, view.period
+        slack, pace = view.slack, view.period
         if instance.receives:
             tpot = view.cells[Column.TPOT]
-            pace = tpot + _CATCH_UP * (slack - tpot)
+            tokens = np.maximum(_CATCH_UP - view.cells[Column.COUNT], 1.0)
+            pace = tpot + (slack - tpot) / tokens
         return self.target * float(np.maximum(slack, pace)[feasible].min())
 
     def feasible(self, instance: Instance, now: float) -> np.ndarray:
@@ -125,7 +130,7 @@ class KairosPlus:
         if not view.feasible[row]:
             return f"hopeless: {need} to keep its TPOT of {1000 * cells[Column.TPOT]:.1f} ms"
         served, _ = view.serve(self.target, self._newcomers)
-        slack = f"slack {cells[Column.DUE] - now:.3f} s, {view.left[row]:.0f} tokens expected"
+        slack = f"slack {view.slack[row]:.3f} s, {view.left[row]:.0f} tokens expected"
         if row in served:
             return f"served: {slack}"
         return f"held off, for the load of {served.size} cheaper ones: {slack}"
@@ -143,8 +148,15 @@ class KairosPlus:
         if not urgent.size:
             # No served sequence steps: a longer step pays its base for more of the others.
             return math.inf
-        least = float(np.minimum.reduce(tpot[urgent]))
-        return min(float(view.period[urgent[0]]), self.target * least)
+        tpot, period = tpot[urgent], view.period[urgent]
+        limit_s = min(float(period[0]), self.target * float(tpot.min()))
+        soon_s = float((tpot + (view.slack[urgent] - tpot) / _SOON).min())
+        if soon_s >= limit_s:
+            return limit_s
+        spare = self.target - float((view.own[urgent] / period).sum())
+        # The shortest step whose base the load leaves time for.
+        least_s = view.base_s / spare if spare > 0 else math.inf
+        return min(max(soon_s, least_s), limit_s)
 
     def _fetch(
         self,

@@ -20,9 +20,9 @@ _SPARE, _CATCH_UP = 1.1, 0.4
 class View:
     """All sequences of an instance that has some, running ones first, judged at a time [S].
 
-    left: output tokens still expected. own: seconds that each adds to a step. period: seconds in
-    which it must step once. base_s: seconds of a step without its sequences. feasible: it can keep
-    its SLO.
+    left: output tokens still expected. slack: seconds until its next token is due. own: seconds
+    that each adds to a step. period: seconds in which it must step once. base_s: seconds of a step
+    without its sequences. feasible: it can keep its SLO.
     """
 
     def __init__(self, cost: CostModel, instance: Instance, now: float, least: float):
@@ -34,8 +34,8 @@ class View:
         self.length, tpot, count = cells[Column.LENGTH], cells[Column.TPOT], cells[Column.COUNT]
         # What is left is not known to less than a quarter of what there is.
         self.left = np.maximum(cells[Column.EXPECTED] - count, 0.25 * count)
-        slack = cells[Column.DUE] - now
-        self.period = tpot + (slack - tpot) / np.maximum(_MEDIAN * self.left, 1.0)
+        self.slack = cells[Column.DUE] - now
+        self.period = tpot + (self.slack - tpot) / np.maximum(_MEDIAN * self.left, 1.0)
         decode = cost.decode
         self.own = decode.decoded_s + decode.decoded_context_s * self.length
         if instance.pace != 1.0:

@@ -109,16 +109,18 @@ def test_what_decode_leaves_of_a_step_is_filled():
 
 
 @pytest.mark.parametrize(
-    ("age", "chunk"),
+    ("count", "age", "chunk"),
     [
-        (1.0, 86),  # 0.96 of the second that it has, without a base of 0.1 s
-        (1.8, 9),  # 0.96 of a TPOT
-        (1.9, 4),  # half a TPOT behind: a quarter is made up for
-        (2.0, 0),
+        (10, 1.0, 86),  # 0.96 of the second that it has, without a base of 0.1 s
+        (10, 1.8, 9),  # 0.96 of a TPOT
+        (2, 0.3, 6),  # half a TPOT behind: it makes up for a quarter of that
+        (4, 0.7, 4),  # for half of that
+        (5, 0.9, 0),  # for all of it
+        (10, 1.9, 0),
     ],
 )
-def test_one_that_was_handed_over_catches_up_before_prompts_go_on(age, chunk):
-    instance = ledger([("d", 10, age)], [("p", 90, 0.5)])
+def test_one_that_was_handed_over_catches_up_by_its_sixth_token(count, age, chunk):
+    instance = ledger([("d", count, age)], [("p", 90, 0.5)])
     instance.receives = True
     work = decide(instance)
     assert (work["d"], work.get("p", 0)) == (1, chunk)

@@ -191,6 +191,21 @@ def test_kairos_plus_keeps_the_hopeless_out_of_the_minimum(lost):
     assert decide("kairos_plus", instance, now)[0] >= {"a", "b"}
 
 
+@pytest.mark.parametrize(
+    ("first_at", "count", "steps"),
+    [(0.0, 20, {"a", "b", "c"}), (-1.9, 20, {"a", "c"}), (-1.9, 1, {"a", "b", "c"})],
+)
+def test_one_that_is_behind_makes_up_for_it_soon(first_at, count, steps):
+    """A step of all takes 1.8 s, which keeps each TPOT over the 32 tokens expected. `a` is 0.5 s
+    or 2.4 s behind: in eight tokens it makes up for that by steps of 1.94 s or 1.7 s. `b` and `c`
+    can wait if they have 20 tokens in time; else the load leaves no time for shorter steps.
+    """
+    running = [("a", 300), ("b", 300), ("c", 200)]
+    tokens = {"b": count, "c": count}
+    instance = ledger(running, first_at={"a": first_at}, tokens=tokens)
+    assert decide("kairos_plus", instance) == (steps, [])
+
+
 def test_kairos_plus_takes_no_place_of_the_feasible_for_the_hopeless():
     late = [(f"late{i}", 10) for i in range(9)]
     # The tenth token of the feasible has come just now, when it was due.
