@@ -55,10 +55,10 @@ class _Sizes:
     blocks: tuple[int, ...]
 
 
-# Each shape delays the start: by a second or two on a CPU, by half a minute on an accelerator. There
-# a step of 64 tokens, and on most chips one of 256, reads the weights for longer than it computes, so
-# padding is free. It copies a block sooner than the host calls a program; a CPU takes ten times as
-# long as the call. Sixteen blocks a call take the host no less for each block than four.
+# Each shape delays the start: by a second or two on a CPU, by half a minute on an accelerator. On
+# those a step of 64 tokens, and on most one of 256, reads the weights for longer than it computes,
+# so padding is free. They copy a block sooner than the host calls a program; a CPU takes ten times
+# as long as the call. Sixteen blocks a call take the host no less for each block than four.
 _ON_CPU, _ON_ACCELERATOR = _Sizes(1, 16, 16, (1,)), _Sizes(64, 256, 1024, (1, 4))
 
 
