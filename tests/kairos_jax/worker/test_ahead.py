@@ -194,7 +194,7 @@ def test_a_request_that_arrives_during_a_step_is_in_the_next():
     alone.until(lambda: alone.engine.steps)
     alone.submit("b", [2] * 9, 2)
     alone.engine.let_go(1)
-    alone.until(lambda: len(alone.engine.steps) == 2)
+    alone.until(lambda: len(alone.engine.steps) >= 2)
     assert alone.engine.steps == [["a"], ["a", "b"]]
     alone.engine.let_go(99)
     alone.until(lambda: len(alone.ended) >= 2)
@@ -250,7 +250,7 @@ def test_the_kv_of_a_prompt_is_copied_right_behind_its_step():
     for number in range(3):
         alone.submit(str(number), [number] * 32, 5)
     alone.worker.start()
-    alone.until(lambda: len(alone.ended) == 2)
+    alone.until(lambda: len(alone.ended) >= 2)
     log = list(alone.engine.log)
     assert log.index(("read", 0)) < log.index(("start", 1)) < log.index(("result", 0))
     alone.until(lambda: len(alone.ended) == 3)
@@ -266,7 +266,7 @@ def test_a_first_token_that_ends_the_output_drops_the_copy():
     alone.submit("one", [6] * 32, 1)
     alone.submit("last", [7] * 32, 5)
     alone.worker.start()
-    alone.until(lambda: len(alone.engine.steps) == 3)
+    alone.until(lambda: len(alone.engine.steps) >= 3)
     alone.until(lambda: len(alone.ended) == 3)
     assert alone.ended == {"stops": "stop", "one": "length", "last": None}
     assert alone.transport.num_offers == 1
