@@ -34,13 +34,16 @@ serve prompts of every length."""
 def bucket_sizes(limit: int, coarse: int = 4) -> tuple[int, ...]:
     """1, 2, 4, 6, 8, 12, 16, 24, ... up to and including `limit`: padding wastes a third at most
     from 4 on, for two compilations a doubling. Below `coarse` there is one a doubling. What is
-    hardly less than `limit` is left out, for which the last step wastes a little more.
+    hardly less than `limit` is left out where no more is wasted without it.
     """
     sizes, size = {limit}, 1
     while size < limit:
         sizes |= {size, size + size // 2 if size >= coarse else size}
         size *= 2
-    return tuple(sorted(size for size in sizes if size == limit or size + size // 16 < limit))
+    steps = sorted(size for size in sizes if size <= limit)
+    if len(steps) > 2 and steps[-2] + steps[-2] // 16 >= limit and limit <= 1.5 * steps[-3]:
+        del steps[-2]
+    return tuple(steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ def test_a_peer_counts_what_its_summary_does_not_know_yet():
     assert len(sent) == 3
     peer.update(replace(idle, free_at=6.0), num_received=2)
     assert peer.summary.work_s(5.0) == pytest.approx(1.0 + one_s)
-    assert peer.summary.work_s(5.4) == pytest.approx(0.6 + one_s), "the step goes on meanwhile"
+    assert peer.summary.work_s(5.4) == pytest.approx(0.6 + one_s), "less of the step is left"
     peer.update(idle, num_received=3)
     assert peer.summary.work_s(9.0) == 0.0
 

@@ -393,11 +393,18 @@ def test_more_sequences_than_the_largest_shape_holds_take_further_runs(tiny_llam
     assert packed == alone
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 5, 8, 9, 24, 36, 100, 256])
+def test_no_size_is_hardly_less_than_the_largest_unless_more_is_wasted_without_it():
+    assert bucket_sizes(2112)[-2:] == (1536, 2112)
+    assert bucket_sizes(2112, coarse=1024)[-2:] == (1536, 2112)
+    assert bucket_sizes(288)[-2:] == (256, 288)
+    assert bucket_sizes(100)[-2:] == (96, 100)
+    assert bucket_sizes(536, coarse=1024)[-2:] == (512, 536)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 8, 9, 24, 36, 100, 256, 2112])
 def test_bucket_sizes(limit):
     sizes = bucket_sizes(limit)
     assert sizes == tuple(sorted(set(sizes)))
     assert (sizes[0], sizes[-1]) == (1, limit)
     for n in range(4, limit + 1):
-        assert min(size for size in sizes if size >= n) < 1.5 * n * 17 / 16
-    assert all(size + size // 16 < limit for size in sizes[:-1])
+        assert min(size for size in sizes if size >= n) < 1.5 * n

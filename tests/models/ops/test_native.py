@@ -10,16 +10,16 @@ from models.ops import native
 
 @pytest.mark.parametrize("out", [16, 64, 5, 131])
 @pytest.mark.parametrize("rows", [(1,), (7,), (4, 33)])
-@pytest.mark.parametrize("inputs", [24, 1601])
+@pytest.mark.parametrize("inputs", [24, 600])
 def test_products_are_those_of_numpy(native_kernels, rows, out, inputs):
     rng = np.random.default_rng(0)
-    # Also more rows, inputs and outputs than are taken at once.
+    # Also more inputs and outputs than are taken at once, and rows for several tasks.
     x, w = rng.normal(size=(*rows, inputs)), rng.normal(size=(inputs, out))
     packed = native.pack(jnp.asarray(w, jnp.float32))
     assert packed.ndim == 3
     got = jax.jit(native.linear, static_argnums=2)(jnp.asarray(x, jnp.float32), packed, out)
     assert got.shape == (*rows, out)
-    np.testing.assert_allclose(got, x @ w, atol=4e-4)
+    np.testing.assert_allclose(got, x @ w, atol=2e-4)
 
 
 def test_a_product_with_heads_as_its_outputs(native_kernels):
