@@ -322,6 +322,15 @@ class Harness:
         answers = aiter(call)
         return call, answers, await anext(answers)
 
+    async def cancelled(self, prompt: Sequence[int]) -> None:
+        """A request whose client goes away after its first token, before it has another."""
+        decode = self.engines[-1]
+        decode.gate.clear()
+        call, _, _ = await self.stream(prompt, 60)
+        call.cancel()
+        await asyncio.wait_for(self.router.drained(), 30)
+        decode.gate.set()
+
     async def assert_nothing_held(self) -> None:
         """Waits for the last request to end, stops the workers and looks at the books."""
         await asyncio.wait_for(self.router.drained(), 30)

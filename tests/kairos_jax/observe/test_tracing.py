@@ -110,9 +110,7 @@ async def test_a_client_that_takes_no_trace_gets_none(traced):
 
 @served
 async def test_how_a_request_ended_is_told(traced):
-    call, _, _ = await traced.harness.stream([1] * 10, 60)
-    call.cancel()
-    await asyncio.wait_for(traced.harness.router.drained(), 30)
+    await traced.harness.cancelled([1] * 10)
     traced.harness.engines[0].fail = RuntimeError("planted")
     failing = traced.harness.stub.Generate(fakes.ask([1], 5), timeout=30)
     await failing.code()
