@@ -158,7 +158,9 @@ def _draw(
         return jax.random.gumbel(key, (logits.shape[1],), jnp.float32)
 
     gumbel = jax.vmap(noise)(how.seed, how.position)
-    return jnp.argmax(kept + gumbel, axis=-1).astype(jnp.int32)
+    # XLA for TPU takes ten seconds longer to compile the noise and the argmax as one loop.
+    noisy = jax.lax.optimization_barrier(kept + gumbel)
+    return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
 
 
 def _filter(scaled: Float[Array, "R V"], how: SamplingInput) -> Float[Array, "R V"]:

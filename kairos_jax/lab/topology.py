@@ -107,7 +107,8 @@ def _tpus(chip: Chip, count: int) -> Sequence[Any]:
 
     told = SimpleNamespace(**vars(jax) | {"devices": lambda *_: devices})
     _tell(tuned_block_sizes, jax=told)
-    info = _first("jax._src.pallas.mosaic.tpu_info", "jax._src.tpu_info")  # JAX 0.10, 0.12
+    # JAX 0.12, and 0.10: the newer one also has the older name, for a copy of what is in it.
+    info = _first("jax._src.tpu_info", "jax._src.pallas.mosaic.tpu_info")
     _tell(info, get_device_kind=lambda: kind, get_num_device_cores=lambda: cores)
     return devices[:count]
 
