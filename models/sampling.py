@@ -146,34 +146,63 @@ def _draw(
     """One token a row by the Gumbel-max trick, after temperature and filters."""
     # The largest is 0, so that no temperature makes it infinite.
     scaled = (logits - largest) / jnp.maximum(how.temperature, 1e-6)[:, None]
+    noisy = scaled - jnp.log(-jnp.log(_uniform(how, logits.shape[1])))
     filtered = (how.top_k > 0) | (how.top_p < 1) | (how.min_p > 0)
-    kept = jax.lax.cond(
-        jnp.any(filtered & (how.temperature > 0)), lambda: _filter(scaled, how), lambda: scaled
+    # Behind the noise, since no compiler joins a condition with the loop after it: noise and argmax
+    # in one loop take XLA five times as long to run on a CPU, and to compile for a TPU.
+    noisy = jax.lax.cond(
+        jnp.any(filtered & (how.temperature > 0)),
+        lambda: jnp.where(
+            jax.lax.platform_dependent(scaled, how, cpu=_kept_by_rows, default=_kept),
+            noisy,
+            -jnp.inf,
+        ),
+        lambda: noisy,
     )
-
-    def noise(seed, position):
-        # As jax.random.key makes it of 64 bits, which needs JAX's x64 mode.
-        key = jax.random.wrap_key_data(seed[::-1], impl="threefry2x32")
-        key = jax.random.fold_in(key, position)
-        return jax.random.gumbel(key, (logits.shape[1],), jnp.float32)
-
-    gumbel = jax.vmap(noise)(how.seed, how.position)
-    # XLA for TPU takes ten seconds longer to compile the noise and the argmax as one loop.
-    noisy = jax.lax.optimization_barrier(kept + gumbel)
     return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
 
 
-def _filter(scaled: Float[Array, "R V"], how: SamplingInput) -> Float[Array, "R V"]:
-    """Minus infinity for what top-k, then top-p, and min-p leave out. Ties at a border stay in, and
-    so does the likeliest token, however little is to be kept. The largest of `scaled` is 0.
+def _uniform(how: SamplingInput, count: int) -> Float[Array, "R V"]:
+    """Random numbers above 0 and below 1: what jax.random.uniform gives for the key of 64 bits of a
+    row's seed, with its position folded in. JAX's own rounds of Threefry each go through memory on
+    a CPU, and take ten times as long.
+    """
+    upper, lower = how.seed[:, 1], how.seed[:, 0]
+    zero = jnp.zeros_like(lower)
+    key = _threefry(upper, lower, zero, how.position.astype(jnp.uint32))
+    counts = jnp.arange(count, dtype=jnp.uint32)[None]
+    first, second = _threefry(key[0][:, None], key[1][:, None], jnp.zeros_like(counts), counts)
+    mantissa = (first ^ second) >> 9
+    one = jnp.uint32(0x3F800000)  # of 1.0, whose mantissa is 0
+    below_one = jax.lax.bitcast_convert_type(mantissa | one, jnp.float32) - 1
+    return jnp.maximum(below_one, jnp.finfo(jnp.float32).tiny)
+
+
+def _threefry(key0, key1, x0, x1):
+    """Threefry-2x32 of 20 rounds, as in Salmon et al., "Parallel random numbers: as easy as 1, 2,
+    3" (2011): two words of 32 bits for each two that are counted.
+    """
+    keys = key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA)
+    x0, x1 = x0 + key0, x1 + key1
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x0 = x0 + x1
+            x1 = x0 ^ ((x1 << turn) | (x1 >> (32 - turn)))
+        x0, x1 = x0 + keys[(group + 1) % 3], x1 + keys[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x0, x1
+
+
+def _kept(scaled: Float[Array, "R V"], how: SamplingInput) -> Bool[Array, "R V"]:
+    """What top-k, then top-p, and min-p leave. Ties at a border stay in, and so does the likeliest
+    token, however little is to be kept. The largest of `scaled` is 0.
 
     Sort-free: the smallest kept logit is found bit by bit in an order-preserving integer form of
-    the logits, 32 passes of compare and sum over the vocabulary for each filter.
+    the logits, 32 passes of compare and sum over the vocabulary for each filter that a row has.
     """
     keys = _ordered(scaled)
     vocab = scaled.shape[1]
     k = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, vocab), vocab)
-    floor = _largest(lambda t: jnp.sum(keys >= t[:, None], axis=1) >= k, keys)
+    floor = _largest(lambda t: jnp.sum(keys >= t[:, None], axis=1) >= k, k < vocab)
     weights = jnp.where(keys >= floor[:, None], jnp.exp(scaled), 0.0)
     # A hair below the target: the sum of all the weights may round to less than itself.
     target = jnp.where(how.top_p < 1, how.top_p, 0.0) * weights.sum(axis=1) * (1 - 1e-6)
@@ -181,11 +210,19 @@ def _filter(scaled: Float[Array, "R V"], how: SamplingInput) -> Float[Array, "R 
     def holds_top_p(t):
         return jnp.sum(jnp.where(keys >= t[:, None], weights, 0.0), axis=1) >= target
 
-    nucleus = jnp.where(how.top_p < 1, _largest(holds_top_p, keys), floor)
+    nucleus = _largest(holds_top_p, how.top_p < 1)
     # A target below the least float is 0, and any threshold reaches it.
     threshold = jnp.minimum(jnp.maximum(floor, nucleus), keys.max(axis=1))
-    keep = (keys >= threshold[:, None]) & (weights >= how.min_p[:, None])
-    return jnp.where(keep, scaled, -jnp.inf)
+    return (keys >= threshold[:, None]) & (weights >= how.min_p[:, None])
+
+
+def _kept_by_rows(scaled: Float[Array, "R V"], how: SamplingInput) -> Bool[Array, "R V"]:
+    """What `_kept` does, a row at a time: its passes then stay in the cache of a core."""
+
+    def one(row):
+        return _kept(*jax.tree.map(lambda each: each[None], row))[0]
+
+    return jax.lax.map(one, (scaled, how))
 
 
 def _ordered(values: Float[Array, "R V"]) -> UInt[Array, "R V"]:
@@ -195,11 +232,15 @@ def _ordered(values: Float[Array, "R V"]) -> UInt[Array, "R V"]:
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
-def _largest(holds, keys: UInt[Array, "R V"]) -> UInt[Array, "R"]:
-    """The largest threshold a row for which `holds` (true for 0, and monotone) is still true."""
+def _largest(holds, wanted: Bool[Array, "R"]) -> UInt[Array, "R"]:
+    """The largest threshold a row for which `holds` (true for 0, and monotone) is still true; 0 for
+    rows that want none.
+    """
 
     def one_bit(index, threshold):
         raised = threshold | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
         return jnp.where(holds(raised), raised, threshold)
 
-    return jax.lax.fori_loop(0, 32, one_bit, jnp.zeros(keys.shape[0], jnp.uint32))
+    passes = jnp.where(jnp.any(wanted), 32, 0)
+    threshold = jax.lax.fori_loop(0, passes, one_bit, jnp.zeros(wanted.shape[0], jnp.uint32))
+    return jnp.where(wanted, threshold, 0)

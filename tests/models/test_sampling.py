@@ -171,6 +171,22 @@ def test_seeds_differ_in_all_of_their_64_bits():
     assert len(drawn) == len(set(seeds))
 
 
+@pytest.mark.parametrize("count", [1, 50, 4097])
+def test_random_numbers_are_those_of_jax(count):
+    rng = np.random.default_rng(count)
+    seeds = rng.integers(0, 2**64, 9, np.uint64)
+    positions = rng.integers(0, 2**31, 9)
+
+    def expected(halves, position):
+        key = jax.random.wrap_key_data(halves[::-1], impl="threefry2x32")
+        tiny = np.finfo(np.float32).tiny
+        return jax.random.uniform(jax.random.fold_in(key, position), (count,), minval=tiny)
+
+    how = inputs(9, seed=seeds, position=positions)
+    made = jax.jit(sampling._uniform, static_argnums=1)(how, count)
+    np.testing.assert_array_equal(made, jax.vmap(expected)(how.seed, how.position))
+
+
 def test_a_seed_of_32_bits_is_the_key_that_jax_makes_of_it():
     key = jax.random.fold_in(jax.random.key(7), 3)
     noise = jax.random.gumbel(key, (VOCAB,), np.float32)
