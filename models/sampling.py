@@ -232,7 +232,7 @@ def _ordered(values: Float[Array, "R V"]) -> UInt[Array, "R V"]:
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
-def _largest(holds, wanted: Bool[Array, "R"]) -> UInt[Array, "R"]:
+def _largest(holds, wanted: Bool[Array | np.ndarray, "R"]) -> UInt[Array, "R"]:
     """The largest threshold a row for which `holds` (true for 0, and monotone) is still true; 0 for
     rows that want none.
     """
