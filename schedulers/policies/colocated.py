@@ -3,7 +3,7 @@
 Decode goes first; what it may be slowed down by, its slack, sets how large a chunk of prompts fits
 between two of its steps. So under overload prompts wait, rather than that all answers grow slow.
 Each of the two policies sees the ledger as if its own sequences were all there is. One rule joins
-them: late sequences yield to prompts that are in time.
+them: late prefills yield to on-time decodes, and the reverse.
 """
 
 import copy
@@ -32,10 +32,11 @@ class Colocated:
     A prompt gets all its pages when it begins, and begins only while fewer than max_batch
     sequences are here.
 
-    Where both policies know which requests are late: late sequences yield while a prompt waits that
-    can keep its TTFT, or they would take time from it. In the first `late_share` of every
-    `period_s` they do not, so that they end even in a lasting overload. Late prompts need not yield
-    to sequences: they get the time that those leave to prompts, behind the prompts in time.
+    Where both policies know which requests are late: late prompts yield while a sequence decodes
+    that can keep its TPOT, and late sequences while a prompt waits that can keep its TTFT. Either
+    would take time from a request that can still be on time. A prompt that has waited for `overdue`
+    of its TTFTs yields no longer: it gets the time that sequences leave to prompts. In the first
+    `late_share` of every `period_s` none yields, so that late ones end even in a lasting overload.
 
     On an instance that receives, sequences are behind by the transfer of their KV, and no slack
     gathers: any chunk is worth its step there.
@@ -53,6 +54,7 @@ class Colocated:
         worth: float = 6.0,
         late_share: float = 0.01,
         period_s: float = 2.0,
+        overdue: float = 60.0,
     ):
         self.cost = cost
         self.prefill: Policy = prefill.POLICIES[prefill_policy](cost, pack)
@@ -60,7 +62,7 @@ class Colocated:
         if isinstance(self.prefill, prefill.KairosPlus):
             self._beside = replace(self.prefill, fill=True)
         self.decode = decode.POLICIES[decode_policy](cost)
-        self.late_share, self.period_s = late_share, period_s
+        self.late_share, self.period_s, self.overdue = late_share, period_s, overdue
         knows = isinstance(self.decode, decode.KairosPlus)
         self.worth = worth if knows else 1.0
         self._demotes = knows and prefill_policy in prefill.DEMOTING
@@ -73,10 +75,9 @@ class Colocated:
         if not (prompts.waiting or prompts.running):
             return self.decode(decoding, now)
         turn = now % self.period_s < self.late_share * self.period_s
-        if self._demotes and not turn and prefill.live(self.cost, prompts, now).any():
-            assert isinstance(self.decode, decode.KairosPlus)
-            in_time = _only(decoding, self.decode.feasible(decoding, now))
-            batch = self._decide(instance, in_time, prompts, places, now)
+        if self._demotes and not turn:
+            halves = self._in_time(decoding, prompts, now)
+            batch = self._decide(instance, *halves, places, now)
             if batch.work and not batch.evict:
                 return batch
         return self._decide(instance, decoding, prompts, places, now)
@@ -90,6 +91,19 @@ class Colocated:
         policy = self.decode if seq.num_tokens else self.prefill
         verdict = getattr(policy, "verdict", None)
         return verdict(_half(instance, role), now, id) if verdict else ""
+
+    def _in_time(
+        self, decoding: Instance, prompts: Instance, now: float
+    ) -> tuple[Instance, Instance]:
+        """Each half without those of it that yield, if the other has some that are in time."""
+        assert isinstance(self.decode, decode.KairosPlus)
+        feasible = self.decode.feasible(decoding, now)
+        live = prefill.live(self.cost, prompts, now)
+        overdue = prefill.waited(prompts, now, self.overdue)
+        return (
+            _only(decoding, feasible) if live.any() else decoding,
+            _only(prompts, live | overdue) if feasible.any() else prompts,
+        )
 
     def _decide(
         self, instance: Instance, decoding: Instance, prompts: Instance, places: int, now: float

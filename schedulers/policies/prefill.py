@@ -180,6 +180,13 @@ def live(cost: CostModel, instance: Instance, now: float) -> np.ndarray:
     return _join(masks) if masks else np.empty(0, bool)
 
 
+def waited(instance: Instance, now: float, ttfts: float) -> np.ndarray:
+    """Which of all prompts [S], running ones first, have waited for so many of their TTFTs."""
+    places = [place for place in (instance.running, instance.waiting) if place.seqs]
+    masks = [place.arrival + ttfts * (place.deadline - place.arrival) <= now for place in places]
+    return _join(masks) if masks else np.empty(0, bool)
+
+
 def laxity_of(cost: CostModel, instance: Instance, now: float, id: str) -> str:
     """The laxity of one prompt, and what follows from it."""
     seq = instance.get(id)

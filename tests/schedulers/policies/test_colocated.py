@@ -45,12 +45,18 @@ IN_TIME, LATE = ("d", 10, 1.0), ("e", 10, 9.0)
 LIVE, HOPELESS = ("p", 50, 0.5), ("q", 50, 1.9)
 
 
-def test_a_late_prompt_gets_what_sequences_leave_behind_the_prompts_in_time():
-    assert decide(ledger([IN_TIME], [HOPELESS])) == {"d": 1, "q": 50}
-    assert decide(ledger([("d", 10, 1.9)], [HOPELESS])) == {"d": 1}, "it would cost it its TPOT"
+def test_a_late_prompt_stands_back_while_a_sequence_can_keep_its_tpot():
+    assert decide(ledger([IN_TIME], [HOPELESS])) == {"d": 1}
     assert decide(ledger([IN_TIME], [LIVE])) == {"d": 1, "p": 50}
     assert decide(ledger([IN_TIME], [HOPELESS, LIVE])) == {"d": 1, "p": 50}
-    assert decide(ledger([IN_TIME], [HOPELESS, LIVE]), pack=math.inf) == {"d": 1, "p": 50}
+
+
+def test_a_prompt_that_is_long_overdue_stands_back_no_longer():
+    waited = ("q", 50, 20.0)
+    assert decide(ledger([IN_TIME], [waited]), overdue=11.0) == {"d": 1}
+    assert decide(ledger([IN_TIME], [waited]), overdue=10.0) == {"d": 1, "q": 50}
+    assert decide(ledger([IN_TIME], [waited, LIVE]), overdue=10.0) == {"d": 1, "p": 50}
+    assert decide(ledger([("d", 10, 1.9)], [waited]), overdue=10.0) == {"d": 1}, "its TPOT is first"
 
 
 def test_a_late_sequence_stands_back_while_a_prompt_can_keep_its_ttft():
@@ -67,6 +73,8 @@ def test_the_late_run_when_nobody_else_does():
 
 def test_the_late_have_their_share_of_the_time():
     now = 100.0
+    assert decide(ledger([IN_TIME], [HOPELESS], now), now=now) == {"d": 1, "q": 50}
+    assert decide(ledger([IN_TIME], [HOPELESS], now), now=now, late_share=0.0) == {"d": 1}
     assert decide(ledger([LATE], [LIVE], now), now=now) == {"e": 1, "p": 50}
     assert decide(ledger([LATE], [LIVE], now), now=now, late_share=0.0) == {"p": 50}
 
