@@ -54,7 +54,7 @@ class Colocated:
         worth: float = 6.0,
         late_share: float = 0.01,
         period_s: float = 2.0,
-        overdue: float = 60.0,
+        overdue: float = prefill.OVERDUE,
     ):
         self.cost = cost
         self.prefill: Policy = prefill.POLICIES[prefill_policy](cost, pack)
@@ -99,7 +99,8 @@ class Colocated:
         assert isinstance(self.decode, decode.KairosPlus)
         feasible = self.decode.feasible(decoding, now)
         live = prefill.live(self.cost, prompts, now)
-        overdue = prefill.waited(prompts, now, self.overdue)
+        places = prompts.running, prompts.waiting
+        overdue = np.concatenate([prefill.overdue(each, now, self.overdue) for each in places])
         return (
             _only(decoding, feasible) if live.any() else decoding,
             _only(prompts, live | overdue) if feasible.any() else prompts,

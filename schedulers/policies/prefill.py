@@ -28,6 +28,11 @@ from schedulers.ledger.rows import Rows
 _HORIZON = 1024
 
 
+# A late prompt that has waited for so many of its TTFTs gives way no longer: to prompts that would
+# take the pages which it waits for, and to sequences beside which it would be computed.
+OVERDUE = 60.0
+
+
 @dataclass(frozen=True, slots=True)
 class Ordered:
     """Begun prompts first, so a prompt is never preempted; then by `key`, least first."""
@@ -180,11 +185,9 @@ def live(cost: CostModel, instance: Instance, now: float) -> np.ndarray:
     return _join(masks) if masks else np.empty(0, bool)
 
 
-def waited(instance: Instance, now: float, ttfts: float) -> np.ndarray:
-    """Which of all prompts [S], running ones first, have waited for so many of their TTFTs."""
-    places = [place for place in (instance.running, instance.waiting) if place.seqs]
-    masks = [place.arrival + ttfts * (place.deadline - place.arrival) <= now for place in places]
-    return _join(masks) if masks else np.empty(0, bool)
+def overdue(rows: Rows[Seq], now: float, ttfts: float = OVERDUE) -> np.ndarray:
+    """Which of them [S] have waited for so many of their TTFTs."""
+    return rows.arrival + ttfts * (rows.deadline - rows.arrival) <= now
 
 
 def laxity_of(cost: CostModel, instance: Instance, now: float, id: str) -> str:
@@ -210,7 +213,7 @@ def _fits(instance: Instance, rows: Rows[Seq], now: float) -> np.ndarray:
 
 
 def _free(instance: Instance, now: float) -> tuple[int, float]:
-    """Pages that prompts may take, and tokens that may be parked. What the oldest overdue one lacks
+    """Pages that prompts may take, and tokens that may be parked. What the oldest overdue one needs
     is set aside, or shorter ones would take all that is given back, and it would never run.
     """
     limits, free, parked_room = instance.limits, instance.pages.num_free, instance.parked_room
@@ -219,7 +222,7 @@ def _free(instance: Instance, now: float) -> tuple[int, float]:
     waiting = instance.waiting
     needed = np.ceil(waiting.length / limits.page_size)
     lacks = (needed > free) | (waiting.length > parked_room)
-    (stuck,) = (lacks & (waiting.deadline < now)).nonzero()
+    (stuck,) = (lacks & overdue(waiting, now)).nonzero()
     if stuck.size:
         oldest = stuck[waiting.arrival[stuck].argmin()]
         free = max(free - int(needed[oldest]), 0)

@@ -220,10 +220,11 @@ def test_the_room_of_the_oldest_overdue_prompt_is_kept_for_it(name):
     instance.begin(Batch({"held": 8}), 0.0)
     instance.running["held"].request = Request("held", 0, range(8), 9, Slo(99, 1))
     instance.add(Request("long", 1, range(15), 1, Slo(5, 1)))
-    instance.add(Request("short", 2, range(4), 1, Slo(99, 1)))
+    instance.add(Request("short", 2, range(4), 1, Slo(999, 1)))
     policy = prefill.POLICIES[name](COST, 0.0)
     instance.end(Batch({"held": 8}), 8.0)
-    assert dict(policy(instance, 5.5).work) == {"short": 4}, "the long one is not overdue yet"
-    assert not policy(instance, 9.0), "12 pages are free, and the long one needs them and 3 more"
+    # It is overdue when it has waited for 60 of its 5 s.
+    assert dict(policy(instance, 300.5).work) == {"short": 4}, "the long one is late, not overdue"
+    assert not policy(instance, 301.5), "12 pages are free, and the long one needs them and 3 more"
     instance.release("held")
-    assert policy(instance, 9.0)
+    assert policy(instance, 301.5)
