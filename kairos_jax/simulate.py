@@ -24,7 +24,7 @@ from kairos_jax.lab.flags import NUM_SYNTHETIC, workload
 from kairos_jax.lab.report.simulation import advice_text, run_text
 from kairos_jax.observe.explain import explain
 from kairos_jax.observe.perfetto import trace_events
-from kairos_jax.process import command
+from kairos_jax.process import command, early
 from kairos_jax.process.command import UsageError
 from kairos_jax.process.outputs import file_to_write
 from kairos_jax.process.progress import bars, waiting
@@ -299,6 +299,7 @@ def _refuse(values: Any, names: tuple[str, ...], words: str) -> None:
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
+    early.interrupt_on_signals()
     values = flags.FLAGS
     answer = advised(values) if values.advise else simulated(values)
     if values.output == "json":

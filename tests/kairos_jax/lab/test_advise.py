@@ -165,12 +165,13 @@ def test_as_a_process_it_prints_one_object():
     assert result["num_requests"] == 60
 
 
-def test_ctrl_c_ends_it_with_130_and_its_processes_too():
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_130_and_its_processes_too(sign):
     process = subprocess.Popen([*COMMAND, "--devices=4"], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         assert "to do" in process.stderr.readline()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sign)
         # Its processes hold stderr open: that it ends tells that they have.
         _, error = process.communicate(timeout=60)
     finally:
