@@ -1,6 +1,7 @@
 """Logits that are not finite end the request that they are of, and no other."""
 
 import asyncio
+import functools
 import json
 from collections.abc import Awaitable
 
@@ -184,6 +185,26 @@ LIMITS = Limits(max_batch=4, max_chunk=32, max_context=128, page_size=8, num_pag
 SLO = Slo(30.0, 30.0)
 
 
+class Shared:
+    """Programs of engines that differ by their weights alone, which are arguments: each is compiled
+    once. As `kairos_jax.engine.programs.Programs`, in memory.
+    """
+
+    def __init__(self):
+        self._made = {}
+
+    def compiled(self, name, function, *args):
+        key = name, *(f"{each.dtype}{each.shape}" for each in jax.tree.leaves(args))
+        if key not in self._made:
+            self._made[key] = function.lower(*args).compile()
+        return self._made[key]
+
+
+@functools.cache
+def shared(directory, role: Role) -> Shared:
+    return Shared()
+
+
 def engines(directory, weight: str | None, at: int = 0) -> list[JaxEngine]:
     """One that prefills and one that decodes. weight: has NaN in its row `at`."""
     checkpoint, rules = open_checkpoint(directory), Rules()
@@ -194,7 +215,10 @@ def engines(directory, weight: str | None, at: int = 0) -> list[JaxEngine]:
         if weight:
             params[weight] = params[weight].at[at].set(np.nan)
         shapes = fakes.few_shapes(role, LIMITS)
-        made.append(JaxEngine(checkpoint.config, params, mesh, rules, LIMITS, shapes))
+        programs = shared(directory, role)
+        made.append(
+            JaxEngine(checkpoint.config, params, mesh, rules, LIMITS, shapes, programs=programs)
+        )
     return made
 
 
