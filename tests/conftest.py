@@ -24,6 +24,9 @@ KERNELS["gpu"] = KERNELS["gpu"]._replace(attention=without)
 # tests/models/ops/test_accelerators.py.
 RUN_HERE = [name for name in KERNELS if name not in ("tpu", "gpu_hopper")]
 
+# Flags of XLA. The floats of a program may differ in their last bits, as between machines.
+QUICKLY_COMPILED = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+
 
 @pytest.fixture(scope="session", params=RUN_HERE)
 def kernels(request) -> str:
@@ -44,7 +47,7 @@ def native_kernels() -> str:
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory, worker_id) -> dict[str, str]:
+def optimized_environment(tmp_path_factory, worker_id) -> dict[str, str]:
     """Of processes: a cache of the tests' own, which also makes their later starts quick. The
     workers of a run share it.
     """
@@ -52,6 +55,13 @@ def environment(tmp_path_factory, worker_id) -> dict[str, str]:
     cache = (place if worker_id == "master" else place.parent) / "cache"
     cache.mkdir(mode=0o700, exist_ok=True)
     return os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def environment(optimized_environment) -> dict[str, str]:
+    """The same for processes whose steps need not be fast: compiled in a third of the time."""
+    given = (optimized_environment.get("XLA_FLAGS", ""), *QUICKLY_COMPILED)
+    return optimized_environment | {"XLA_FLAGS": " ".join(given).strip()}
 
 
 @pytest.fixture(scope="module")

@@ -187,7 +187,9 @@ def test_an_orbax_checkpoint_serves_on_other_meshes(environment, profile, tmp_pa
         assert json.loads(ask(environment, address, *flags).stdout)["token_ids"] == expected
 
 
-def test_a_profile_is_measured_and_kept(environment, tmp_path):
+def test_a_profile_is_measured_and_kept(optimized_environment, tmp_path):
+    """And the programs are kept, which the server loads: both as XLA makes them for users."""
+    environment = optimized_environment
     path = tmp_path / "profile.json"
     done = run(environment, "profile", CONFIG, MODEL, f"--output={path}")
     assert done.returncode == 0, done.stderr

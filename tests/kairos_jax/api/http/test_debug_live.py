@@ -39,8 +39,9 @@ def complete(url: str, **headers: str) -> dict:
     return ask(f"{url}/v1/completions", body, **headers)
 
 
-def test_a_server_takes_a_profile_and_tells_its_decisions(environment, profile, tmp_path):
-    server = Process("serve", profile, f"--debug_dir={tmp_path}", "--http_port=0", env=environment)
+def test_a_server_takes_a_profile_and_tells_its_decisions(optimized_environment, profile, tmp_path):
+    given = (profile, f"--debug_dir={tmp_path}", "--http_port=0")
+    server = Process("serve", *given, env=optimized_environment)
     try:
         url = http(server.line("ready", 300))
         with ThreadPoolExecutor(1) as pool:
