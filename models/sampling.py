@@ -149,7 +149,7 @@ def _draw(
     noisy = scaled - jnp.log(-jnp.log(_uniform(how, logits.shape[1])))
     filtered = (how.top_k > 0) | (how.top_p < 1) | (how.min_p > 0)
     # Behind the noise, since no compiler joins a condition with the loop after it: noise and argmax
-    # in one loop take XLA five times as long to run on a CPU, and to compile for a TPU.
+    # in one loop take XLA five times as long on a CPU, and longer to compile for a TPU.
     noisy = jax.lax.cond(
         jnp.any(filtered & (how.temperature > 0)),
         lambda: jnp.where(

@@ -96,6 +96,13 @@ def test_what_the_host_adds(environment):
     assert 0 < row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"]
 
 
+def test_what_sampling_takes(environment):
+    result = run(environment, "sampling", "--vocab=100", "--rows=1,3", "--rounds=2")
+    assert [row["rows"] for row in result["steps"]] == [1, 3]
+    for row in result["steps"]:
+        assert all(0 < each["low"] <= each["median"] <= each["high"] for each in row["ms"].values())
+
+
 def test_what_copies_take_of_the_step_loop(environment):
     result = run(environment, "copies", "--tokens=5000", "--blocks=1,4")
     assert [row["way"] for row in result["copies"]] == ["out", "in"]
