@@ -4,15 +4,10 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kairos_jax.observe.explain import explain
-from schedulers.cost import CostModel
-from schedulers.ledger.instance import Policy, Role
+from schedulers.ledger.instance import Policy
 from schedulers.ledger.journal import Record, differences, from_lines, replay
-from schedulers.policies.colocated import policy_for
-
-POLICY = "kairos_plus"
 
 
 @dataclass(slots=True)
@@ -34,17 +29,6 @@ def read(folder: Path) -> list[Record]:
         with path.open(encoding="utf-8") as file:
             journals.append(list(from_lines(file)))
     return list(heapq.merge(*journals, key=lambda record: record[2]))
-
-
-def policies_of(records: Sequence[Record], profile: Mapping[str, Any]) -> dict[str, Policy]:
-    """Of each instance of a journal. profile: by which it was scheduled."""
-    made = {}
-    for id, verb, _, *kind in records:
-        if verb == "instance":
-            role = Role(kind[0])
-            cost = CostModel.from_profile(profile, role.jobs)
-            made[id] = policy_for(role, cost, POLICY, POLICY, float("inf"))
-    return made
 
 
 def account(

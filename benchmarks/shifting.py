@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -45,6 +46,7 @@ from kairos_jax.lab.flags import parse_list
 from kairos_jax.lab.replay import Record, replay
 from schedulers.cost import CostModel
 from schedulers.ledger.request import Slo
+from schedulers.policies.colocated import policies_of
 from schedulers.simulation.attainment import summarize
 from schedulers.simulation.workload import Arrival, synthetic
 
@@ -232,7 +234,8 @@ def run(layout: Layout, setup: Setup, load: Load, profile: Path, folder: Path) -
     with fleet(setup, layout, profile, folder) as router:
         records, begun_at = serve(router.address, load)
     journal = journals.read(folder)
-    policies = journals.policies_of(journal, profile_file.read(profile))
+    cost = CostModel.from_profile(profile_file.read(profile))
+    policies = policies_of(journal, cost, "kairos_plus", "kairos_plus", math.inf)
     work, decisions, differing = journals.account(journal, policies, begun_at, phase_s, len(PHASES))
     return {
         "layout": str(layout),

@@ -25,10 +25,10 @@ from kairos_jax.process.files import check_regular
 from kairos_jax.process.outputs import file_to_write
 from kairos_jax.process.progress import waiting
 from schedulers.cost import CostModel
-from schedulers.ledger.instance import Policy, Role
+from schedulers.ledger.instance import Policy
 from schedulers.ledger.journal import Record, check, from_lines
 from schedulers.policies import decode, prefill
-from schedulers.policies.colocated import policy_for
+from schedulers.policies.colocated import policies_of
 
 
 def define_flags() -> None:
@@ -61,17 +61,6 @@ def read(path: str | None) -> list[Record]:
         raise UsageError(f"--journal={path}: {error}") from error
 
 
-def policies(records: list[Record], cost: CostModel) -> Mapping[str, Policy]:
-    """The policies that the flags name, by instance."""
-    values = flags.FLAGS
-    names = values.prefill_policy, values.decode_policy
-    return {
-        record[0]: policy_for(Role(record[3]), cost, *names, values.pack)
-        for record in records
-        if record[1] == "instance"
-    }
-
-
 def find_id(records: list[Record], asked: str) -> str:
     """The id in the journal of a request that is asked for by it, or by what a router made it of:
     its name, or NAME#NUMBER where several bore that name. As it was asked, if there is none.
@@ -99,7 +88,9 @@ def main(argv: list[str]) -> int:
         records = read(values.journal)
     asked: Mapping[str, Policy] = {}
     if values.profile:
-        asked = policies(records, CostModel.from_profile(profile_file.read(values.profile)))
+        cost = CostModel.from_profile(profile_file.read(values.profile))
+        names = values.prefill_policy, values.decode_policy
+        asked = policies_of(records, cost, *names, values.pack)
     try:
         if values.explain:
             print(*explain(records, asked, find_id(records, values.explain)), sep="\n")

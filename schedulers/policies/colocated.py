@@ -8,12 +8,14 @@ them: late prefills yield to on-time decodes, and the reverse.
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from schedulers.cost import CostModel
 from schedulers.ledger.instance import Batch, Instance, Policy, Role
+from schedulers.ledger.journal import Record
 from schedulers.ledger.rows import Rows
 from schedulers.policies import decode, prefill
 
@@ -192,3 +194,14 @@ def policy_for(
     if role is Role.PREFILL:
         return prefill.POLICIES[prefill_policy](cost, pack)
     return decode.POLICIES[decode_policy](cost)
+
+
+def policies_of(
+    records: Iterable[Record], cost: CostModel, prefill_policy: str, decode_policy: str, pack: float
+) -> dict[str, Policy]:
+    """The policies of all instances of a journal, by id, given the names of both."""
+    return {
+        record[0]: policy_for(Role(record[3]), cost, prefill_policy, decode_policy, pack)
+        for record in records
+        if record[1] == "instance"
+    }

@@ -16,7 +16,7 @@ from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
 from schedulers.ledger.journal import Journal, to_lines
 from schedulers.ledger.request import Slo
-from schedulers.policies.colocated import policy_for
+from schedulers.policies.colocated import policies_of, policy_for
 from schedulers.simulation.attainment import Outcome
 from schedulers.simulation.workload import Arrival
 
@@ -133,7 +133,8 @@ def test_what_instances_did_is_read_from_their_journals(tmp_path):
         own = (record for record in records if record[0] == id)
         (tmp_path / f"{id}.jsonl").write_text("".join(to_lines(own)))
     merged = journals.read(tmp_path)
-    policies = journals.policies_of(merged, fakes.PROFILE)
+    cost = CostModel.from_profile(fakes.PROFILE)
+    policies = policies_of(merged, cost, "kairos_plus", "kairos_plus", config.prefill.pack)
 
     work, decisions, differing = journals.account(merged, policies, begun_at, 1e6, 2)
     assert work.keys() == ids
@@ -148,6 +149,6 @@ def test_what_instances_did_is_read_from_their_journals(tmp_path):
     assert told
     for name, words in (("stayed", "kept at"), ("moved", "leaves")):
         assert name not in told or any(words in line for line in told[name])
-    slower = CostModel.from_profile(fakes.PROFILE).scaled(2)
+    slower = cost.scaled(2)
     other = dict.fromkeys(ids, policy_for(Role.BOTH, slower, "kairos_plus", "kairos_plus"))
     assert journals.account(merged, other, begun_at, 1e6, 2)[2] > 0
