@@ -188,5 +188,8 @@ class Fleet:
         return failed is not None and now < failed[0]
 
     def _taking(self, prefill: bool) -> list[Peer]:
-        some = [peer for peer in self.peers.values() if (peer.role is not Role.DECODE) == prefill]
-        return [peer for peer in some if not peer.draining]
+        return [
+            peer
+            for peer in self.peers.values()
+            if (peer.role is not Role.DECODE) == prefill and not peer.draining
+        ]

@@ -58,13 +58,18 @@ def route_prompt(
     """
     free = [i for i, each in enumerate(summaries) if each.load < bounds.busy]
     free = free or list(range(len(summaries)))
-    keys = prefill_keys(request, summaries, cost, now, cached)
+    idle = [i for i in free if not summaries[i].load]
+    busy = [i for i in free if summaries[i].load]
     within_s = request.arrival + bounds.early * request.slo.ttft - now
-    for some in ([i for i in free if not summaries[i].load], free):
+    keys: dict[int, tuple[bool, bool, float, float]] = {}
+    for some in (idle, busy):
+        found = [cached[i] for i in some] if cached else ()
+        of_some = prefill_keys(request, [summaries[i] for i in some], cost, now, found)
+        keys |= zip(some, of_some, strict=True)
         early = [i for i in some if not keys[i][1] and keys[i][2] <= within_s]
         if early:
             return min(early, key=lambda i: keys[i][2])
-    return min(free, key=keys.__getitem__)
+    return min(keys, key=keys.__getitem__)
 
 
 def place(

@@ -4,8 +4,8 @@ A router may be far from the ledgers, so it decides on summaries of them. What i
 last summary came, it adds itself (`with_prompt`, `with_context`).
 """
 
-import bisect
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,13 +54,14 @@ class Summary:
 
     def work_s(self, now: float) -> float:
         """Seconds that all its prompts need."""
-        return max(self.free_at - now, 0.0) + (self.ahead_s[-1] if self.ahead_s else 0.0)
+        left_s = self.free_at - now if self.free_at > now else 0.0
+        return left_s + self.ahead_s[-1] if self.ahead_s else left_s
 
     def finish_s(self, deadline: float, seconds: float, now: float) -> float:
         """Seconds until a prompt of so many seconds, due then, would have its first token."""
-        before = bisect.bisect_right(self.deadline, deadline)
-        ahead_s = self.ahead_s[before - 1] if before else 0.0
-        return max(self.free_at - now, 0.0) + ahead_s + seconds
+        left_s = self.free_at - now if self.free_at > now else 0.0
+        before = bisect_right(self.deadline, deadline)
+        return left_s + self.ahead_s[before - 1] + seconds if before else left_s + seconds
 
     def with_prompt(self, deadline: float, seconds: float, now: float = -math.inf) -> "Summary":
         """The summary with a further prompt. A prompt that is late even if it is computed at once
@@ -68,7 +69,7 @@ class Summary:
         """
         if now + seconds > deadline:
             deadline = math.inf
-        at = bisect.bisect_right(self.deadline, deadline)
+        at = bisect_right(self.deadline, deadline)
         before = self.ahead_s[at - 1] if at else 0.0
         return replace(
             self,
@@ -263,7 +264,9 @@ def share(length: Number, tpot: Number, cost: CostModel) -> Number:
 
 def _stretch(summary: Summary) -> float:
     """By how much prompts take longer for the sequences that an instance also decodes."""
-    return 1 / max(1.0 - summary.load, 0.05) if summary.role is Role.BOTH else 1.0
+    if not summary.load or summary.role is not Role.BOTH:
+        return 1.0
+    return 1 / max(1.0 - summary.load, 0.05)
 
 
 def _prompts(instance: Instance, cost: CostModel) -> tuple[np.ndarray, np.ndarray]:
