@@ -48,8 +48,9 @@ def bucket_sizes(limit: int, coarse: int = 4) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """least: tokens of the smallest step. least_chunk: of an engine that only prefills; of prompts
-    fewer are rarely left. coarse: see `bucket_sizes`. blocks: see `Shapes`.
+    """least: tokens of the smallest step. least_chunk: of the smallest that is larger than what
+    decodes alone fill; of prompts fewer are rarely left. coarse: see `bucket_sizes`. blocks: see
+    `Shapes`.
     """
 
     least: int
@@ -81,8 +82,13 @@ class Shapes:
         prompts, decodes = role is not Role.DECODE, role is not Role.PREFILL
         most = limits.max_chunk * prompts + limits.max_batch * decodes
         of = _ON_ACCELERATOR if KERNELS[kernels].on_accelerator else _ON_CPU
-        least = min(of.least if decodes else of.least_chunk, most)
-        sizes = [size for size in bucket_sizes(most, of.coarse) if size >= least]
+        every, filled = bucket_sizes(most, of.coarse), 0
+        if decodes:
+            filled = next(
+                size for size in every if size >= min(max(limits.max_batch, of.least), most)
+            )
+        least_chunk = min(of.least_chunk, most)
+        sizes = [size for size in every if of.least <= size <= filled or size >= least_chunk]
         each = tuple((size, min(size, limits.max_batch)) for size in sizes)
         return cls(role, each, of.blocks)
 

@@ -94,3 +94,19 @@ def test_a_step_with_more_sequences_than_its_tokens_ask_for_takes_a_larger_size(
     assert shapes.fitting(17, 3) == (24, 24)
     assert shapes.fitting(24, 24) == (24, 24)
     assert shapes.sizes[0] == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("role", "max_batch", "tokens"),
+    [
+        (Role.BOTH, 64, [64, 256, 512, 1024, 1536, 2112]),
+        (Role.BOTH, 24, [64, 256, 512, 1024, 1536, 2072]),
+        (Role.BOTH, 256, [64, 128, 256, 512, 1024, 1536, 2048, 2304]),
+        (Role.PREFILL, 256, [256, 512, 1024, 1536, 2048]),
+        (Role.DECODE, 256, [64, 128, 256]),
+        (Role.DECODE, 24, [24]),
+    ],
+)
+def test_on_accelerators_small_steps_are_those_of_decodes(role, max_batch, tokens):
+    limits = Limits(max_batch, max_chunk=2048, max_context=4096, page_size=64, num_pages=64)
+    assert [size for size, _ in Shapes.for_role(role, limits, "gpu")] == tokens
