@@ -10,7 +10,7 @@ TRACE ?= ../shared/data/AzureLLMInferenceTrace_conv.csv
 PROFILE ?=
 # Of `make sweep`: any flags of kairos_jax.sweep.
 SWEEP ?= --simulated --profile=llama3_8b_h100_roofline --trace=synthetic --ttft=1 --tpot=0.025 \
-  --rates=10,20,25,30,35,40 --layouts=2:1,3xcolocated
+  --rates=10,20,25,30,35,40 --layouts=2:1,2:1fluid,3xcolocated
 # Of `make bench-accelerator`: config, sizes of the random weights, any other flags of the benchmark.
 BENCH ?= --config=llama3_8b:gpu1
 # Of `make fuzz`: how many requests, and the seed that makes them.

@@ -114,7 +114,11 @@ class Steps:
                 text=True,
                 start_new_session=True,
             )
-        self.facts = self._answer()
+        try:
+            self.facts = self._answer()
+        except KeyboardInterrupt:  # no one else could end it yet
+            _end(self._process)
+            raise
         _signal(self._process, signal.SIGSTOP)
 
     def ask(self, prompts: Sequence[Sequence[int]], full_steps: int) -> dict[str, Any]:

@@ -4,8 +4,9 @@ kairos paper --trace=AzureLLMInferenceTrace_conv.csv --output=out/paper
 
 Kairos (arXiv 2605.02329) reports gains "up to" so much over FCFS prefill and continuous batching.
 Here that baseline is swept over its batch cap, with and without packing of prompts, and for each
-claim every load is compared with whichever of them is best at it. An 8B model on an H100 by
-roofline is always looked at; --profile adds one of measured step times, for which SLOs and rates
+claim every load is compared with whichever of them is best at it. kairos_plus is also looked at on
+the same instances with roles that flow, against the baseline on fixed ones. An 8B model on an H100
+by roofline is always looked at; --profile adds one of measured step times, for which SLOs and rates
 are derived.
 """
 
@@ -14,7 +15,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ _RESOLUTION = 0.03
 @dataclass(frozen=True, slots=True)
 class Study:
     """One server, and the loads that it is put under. caps: batch caps of the baseline; others have
-    that of 256, or the largest. notes: how it was chosen.
+    that of 256, or the largest. notes: how it was chosen. The last of OURS is also put on the same
+    instances with roles that flow.
     """
 
     name: str
@@ -81,6 +83,9 @@ class Study:
         layouts, packs, rates = [self.layout], _PACKS, self.rates
         baseline = grid(layouts, [BASELINE], self.caps, packs, rates)
         ours = grid(layouts, OURS, [cap], packs, rates)
+        if not self.layout.colocated and not self.layout.fluid:
+            flows = replace(self.layout, fluid=True)
+            ours += grid([flows], OURS[-1:], [cap], packs, rates)
         return on_basis(baseline + ours, simulation_basis(self.scenario, self.arrivals))
 
 
@@ -179,7 +184,7 @@ def run_study(
     facts = {
         "SLO": slo_text(study.scenario.classes),
         "Step times": f"{profile.get('name', study.name)} ({profile.get('source', 'unknown')})",
-        "Instances": str(study.layout),
+        "Instances": ", ".join(dict.fromkeys(str(each.layout) for each in study.cells)),
         "Workload": workload_text(study.arrivals, source),
         "Baseline": f"caps {', '.join(map(str, study.caps))}, with and without packing of prompts",
         **study.notes,
@@ -190,12 +195,13 @@ def run_study(
     title = f"The paper's four claims, {study.name}"
     sweep.write_report(own / "report.html", results, title, facts)
     comparisons = compare(results)
+    tables = markdown(comparisons, len({each.cell.layout for each in results}) > 1)
     said = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     return {
         "name": study.name,
         "facts": facts,
         "comparisons": [each.as_json() for each in comparisons],
-        "markdown": f"## {title}\n\n{answer(results)}\n\n{said}\n\n{markdown(comparisons)}",
+        "markdown": f"## {title}\n\n{answer(results)}\n\n{said}\n\n{tables}",
     }
 
 

@@ -61,6 +61,11 @@ class Layout:
         """Their number."""
         return self.num_prefill + self.num_decode + self.colocated
 
+    @property
+    def fixed(self) -> "Layout":
+        """The same instances, whose roles do not flow."""
+        return replace(self, fluid=False)
+
     def __str__(self) -> str:
         """Such as "2 prefill + 1 decode": its name in all that is written, as of `Scenario`."""
         if self.colocated:

@@ -123,6 +123,9 @@ def tuned(results: Sequence[Result], key: str = "e2e_attainment") -> dict[Load, 
 def compare(results: Sequence[Result]) -> list[Comparison]:
     """What each pair gains over the first, for each claim.
 
+    A layout whose roles flow and that the baseline was not run on is held against the baseline on
+    the fixed one as which it begins.
+
     The largest gain of all loads: against the baseline at the cap and packing that are best for
     the claim at each load; and if several caps were swept, against its best at the cap of 256, or
     at the largest. Such gains may come from an overload that nobody would run; so also that at the
@@ -172,9 +175,10 @@ def _largest(
     claim: Claim, ours: Mapping[Load, Result], baseline: Mapping[Load, Result]
 ) -> Gain | None:
     gains = [
-        Gain(claim, result, baseline[load], gain)
-        for load, result in ours.items()
-        if load in baseline and (gain := claim.gain(result, baseline[load])) is not None
+        Gain(claim, result, base, gain)
+        for (layout, rate), result in ours.items()
+        if (base := baseline.get((layout, rate)) or baseline.get((layout.fixed, rate)))
+        and (gain := claim.gain(result, base)) is not None
     ]
     return max(gains, key=lambda each: each.gain, default=None)
 

@@ -69,6 +69,18 @@ def test_gains_in_an_overload_are_told_from_those_at_a_load_that_holds():
     assert "| - | - | - |" in markdown([held])
 
 
+def test_roles_that_flow_are_held_against_the_baseline_on_fixed_ones():
+    flows = found(OURS, 40.0, 95, 95, 90, 1400, layout=replace(TWO_ONE, fluid=True))
+    best, *_ = compare([*RESULTS, flows])
+    gain = best.gains[2][1][0]
+    assert (gain.gain, gain.ours, gain.baseline.cell.layout) == (60, flows, TWO_ONE)
+    assert "| 40/s on 2 prefill + 1 decode (fluid) |" in markdown([best], several_layouts=True)
+    # Where the baseline was run on it too, that one counts.
+    same = found(BASE, 40.0, 70, 70, 70, 1000, layout=replace(TWO_ONE, fluid=True))
+    best, *_ = compare([*RESULTS, flows, same])
+    assert best.gains[2][1][0].gain == 50
+
+
 def test_one_cap_is_one_comparison_the_less():
     titles = [each.title for each in compare([r for r in RESULTS if r.cell.max_batch == 256])]
     assert titles == [
@@ -170,7 +182,8 @@ def test_a_study_from_cells_to_report(tmp_path):
     profile = profile_file.read(paper.ROOFLINE)
     study = paper.roofline_study(profile, TWO_ONE, arrivals)
     assert study.caps == (32, 64, 128, 256, 512)
-    assert len(study.cells) == 8 * 2 * (5 + 2)
+    assert len(study.cells) == 8 * 2 * (5 + 2 + 1)
+    assert {each.policies for each in study.cells if each.layout.fluid} == {paper.OURS[-1]}
     study = replace(study, rates=(20.0, 200.0), caps=(64, 256))
     part = paper.run_study(study, profile, "a trace", tmp_path, silent, workers=1)
     assert [each["title"] for each in part["comparisons"]][:2] == [
