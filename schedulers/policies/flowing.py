@@ -20,13 +20,15 @@ class Bounds:
     """How far instances are filled. receives, stays: shares of the time of an instance that
     sequences may need where others hand theirs over, and where they do not. early: the share of
     its TTFT within which a prompt has its first token where nothing decodes, or others are asked
-    too. busy: the share of its time that decode takes on an instance that gets no prompts.
+    too. busy: the share of its time, beside the bases of a step a TPOT, that sequences take on an
+    instance that gets no prompts: with them it could take in few more sequences, which would then
+    pay for bases elsewhere.
     """
 
     receives: float = 0.88
     stays: float = 0.92
     early: float = 0.8
-    busy: float = 0.8
+    busy: float = 0.25
 
 
 BOUNDS = Bounds()
@@ -56,7 +58,8 @@ def route_prompt(
     """The instance that computes a prompt, of a fleet whose roles flow. cached: as of
     `route_prefill`.
     """
-    free = [i for i, each in enumerate(summaries) if each.load < bounds.busy]
+    base = (1 - bounds.busy) * cost.decode.base_s / request.slo.tpot
+    free = [i for i, each in enumerate(summaries) if each.load < bounds.busy + each.pace * base]
     free = free or list(range(len(summaries)))
     idle = [i for i in free if not summaries[i].load]
     busy = [i for i in free if summaries[i].load]

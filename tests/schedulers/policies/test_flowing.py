@@ -70,8 +70,8 @@ def test_kv_moves_only_to_where_there_is_room_for_it():
         ((0, 0, 0.5), (0.2, 0.1, 0), 1),  # spared, for the first token comes early elsewhere
         ((0.3, 0, 0.5), (0.0, 0.6, 0), 1),
         ((0.3, 0, 0.5), (0.0, 0.75, 0), 0),  # too late for that
-        ((0, 0, 0.81), (2, 2, 0), 0),  # its steps have no place for prompts
-        ((0, 0, 0.5), (2, 2, 0), 2),
+        ((0, 0, 0.33), (2, 2, 0), 0),  # it is left to sequences that others hand over
+        ((0, 0, 0.32), (2, 2, 0), 2),
     ],
 )
 def test_a_prompt_goes_where_nothing_decodes_as_long_as_it_is_early_there(decoding, busy_s, index):
@@ -80,6 +80,15 @@ def test_a_prompt_goes_where_nothing_decodes_as_long_as_it_is_early_there(decodi
     ]
     request = Request("a", 0.0, range(100), 5, SLO)
     assert flowing.route_prompt(request, summaries, COST, 0.0) == index
+
+
+@pytest.mark.parametrize(("pace", "load", "index"), [(1, 0.62, 2), (1, 0.63, 0), (0.5, 0.62, 0)])
+def test_the_base_of_steps_leaves_as_much_for_sequences_at_every_tpot(pace, load, index):
+    """A step each 20 ms costs half of the time in bases, at a pace of 1."""
+    busy = [replace(each, free_at=2.0) for each in fleet(0, 0, load)[:2]]
+    receives = replace(fleet(0, 0, load)[2], pace=pace)
+    request = Request("a", 0.0, range(100), 5, Slo(1.0, 0.02))
+    assert flowing.route_prompt(request, [*busy, receives], COST, 0.0) == index
 
 
 def test_roles_flow_where_somebody_receives():

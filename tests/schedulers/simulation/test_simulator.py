@@ -175,7 +175,7 @@ def flowing(arrivals, **options):
 
 @pytest.mark.parametrize("parked_tokens", [math.inf, 9000])
 def test_where_roles_flow_every_request_gets_its_tokens_and_decisions_replay(parked_tokens):
-    arrivals = synthetic(250, 50.0, seed=5, max_prompt=8000)
+    arrivals = synthetic(250, 60.0, seed=5, max_prompt=8000)
     simulation, outcomes, records = flowing(arrivals, parked_tokens=parked_tokens, noise=0.1)
     assert [each.num_output for each in outcomes] == [each.num_output for each in arrivals]
     pairs = (*simulation.fleet.prefill, *simulation.fleet.decode)
