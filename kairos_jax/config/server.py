@@ -42,7 +42,7 @@ class Key:
     def range(self) -> str:
         """In words."""
         if self.choices:
-            return ", ".join(self.choices)
+            return ", ".join(choice or "empty" for choice in self.choices)
         if self.positive:
             return "above 0"
         return self.limits or ("" if self.least is None else f"at least {self.least}")
@@ -50,8 +50,7 @@ class Key:
     def check(self, value: Any, path: str) -> None:
         """Raises ConfigError."""
         if self.choices and value not in self.choices:
-            known = ", ".join(self.choices)
-            raise ConfigError(f"config.{path} must be one of {known}, got {value!r}")
+            raise ConfigError(f"config.{path} must be one of {self.range}, got {value!r}")
         if self.positive and not (math.isfinite(value) and value > 0):
             raise ConfigError(f"config.{path} must be a positive number of seconds, got {value}")
         if self.least is not None and not value >= self.least:

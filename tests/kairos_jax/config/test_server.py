@@ -79,6 +79,7 @@ def bytes_of_a_shard(array, sharding):
         ("page_size", "8", "config.page_size must be of type int, got '8'"),
         ("page_size", True, "config.page_size must be of type int, got True"),
         ("dtype", "int3", "config.dtype must be one of float32, bfloat16, got 'int3'"),
+        ("chip", "v9", "config.chip must be one of empty, v5e, v6e, h100, h200, got 'v9'"),
         ("prefill.policy", "lifo", "config.prefill.policy must be one of fcfs, sjf, edf, kairos"),
         ("decode.policy", "fcfs", "config.decode.policy must be one of continuous, kairos"),
         ("rules.width", "tensor", "config.rules.width is not a logical axis; known: vocab, embed"),
