@@ -48,13 +48,14 @@ def bucket_sizes(limit: int, coarse: int = 4) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """least: tokens of the smallest step. least_chunk: of the smallest that is larger than what
-    decodes alone fill; of prompts fewer are rarely left. coarse: see `bucket_sizes`. blocks: see
-    `Shapes`.
+    """least: tokens of the smallest step. least_chunk: of an engine that only prefills; of prompts
+    fewer are rarely left. free: up to which padding takes hardly any time, so that smaller steps
+    are for decodes alone. coarse: see `bucket_sizes`. blocks: see `Shapes`.
     """
 
     least: int
     least_chunk: int
+    free: int
     coarse: int
     blocks: tuple[int, ...]
 
@@ -63,7 +64,8 @@ class _Sizes:
 # those a step of 64 tokens, and on most one of 256, reads the weights for longer than it computes,
 # so padding is free. They copy a block sooner than the host calls a program; a CPU takes ten times
 # as long as the call. Sixteen blocks a call take the host no less for each block than four.
-_ON_CPU, _ON_ACCELERATOR = _Sizes(1, 16, 16, (1,)), _Sizes(64, 256, 1024, (1, 4))
+_ON_CPU = _Sizes(1, 16, 1, 16, (1,))
+_ON_ACCELERATOR = _Sizes(64, 256, 256, 1024, (1, 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +84,11 @@ class Shapes:
         prompts, decodes = role is not Role.DECODE, role is not Role.PREFILL
         most = limits.max_chunk * prompts + limits.max_batch * decodes
         of = _ON_ACCELERATOR if KERNELS[kernels].on_accelerator else _ON_CPU
-        every, filled = bucket_sizes(most, of.coarse), 0
+        least = min(of.least if decodes else of.least_chunk, most)
+        sizes = [size for size in bucket_sizes(most, of.coarse) if size >= least]
         if decodes:
-            filled = next(
-                size for size in every if size >= min(max(limits.max_batch, of.least), most)
-            )
-        least_chunk = min(of.least_chunk, most)
-        sizes = [size for size in every if of.least <= size <= filled or size >= least_chunk]
+            filled = next(size for size in sizes if size >= limits.max_batch)
+            sizes = [size for size in sizes if size <= filled or size >= min(of.free, most)]
         each = tuple((size, min(size, limits.max_batch)) for size in sizes)
         return cls(role, each, of.blocks)
 
