@@ -116,7 +116,7 @@ class Steps:
             )
         try:
             self.facts = self._answer()
-        except KeyboardInterrupt:  # no one else could end it yet
+        except BaseException:  # no one else could end it yet
             _end(self._process)
             raise
         _signal(self._process, signal.SIGSTOP)
