@@ -36,9 +36,10 @@ class Colocated:
 
     Where both policies know which requests are late: late prompts yield while a sequence decodes
     that can keep its TPOT, and late sequences while a prompt waits that can keep its TTFT. Either
-    would take time from a request that can still be on time. A prompt that has waited for `overdue`
-    of its TTFTs yields no longer: it gets the time that sequences leave to prompts. In the first
-    `late_share` of every `period_s` none yields, so that late ones end even in a lasting overload.
+    would take time from a request that can still be on time. A prompt that is overdue
+    (`prefill.overdue`) yields no longer: it gets the time that sequences leave to prompts. In the
+    first `late_share` of every `period_s` none yields, so that late ones end even in a lasting
+    overload.
 
     On an instance that receives, sequences are behind by the transfer of their KV, and no slack
     gathers: any chunk is worth its step there.
@@ -56,7 +57,6 @@ class Colocated:
         worth: float = 6.0,
         late_share: float = 0.01,
         period_s: float = 2.0,
-        overdue: float = prefill.OVERDUE,
     ):
         self.cost = cost
         self.prefill: Policy = prefill.POLICIES[prefill_policy](cost, pack)
@@ -64,7 +64,7 @@ class Colocated:
         if isinstance(self.prefill, prefill.KairosPlus):
             self._beside = replace(self.prefill, fill=True)
         self.decode = decode.POLICIES[decode_policy](cost)
-        self.late_share, self.period_s, self.overdue = late_share, period_s, overdue
+        self.late_share, self.period_s = late_share, period_s
         knows = isinstance(self.decode, decode.KairosPlus)
         self.worth = worth if knows else 1.0
         self._demotes = knows and prefill_policy in prefill.DEMOTING
@@ -101,11 +101,10 @@ class Colocated:
         assert isinstance(self.decode, decode.KairosPlus)
         feasible = self.decode.feasible(decoding, now)
         live = prefill.live(self.cost, prompts, now)
-        places = prompts.running, prompts.waiting
-        overdue = np.concatenate([prefill.overdue(each, now, self.overdue) for each in places])
+        may = live | prefill.overdue(self.cost, prompts, now) if feasible.any() else None
         return (
             _only(decoding, feasible) if live.any() else decoding,
-            _only(prompts, live | overdue) if feasible.any() else prompts,
+            prompts if may is None else _only(prompts, may),
         )
 
     def _decide(

@@ -28,9 +28,13 @@ from schedulers.ledger.rows import Rows
 _HORIZON = 1024
 
 
-# A late prompt that has waited for so many of its TTFTs gives way no longer: to prompts that would
-# take the pages which it waits for, and to sequences beside which it would be computed.
-OVERDUE = 60.0
+# A late prompt that has waited for so many of its TTFTs is overdue, if a share of the time clears
+# all late prompts of its instance within the second number of TTFTs. In a longer overload it would
+# take that share from prompts that can be in time, and others would wait as long.
+_OVERDUE, _CLEARED, _CLEARING = 20.0, 80.0, 0.1
+# One that has waited for so many gives way no longer to prompts that would take the pages which it
+# waits for.
+_STARVED = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +101,10 @@ class KairosPlus:
     that remains), earliest deadline first, decided anew at every chunk: long prompts are preempted.
 
     Hopeless prompts run when nothing else can, and first in `hopeless_share` of the time, oldest
-    first, so that they end however long an overload lasts. The clock deals that share out, the
-    first part of every `period_s`: a policy keeps no count of what it gave before.
+    first, so that they end however long an overload lasts. Overdue ones (see `overdue`) come first
+    in a tenth of the time, so that a short overload makes none wait much longer than it lasts. The
+    clock deals these shares out, the first part of every `period_s`: a policy keeps no count of
+    what it gave before.
 
     fill: the last prompt of a step may join with a part of its tokens. Sequences that decode beside
     prompts bound the step and pay for its base: what is left of it is best used. A step of prompts
@@ -112,7 +118,7 @@ class KairosPlus:
     period_s: float = 2.0
 
     def __call__(self, instance: Instance, now: float) -> Batch:
-        places = [place for place in (instance.running, instance.waiting) if place.seqs]
+        places = _places(instance)
         if sum(len(place.seqs) for place in places) <= 1:
             return _step(self.cost, instance, [place.at(0) for place in places], self.pack, now)
         predicted = _join([predicted_s(self.cost, instance, place) for place in places])
@@ -122,11 +128,17 @@ class KairosPlus:
         count = instance.limits.max_batch if self.pack else 1
         (alive,) = live.nonzero()
         order = feasible_first(alive, deadline[alive], predicted[alive], now)[:count]
-        turn = now % self.period_s < self.hopeless_share * self.period_s
-        if turn or len(order) < count:
+        first, then = np.zeros_like(fits), fits & ~live
+        part = now % self.period_s / self.period_s
+        if part < self.hopeless_share:
+            first, then = then, first
+        elif part < _CLEARING:
+            first = then & overdue(self.cost, instance, now)
+            then &= ~first
+        if len(order) < count or first.any():
             arrival = _join([place.arrival for place in places])
-            oldest = _first(np.where(fits & ~live, arrival, math.inf), count)
-            order = (oldest + order if turn else order + oldest)[:count]
+            before, after = (_first(np.where(s, arrival, math.inf), count) for s in (first, then))
+            order = (before + order + after)[:count]
         seqs = (_at(places, row) for row in order)
         return _step(self.cost, instance, seqs, self.pack, now, True, self.fill)
 
@@ -177,7 +189,7 @@ def predicted_s(cost: CostModel, instance: Instance, rows: Rows[Seq]) -> np.ndar
 
 def live(cost: CostModel, instance: Instance, now: float) -> np.ndarray:
     """Which of all prompts [S], running ones first, may run and can still be in time."""
-    places = [place for place in (instance.running, instance.waiting) if place.seqs]
+    places = _places(instance)
     masks = [
         (now + predicted_s(cost, instance, place) <= place.deadline) & _fits(instance, place, now)
         for place in places
@@ -185,9 +197,21 @@ def live(cost: CostModel, instance: Instance, now: float) -> np.ndarray:
     return _join(masks) if masks else np.empty(0, bool)
 
 
-def overdue(rows: Rows[Seq], now: float, ttfts: float = OVERDUE) -> np.ndarray:
-    """Which of them [S] have waited for so many of their TTFTs."""
-    return rows.arrival + ttfts * (rows.deadline - rows.arrival) <= now
+def overdue(cost: CostModel, instance: Instance, now: float) -> np.ndarray:
+    """Which of all prompts [S], running ones first, have waited for 20 of their TTFTs: none, where
+    a tenth of the time would not clear all late prompts within 80 TTFTs.
+    """
+    places = _places(instance)
+    if not places:
+        return np.empty(0, bool)
+    arrival = _join([place.arrival for place in places])
+    deadline = _join([place.deadline for place in places])
+    ttft = deadline - arrival
+    waited = arrival + _OVERDUE * ttft <= now
+    if waited.any():
+        predicted = _join([predicted_s(cost, instance, place) for place in places])
+        waited &= float(predicted[deadline < now].sum()) <= _CLEARING * _CLEARED * ttft
+    return waited
 
 
 def laxity_of(cost: CostModel, instance: Instance, now: float, id: str) -> str:
@@ -213,8 +237,9 @@ def _fits(instance: Instance, rows: Rows[Seq], now: float) -> np.ndarray:
 
 
 def _free(instance: Instance, now: float) -> tuple[int, float]:
-    """Pages that prompts may take, and tokens that may be parked. What the oldest overdue one needs
-    is set aside, or shorter ones would take all that is given back, and it would never run.
+    """Pages that prompts may take, and tokens that may be parked. What the oldest needs of those
+    that have waited for very long is set aside, or shorter ones would take all that is given back,
+    and it would never run.
     """
     limits, free, parked_room = instance.limits, instance.pages.num_free, instance.parked_room
     if min(free * limits.page_size, parked_room) >= limits.max_context or not instance.waiting:
@@ -222,7 +247,8 @@ def _free(instance: Instance, now: float) -> tuple[int, float]:
     waiting = instance.waiting
     needed = np.ceil(waiting.length / limits.page_size)
     lacks = (needed > free) | (waiting.length > parked_room)
-    (stuck,) = (lacks & overdue(waiting, now)).nonzero()
+    waited = waiting.arrival + _STARVED * (waiting.deadline - waiting.arrival) <= now
+    (stuck,) = (lacks & waited).nonzero()
     if stuck.size:
         oldest = stuck[waiting.arrival[stuck].argmin()]
         free = max(free - int(needed[oldest]), 0)
@@ -234,6 +260,11 @@ def _begun(instance: Instance) -> list[Seq]:
     if not instance.running:
         return []
     return sorted(instance.running.values(), key=lambda seq: seq.begun_at or 0.0)
+
+
+def _places(instance: Instance) -> list[Rows[Seq]]:
+    """Where there are prompts, running ones first."""
+    return [place for place in (instance.running, instance.waiting) if place.seqs]
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:

@@ -51,12 +51,16 @@ def test_a_late_prompt_stands_back_while_a_sequence_can_keep_its_tpot():
     assert decide(ledger([IN_TIME], [HOPELESS, LIVE])) == {"d": 1, "p": 50}
 
 
-def test_a_prompt_that_is_long_overdue_stands_back_no_longer():
-    waited = ("q", 50, 20.0)
-    assert decide(ledger([IN_TIME], [waited]), overdue=11.0) == {"d": 1}
-    assert decide(ledger([IN_TIME], [waited]), overdue=10.0) == {"d": 1, "q": 50}
-    assert decide(ledger([IN_TIME], [waited, LIVE]), overdue=10.0) == {"d": 1, "p": 50}
-    assert decide(ledger([("d", 10, 1.9)], [waited]), overdue=10.0) == {"d": 1}, "its TPOT is first"
+def test_an_overdue_prompt_stands_back_no_longer():
+    """It has waited for 20 of its TTFTs, of 2 s, and late prompts take a tenth of 80 at most."""
+    waited = ("q", 50, 40.0)
+    assert decide(ledger([IN_TIME], [("q", 50, 39.9)])) == {"d": 1}
+    assert decide(ledger([IN_TIME], [waited])) == {"d": 1, "q": 50}
+    assert decide(ledger([IN_TIME], [waited, LIVE])) == {"d": 1, "p": 50}
+    assert decide(ledger([("d", 10, 1.9)], [waited])) == {"d": 1}, "its TPOT is first"
+    more = [(str(i), 50, 9.0) for i in range(25)]  # with it, 26 times 0.6 s
+    assert decide(ledger([IN_TIME], [waited, *more])) == {"d": 1, "q": 50}
+    assert decide(ledger([IN_TIME], [waited, *more, ("25", 50, 9.0)])) == {"d": 1}
 
 
 def test_a_late_sequence_stands_back_while_a_prompt_can_keep_its_ttft():

@@ -166,6 +166,20 @@ def test_the_hopeless_have_their_share_of_the_clock():
     assert list(policy(instance, 101.5).work) == ["live"]
 
 
+def test_overdue_prompts_come_first_in_a_tenth_of_the_time():
+    """That is after 20 TTFTs, if the tenth clears all late prompts within 80: 40 s of them."""
+    prompts = {"late": (0, 5, 9), "live": (99, 50, 9)}
+    policy = prefill.KairosPlus(COST, hopeless_share=0.0, period_s=10.0)
+    assert list(policy(ledger(prompts), 99.5).work) == ["live"]
+    assert list(policy(ledger(prompts), 100.5).work) == ["late"]
+    assert list(policy(ledger(prompts), 101.5).work) == ["live"]
+    prompts["more"] = (90, 5, 31)
+    assert list(policy(ledger(prompts), 100.5).work) == ["late"]
+    prompts["more"] = (90, 5, 32)
+    assert list(policy(ledger(prompts), 100.5).work) == ["live"], "41 s of late prompts"
+    assert prefill.overdue(COST, ledger({}), 100.5).size == 0
+
+
 def test_feasible_first_keeps_as_many_as_any_subset():
     """Against every subset, run by deadline."""
     rng = random.Random(1)
@@ -214,7 +228,7 @@ def test_packed_prompts_fill_the_chunk():
 
 
 @pytest.mark.parametrize("name", prefill.POLICIES)
-def test_the_room_of_the_oldest_overdue_prompt_is_kept_for_it(name):
+def test_the_room_of_the_oldest_prompt_that_has_waited_for_very_long_is_kept_for_it(name):
     limits = Limits(max_batch=8, max_chunk=10, max_context=20, page_size=1, num_pages=20)
     instance = ledger({"held": (0, 99, 8)}, limits)
     instance.begin(Batch({"held": 8}), 0.0)
@@ -223,8 +237,8 @@ def test_the_room_of_the_oldest_overdue_prompt_is_kept_for_it(name):
     instance.add(Request("short", 2, range(4), 1, Slo(999, 1)))
     policy = prefill.POLICIES[name](COST, 0.0)
     instance.end(Batch({"held": 8}), 8.0)
-    # It is overdue when it has waited for 60 of its 5 s.
-    assert dict(policy(instance, 300.5).work) == {"short": 4}, "the long one is late, not overdue"
+    # It has waited for very long after 60 of its 5 s.
+    assert dict(policy(instance, 300.5).work) == {"short": 4}, "the long one is late, not for long"
     assert not policy(instance, 301.5), "12 pages are free, and the long one needs them and 3 more"
     instance.release("held")
     assert policy(instance, 301.5)
