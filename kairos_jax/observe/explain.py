@@ -21,7 +21,7 @@ _PREEMPTED = "preempted on {}"
 _FAR = "its KV not yet fetched by {}"
 _HERE = "its KV on {}, not yet admitted"
 _DECODES = "held back on {}"
-_PLACED = {"stay": "kept at", "hand_over": "leaves"}
+_PLACED = {"stay": "kept at", "hand_over": "leaves", "give_back": "given back by"}
 _FIGURE = re.compile(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?")
 
 
@@ -146,7 +146,8 @@ class _Timeline:
         request, num_tokens, _ = event.args
         instance = event.instance
         self._where = instance.id
-        if not (self._request and num_tokens):
+        known = self._request
+        if known is None or not (num_tokens or known.arrival == request.arrival):
             self._request, slo = request, request.slo
             self._say(
                 request.arrival,

@@ -154,6 +154,10 @@ class Metrics(Observer):
         """A request is prefilled again."""
         self._recoveries.labels(cause).inc()
 
+    def recalled(self, stream: Stream) -> None:
+        """A late request has left its queue for a worker which has time for it."""
+        self._recalls.inc()
+
     def failed(self, stream: Stream, cause: str) -> None:
         """A request that was taken cannot be brought to its end."""
         self._failures.labels(cause).inc()
@@ -216,6 +220,11 @@ class Metrics(Observer):
         registry = self.registry
         self._recoveries = Counter(
             "kairos_recoveries", "Requests that were prefilled again.", ["cause"], registry=registry
+        )
+        self._recalls = Counter(
+            "kairos_recalls",
+            "Late requests that left their queue for an instance which had time for them.",
+            registry=registry,
         )
         self._placements = Counter(
             "kairos_placements",

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import heapq
 import itertools
 import logging
 import secrets
@@ -34,6 +35,7 @@ from kairos_jax.worker.messages import (
     Output,
     Parked,
     Prefetch,
+    Recall,
     Release,
     Returned,
     Stay,
@@ -79,16 +81,17 @@ class Dispatch:
         # Workers may have several routers, so ids must differ from those of every other.
         self._identity, self._secret = secrets.token_hex(8), secrets.token_bytes(32)
 
-    def start(self, stream: Stream, serial: int) -> None:
-        """Sends a stream to prefill. Inside, ids never come back, so that a late message can never
-        meet a new try.
+    def start(self, stream: Stream, serial: int, to: Peer | None = None) -> None:
+        """Sends a stream to prefill, to that worker if it takes requests. Inside, ids never come
+        back, so that a late message can never meet a new try.
         """
         id = f"{self._identity}/{stream.name}#{serial}"
         stream.request = replace(stream.request, id=id, serial=serial)
         self.streams[id] = stream
-        self._prefill(stream)
+        self._prefill(stream, to)
 
-    def _prefill(self, stream: Stream) -> None:
+    def _prefill(self, stream: Stream, to: Peer | None = None) -> None:
+        """to: where it goes if that worker takes requests."""
         fleet = self.fleet
         try:
             fleet.check_served()
@@ -101,7 +104,7 @@ class Dispatch:
             keys = page_keys(size, self._secret, request.prompt)
             request = replace(request, page_keys=keys)
         submit = Submit(request, stream.trace)
-        peer = fleet.choose_prefill(peers, submit)
+        peer = to if to in peers else fleet.choose_prefill(peers, submit)
         stream.peers, stream.unplaced = [peer], True
         peer.submit(submit)
 
@@ -124,9 +127,16 @@ class Dispatch:
 
     def drop(self, stream: Stream) -> None:
         """Cancels what workers may have of a stream."""
+        self._forget_recall(stream)
         for peer in stream.peers:
             peer.cancel(stream.request.id)
         stream.peers = []
+
+    def _forget_recall(self, stream: Stream) -> None:
+        """It has begun where it is, or is over."""
+        if stream.recalled_to:
+            stream.recalled_to.unbook(stream.request.id)
+            stream.recalled_to = None
 
     def lose(self, peer: Peer, reason: str, alive: bool, failed: bool = True) -> None:
         """Does without a worker; its requests go on elsewhere. alive: it is still to be told what
@@ -178,6 +188,7 @@ class Dispatch:
         match event:
             case Outlined(_, summary, num_received):
                 peer.update(summary, num_received)
+                self._recall(peer)
             case Draining():
                 self.fleet.drains(peer)
             case Died(stood_still=True):
@@ -214,6 +225,7 @@ class Dispatch:
 
     def _on_output(self, stream: Stream, output: Output) -> None:
         last_at, stream.stalled_at = stream.last_token_at, None
+        self._forget_recall(stream)
         stream.put(output)
         self._trials.progressed(stream)
         for each in self._observers:
@@ -258,11 +270,31 @@ class Dispatch:
 
     def _on_offered(self, stream: Stream, ticket: Ticket) -> None:
         """Its KV may go ahead of it to where it will be decoded."""
+        self._forget_recall(stream)
         with contextlib.suppress(WorkerLost):
             source = stream.peers[-1]
             peer = self._choose_decode(stream, self.fleet.taking(prefill=False), source)
             stream.peers.insert(0, peer)
             peer.prefetch(Prefetch(ticket, stream.request.prompt), stream.request.slo)
+
+    def _recall(self, told: Peer) -> None:
+        """Asks for late prompts back that wait for one worker while another has time for them."""
+        if (found := self.fleet.recall(told)) is None:
+            return
+        source, to, count = found
+        now = self.fleet.clock()
+        late = [
+            stream
+            for stream in self.streams.values()
+            if stream.peers == [source]
+            and stream.first_token_at is None
+            and stream.recalled_to is None
+            and stream.request.deadline < now
+        ]
+        for stream in heapq.nsmallest(count, late, key=lambda stream: stream.request.arrival):
+            stream.recalled_to = to
+            to.expect(stream.request)
+            source.post(Recall(stream.request.id, f"{to.id} has time for it"))
 
     def _on_transfer_failed(self, stream: Stream, error: Exception) -> None:
         """Prefills a request again, elsewhere if it can be, and not at once: what failed may mend
@@ -289,6 +321,12 @@ class Dispatch:
 
     def _on_returned(self, stream: Stream, ticket: Ticket | None) -> None:
         """Goes on elsewhere: with its KV, if the worker that offers it is still there."""
+        if to := stream.recalled_to:
+            stream.peers.clear()  # the one that had it has forgotten it
+            self._begin_again(stream, to)
+            for each in self._observers:
+                each.recalled(stream)
+            return
         if ticket is None or len(stream.peers) == 1:
             return self._recover(stream, "the instance that had it is draining", "handed_back")
         stream.peers.pop()  # which has forgotten it
@@ -360,12 +398,16 @@ class Dispatch:
             self.drop(stream)
             again = functools.partial(self._go_on_elsewhere, stream, reason, cause)
             return self._await_worker(stream, told, again)
+        self._begin_again(stream)
+        for each in self._observers:
+            each.recovered(stream, cause)
+
+    def _begin_again(self, stream: Stream, to: Peer | None = None) -> None:
+        """to: as of `start`."""
         self.drop(stream)
         del self.streams[stream.request.id]
         self._waiting.leave(stream)
-        self.start(stream, next(self.serials))
-        for each in self._observers:
-            each.recovered(stream, cause)
+        self.start(stream, next(self.serials), to)
 
     def _await_worker(self, stream: Stream, reason: str, go_on: Callable[[], None]) -> None:
         """Goes on with a stream when a worker joins; fails it where none does in time."""

@@ -9,7 +9,14 @@ from schedulers.cost import CostModel
 from schedulers.ledger.instance import Role
 from schedulers.ledger.request import Request, Slo
 from schedulers.policies import flowing
-from schedulers.policies.routing import ADMISSION, is_full, relief_s, route_decode, route_prefill
+from schedulers.policies.routing import (
+    ADMISSION,
+    is_full,
+    recall,
+    relief_s,
+    route_decode,
+    route_prefill,
+)
 
 # The least that a client which is turned away is told to wait.
 LEAST_RETRY_S = 0.1
@@ -59,16 +66,22 @@ class Fleet:
         self._admission = ADMISSION[admission]
         # By the ids of source and target: until when they are avoided, and for how long.
         self._failed: dict[tuple[str, str], tuple[float, float]] = {}
+        # Ids of peers, as they stood when they last told: without them, each would ask all others.
+        self._late: set[str] = set()  # where late prompts wait
+        self._with_time: set[str] = set()  # where none waits, and no sequence needs the time
 
     def join(self, peer: Peer) -> None:
         """Takes in a worker. Raises ValueError if its id is in use."""
         if peer.id in self.peers:
             raise ValueError(f"peer id {peer.id!r} is in use")
         self.peers[peer.id] = peer
+        self._note(peer)
 
     def remove(self, peer: Peer, reason: str) -> None:
         """Does without a worker from now on."""
         del self.peers[peer.id]
+        self._late.discard(peer.id)
+        self._with_time.discard(peer.id)
         self.last_loss = reason
         self._failed = {pair: until for pair, until in self._failed.items() if peer.id not in pair}
 
@@ -121,6 +134,20 @@ class Fleet:
             return None
         placed = flowing.place(length, slo, late, summaries, 0, self.cost, now)
         return peers[placed.index], placed.why
+
+    def recall(self, told: Peer) -> tuple[Peer, Peer, int] | None:
+        """Where `told` has told how it stands: which worker is to give late prompts back, which is
+        to get them, and how many.
+        """
+        self._note(told)
+        if not (self._late and self._with_time):
+            return None
+        peers = self._taking(prefill=True)
+        summaries = [peer.summary for peer in peers]
+        for index, peer in enumerate(peers):
+            if peer.id in self._with_time and (found := recall(summaries, index)):
+                return peers[found[0]], peer, found[1]
+        return None
 
     def check_served(self) -> None:
         """Raises WorkerLost where no request could be brought to its end."""
@@ -182,6 +209,11 @@ class Fleet:
             return peers[0]
         summaries = [peer.summary for peer in peers]
         return peers[route_decode(length, slo, summaries, self.cost, now)]
+
+    def _note(self, peer: Peer) -> None:
+        summary = peer.summary
+        for ids, applies in ((self._late, summary.num_late), (self._with_time, summary.has_time)):
+            (ids.add if applies else ids.discard)(peer.id)
 
     def _avoided(self, source: Peer, target: Peer, now: float) -> bool:
         failed = self._failed.get((source.id, target.id))

@@ -40,6 +40,9 @@ class Observer(Protocol):
     def recovered(self, stream: Stream, cause: str) -> None:
         """A request is prefilled again. cause: in a word."""
 
+    def recalled(self, stream: Stream) -> None:
+        """A late request has left the queue that it was in for a worker which has time for it."""
+
     def failed(self, stream: Stream, cause: str) -> None:
         """A request that was taken cannot be brought to its end, and ends now. cause: in a word."""
 

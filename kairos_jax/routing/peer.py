@@ -81,6 +81,10 @@ class Peer:
         """Keeps a place for a sequence of so many tokens that will be handed over."""
         self._unseen.book(id, lambda summary: summary.with_context(length, slo, self.cost))
 
+    def expect(self, request: Request) -> None:
+        """Keeps a place for a prompt that another worker is to give back."""
+        self._unseen.book(request.id, lambda summary: _with_request(summary, request, self.cost, 0))
+
     def stays(self, length: int, slo: Slo) -> None:
         """A sequence whose prompt it has computed will be decoded here too."""
         self._unseen.told(

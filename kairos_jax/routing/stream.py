@@ -55,7 +55,8 @@ class Stream:
     it had to be recovered from a failure; aboard: ids of the workers that failed and may have done
     so by it. stalled_at: since when no worker could go on with it. trace: W3C headers of the trace
     that it is a part of, at first the client's. span: of `Tracing`, its own in that. worst_slack_s:
-    see `Timing`. unplaced: where it goes on after its first token is not decided yet.
+    see `Timing`. unplaced: where it goes on after its first token is not decided yet. recalled_to:
+    where it is to begin, if the one that has it in hand gives it back.
     cached_tokens: of the prompt as the client sent it, found in the prefix cache.
     """
 
@@ -67,6 +68,7 @@ class Stream:
     stalled_at: float | None = None
     refused_at: float | None = None
     unplaced: bool = True
+    recalled_to: Peer | None = None
     trace: Mapping[str, str] = field(default_factory=dict)
     span: Any = None
     begun_at: float | None = None

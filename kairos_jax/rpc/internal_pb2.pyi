@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ToWorker(_message.Message):
-    __slots__ = ("hello", "submit", "handover", "release", "cancel", "prefetch", "stay", "go_on", "ping")
+    __slots__ = ("hello", "submit", "handover", "release", "cancel", "prefetch", "stay", "go_on", "recall", "ping")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     HANDOVER_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class ToWorker(_message.Message):
     PREFETCH_FIELD_NUMBER: _ClassVar[int]
     STAY_FIELD_NUMBER: _ClassVar[int]
     GO_ON_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Request
@@ -25,8 +26,9 @@ class ToWorker(_message.Message):
     prefetch: Prefetch
     stay: Place
     go_on: Place
+    recall: Place
     ping: Ping
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Request, _Mapping]] = ..., handover: _Optional[_Union[Handover, _Mapping]] = ..., release: _Optional[str] = ..., cancel: _Optional[str] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ..., stay: _Optional[_Union[Place, _Mapping]] = ..., go_on: _Optional[_Union[Place, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Request, _Mapping]] = ..., handover: _Optional[_Union[Handover, _Mapping]] = ..., release: _Optional[str] = ..., cancel: _Optional[str] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ..., stay: _Optional[_Union[Place, _Mapping]] = ..., go_on: _Optional[_Union[Place, _Mapping]] = ..., recall: _Optional[_Union[Place, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
 
 class Prefetch(_message.Message):
     __slots__ = ("ticket", "prompt")
@@ -332,7 +334,7 @@ class Died(_message.Message):
     def __init__(self, error: _Optional[str] = ..., aboard: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Outlined(_message.Message):
-    __slots__ = ("free_s", "due_in_s", "ahead_s", "pace", "load", "room", "num_received", "end_s", "parked_room", "receives", "flows")
+    __slots__ = ("free_s", "due_in_s", "ahead_s", "pace", "load", "room", "num_received", "end_s", "parked_room", "receives", "flows", "num_late")
     FREE_S_FIELD_NUMBER: _ClassVar[int]
     DUE_IN_S_FIELD_NUMBER: _ClassVar[int]
     AHEAD_S_FIELD_NUMBER: _ClassVar[int]
@@ -344,6 +346,7 @@ class Outlined(_message.Message):
     PARKED_ROOM_FIELD_NUMBER: _ClassVar[int]
     RECEIVES_FIELD_NUMBER: _ClassVar[int]
     FLOWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LATE_FIELD_NUMBER: _ClassVar[int]
     free_s: float
     due_in_s: _containers.RepeatedScalarFieldContainer[float]
     ahead_s: _containers.RepeatedScalarFieldContainer[float]
@@ -355,7 +358,8 @@ class Outlined(_message.Message):
     parked_room: float
     receives: bool
     flows: bool
-    def __init__(self, free_s: _Optional[float] = ..., due_in_s: _Optional[_Iterable[float]] = ..., ahead_s: _Optional[_Iterable[float]] = ..., pace: _Optional[float] = ..., load: _Optional[float] = ..., room: _Optional[float] = ..., num_received: _Optional[int] = ..., end_s: _Optional[float] = ..., parked_room: _Optional[float] = ..., receives: _Optional[bool] = ..., flows: _Optional[bool] = ...) -> None: ...
+    num_late: int
+    def __init__(self, free_s: _Optional[float] = ..., due_in_s: _Optional[_Iterable[float]] = ..., ahead_s: _Optional[_Iterable[float]] = ..., pace: _Optional[float] = ..., load: _Optional[float] = ..., room: _Optional[float] = ..., num_received: _Optional[int] = ..., end_s: _Optional[float] = ..., parked_room: _Optional[float] = ..., receives: _Optional[bool] = ..., flows: _Optional[bool] = ..., num_late: _Optional[int] = ...) -> None: ...
 
 class Returned(_message.Message):
     __slots__ = ("id", "ticket")

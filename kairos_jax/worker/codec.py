@@ -34,6 +34,7 @@ from kairos_jax.worker.messages import (
     Ping,
     Pong,
     Prefetch,
+    Recall,
     Release,
     Returned,
     Stay,
@@ -51,7 +52,7 @@ from schedulers.policies.routing import Summary
 # and workers may so be replaced one after another. A new version may add fields and kinds of
 # messages that an older peer can ignore, and must work without them; what changes the meaning of a
 # field, or must be understood, raises OLDEST.
-VERSION, OLDEST = 3, 3
+VERSION, OLDEST = 4, 3
 SERVICE = "kairos.internal.v1.Worker"
 # A prompt of a million tokens, and what else a message has.
 MAX_MESSAGE_BYTES = 16 << 20
@@ -164,6 +165,13 @@ TO_WORKER = (
         For.REQUEST,
         lambda message, now: pb.Place(id=message.id, why=message.why),
         lambda sent, sender: GoOn(sent.id, sent.why),
+    ),
+    Entry(
+        Recall,
+        "recall",
+        For.REQUEST,
+        lambda message, now: pb.Place(id=message.id, why=message.why),
+        lambda sent, sender: Recall(sent.id, sent.why),
     ),
 )
 
@@ -403,6 +411,7 @@ def _outlined(event: Outlined, now: float) -> pb.Outlined:
         parked_room=summary.parked_room,
         flows=summary.flows,
         receives=summary.receives,
+        num_late=summary.num_late,
     )
 
 
@@ -420,6 +429,7 @@ def _to_outlined(said: pb.Outlined, sender: Sender) -> Outlined:
         said.parked_room,
         said.flows,
         said.receives,
+        said.num_late,
     )
     return Outlined(sender.instance, summary, said.num_received)
 

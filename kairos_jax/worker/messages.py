@@ -76,6 +76,16 @@ class GoOn:
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """This request may begin sooner elsewhere: it is given back, unless it has begun here. why: in
+    words.
+    """
+
+    id: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class HandBack:
     """Give back what waits and has not begun, and with `running` all there is; from now on, take
     nothing new.
@@ -84,7 +94,7 @@ class HandBack:
     running: bool
 
 
-Message = Submit | Handover | Prefetch | Release | Cancel | Stay | GoOn | HandBack
+Message = Submit | Handover | Prefetch | Release | Cancel | Stay | GoOn | Recall | HandBack
 """All that is said to a worker."""
 
 

@@ -34,6 +34,7 @@ from kairos_jax.worker.messages import (
     Ping,
     Pong,
     Prefetch,
+    Recall,
     Release,
     Returned,
     Stepped,
@@ -285,6 +286,8 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
             case Release(id) | Cancel(id):
                 if not self._forget(id, router):
                     return  # it has ended here, or was never this router's
+            case Recall(id) if id not in router.requests:
+                return
         self._worker.post(message)
 
     def _know(self, id: str, router: _Attached) -> None:

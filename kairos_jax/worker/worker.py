@@ -38,6 +38,7 @@ from kairos_jax.worker.messages import (
     Output,
     Parked,
     Prefetch,
+    Recall,
     Release,
     Returned,
     Stay,
@@ -177,6 +178,10 @@ class Worker:
                     self.instance.stay(id, why)
             case GoOn(id, why):
                 self._leaving[id] = why
+            case Recall(id, why):
+                if (seq := self.instance.waiting.get(id)) and seq.unbegun:
+                    self.instance.give_back(id, why)
+                    self.emit(Returned(id))
             case HandBack(running):
                 self._hand_back(running)
             case Fetched():
@@ -205,7 +210,7 @@ class Worker:
             for id in self.moves.without_request():
                 self._forget(id)
         ledger = self.instance
-        for id in [seq.request.id for seq in ledger.waiting.values() if _unbegun(seq)]:
+        for id in [seq.request.id for seq in ledger.waiting.values() if seq.unbegun]:
             ticket = self.moves.take_ticket(id)
             self._forget(id)
             self.emit(Returned(id, ticket))
@@ -432,11 +437,6 @@ class Worker:
         if stepped := self._untold:
             self._untold = None
             self.emit(stepped())
-
-
-def _unbegun(seq: Seq) -> bool:
-    """Whether nothing was done for a waiting sequence here: no step, and no fetch of its KV."""
-    return seq.begun_at is None and not seq.pages
 
 
 def _output(seq: Seq, token: Token, at: float, ticket: Ticket | None) -> Output:

@@ -367,6 +367,18 @@ class Instance:
             )
         return self._park(id)
 
+    def give_back(self, id: str, why: str) -> Seq:
+        """`id`, which waits and has not begun, is to begin elsewhere: forgets it. why: as of
+        `stay`.
+        """
+        if self.journal:
+            self.journal("give_back", id, why)
+        seq = self.waiting[id]
+        if not seq.unbegun:
+            raise ValueError(f"request {id!r} is to be given back, and has begun")
+        self._drop(self.waiting, id)
+        return seq
+
     def copied(self, id: str) -> None:
         """The KV of `id`, which is parked, has been copied out of the pool: frees its pages."""
         if self.journal:

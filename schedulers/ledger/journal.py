@@ -11,7 +11,7 @@ was told. No prompt's text or token ids are in it.
     "expect"    nothing
     "end"       stopped
     "fetched", "copied", "release", "cancel"    id
-    "stay", "hand_over"     id, why
+    "stay", "hand_over", "give_back"    id, why
 
 whole: every running sequence takes a token, in the order of its row, and `work` is only what is
 added to them. So the usual decode step costs a few bytes, however large its batch is.
@@ -31,7 +31,8 @@ from schedulers.ledger.request import Request, Seq, Slo
 
 Record = Sequence[Any]
 
-_OF_AN_ID = frozenset({"fetched", "copied", "release", "cancel", "stay", "hand_over"})
+_WITH_WHY = frozenset({"stay", "hand_over", "give_back"})
+_OF_AN_ID = frozenset({"fetched", "copied", "release", "cancel"}) | _WITH_WHY
 # Ids that a message names at most.
 _NAMED = 5
 
@@ -268,7 +269,7 @@ def _args(instance: Instance, verb: str, at: float, args: list[Any]) -> tuple[An
         case "end":
             (stopped,) = args
             return instance.next_to_end, at, tuple(stopped)
-        case "stay" | "hand_over":
+        case _ if verb in _WITH_WHY:
             id, why = args
             return id, why
         case _ if verb in _OF_AN_ID:

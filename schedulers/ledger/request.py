@@ -155,6 +155,11 @@ class Seq:
         return bool(self.cells[Column.READY])
 
     @property
+    def unbegun(self) -> bool:
+        """Whether nothing was done for it here: no step, and no fetch of its KV."""
+        return self.begun_at is None and not self.pages
+
+    @property
     def first_token_at(self) -> float | None:
         """When its first output token was there, here or elsewhere."""
         at = float(self.cells[Column.FIRST_AT])

@@ -19,6 +19,8 @@ from schedulers.policies.view import View
 
 # A sequence whose next tokens would have to come faster than this share of its TPOT is lost.
 _KEEPS = 0.9
+# Late prompts that an instance which has none is given at a time.
+_RECALLED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Summary:
     elsewhere. room: tokens whose KV it could still take in. end_s: seconds until, as expected, the
     first of its sequences has ended. parked_room: tokens of prompts that it should still be sent:
     without a bound, unless it has to wait until parked KV is fetched; then as many wait as may be
-    parked. receives: see `Instance`.
+    parked. receives: see `Instance`. num_late: prompts that have missed their TTFT and not begun,
+    where such ones stand behind all others.
 
     Times are on the clock of the one who reads it: what it says stays true while time passes, so
     that nobody has to copy it to ask again.
@@ -51,6 +54,12 @@ class Summary:
     parked_room: float = math.inf
     flows: bool = False
     receives: bool = False
+    num_late: int = 0
+
+    @property
+    def has_time(self) -> bool:
+        """Whether no prompt waits, and no sequence needs its time."""
+        return not (self.ahead_s or self.num_late or self.load or self.parked_room < math.inf)
 
     def work_s(self, now: float) -> float:
         """Seconds that all its prompts need."""
@@ -127,6 +136,7 @@ def outline(
         due, ahead_s = deadline[order].tolist(), seconds[order].cumsum().tolist()
     load = room = 0.0
     end_s = parked_room = math.inf
+    num_late = len(late_prompts(instance, now)) if demotes else 0
     if instance.role is not Role.DECODE:
         parked_room = _parked_room(instance)
     if instance.role is not Role.PREFILL:
@@ -149,7 +159,30 @@ def outline(
         parked_room,
         flows,
         instance.receives,
+        num_late,
     )
+
+
+def late_prompts(instance: Instance, now: float) -> list[str]:
+    """Ids of the prompts that have missed their TTFT and not begun, oldest first."""
+    rows = instance.waiting
+    if not rows or instance.role is Role.DECODE:
+        return []
+    late = (rows.count == 0) & (rows.capacity == 0) & (rows.deadline < now)
+    (which,) = late.nonzero()
+    return rows.ids_at(which[rows.arrival[which].argsort(kind="stable")])
+
+
+def recall(summaries: Sequence[Summary], to: int) -> tuple[int, int] | None:
+    """The instance that is to give late prompts back for one that has time for them, and how many:
+    the one where most wait. None: nobody is to. A few at a time, so that they need not go on again
+    when it has no time any more.
+    """
+    if not summaries[to].has_time:
+        return None
+    source = max(range(len(summaries)), key=lambda i: summaries[i].num_late)
+    count = min((summaries[source].num_late + 1) // 2, _RECALLED)
+    return (source, count) if count else None
 
 
 def route_prefill(

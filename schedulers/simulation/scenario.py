@@ -155,6 +155,12 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
         late = now > request.deadline
         return flowing.place(seq.length, request.slo, late, summaries, home, believed, now)
 
+    def recall(instances: Sequence[Instance], to: int, now: float) -> tuple[int, list[str]]:
+        late = [routing.late_prompts(instance, now) for instance in instances]
+        found = routing.recall(outlines(instances, now), to) if any(late) else None
+        source, count = found or (to, 0)
+        return source, late[source][:count]
+
     return Simulation(
         requests,
         [arrival.num_output for arrival in arrivals],
@@ -163,6 +169,7 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
         route_prefill,
         route_decode,
         place,
+        recall,
         noise=scenario.noise,
         seed=_seed(scenario.seed, _NOISE),
     )

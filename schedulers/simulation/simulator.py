@@ -36,6 +36,11 @@ def stays(
     return Placement(home, "")
 
 
+def nothing(instances: Sequence[Instance], to: int, now: float) -> tuple[int, list[str]]:
+    """What an instance takes over from another, where each prompt is computed where it was sent."""
+    return to, []
+
+
 class Simulation:
     """One run of a workload.
 
@@ -43,8 +48,9 @@ class Simulation:
     cost: what steps and transfers really take. route_prefill, route_decode: (request or sequence,
     instances, now) -> index of the instance. place: where roles flow, (sequence with its first
     token, instances, index of its own, now, ids of it and of others there that are still to be
-    placed) -> where it goes on. noise: the logarithm's standard
-    deviation of each step's time, whose mean stays.
+    placed) -> where it goes on. recall: (instances that prefill, index of one without prompts that
+    wait, now) -> which of the others gives it prompts, and their ids. noise: the logarithm's
+    standard deviation of each step's time, whose mean stays.
     """
 
     def __init__(
@@ -56,12 +62,13 @@ class Simulation:
         route_prefill: Callable[[Request, Sequence[Instance], float], int],
         route_decode: Callable[[Seq, Sequence[Instance], float], int],
         place: Callable[[Seq, Sequence[Instance], int, float, Collection[str]], Placement] = stays,
+        recall: Callable[[Sequence[Instance], int, float], tuple[int, list[str]]] = nothing,
         noise: float = 0.0,
         seed: int = 0,
     ):
         self.requests, self.outputs, self.fleet, self.cost = requests, outputs, fleet, cost
         self.route_prefill, self.route_decode, self.place = route_prefill, route_decode, place
-        self.noise = noise
+        self.recall, self.noise = recall, noise
         self.outcomes: list[Outcome | None] = [None] * len(requests)
         self.now = 0.0
         self._targets = np.asarray(outputs, dtype=float)
@@ -93,6 +100,8 @@ class Simulation:
                 _, _, what, node, of = heapq.heappop(events)
                 for each in what(now, node, of):
                     woken[each] = None
+            if len(self._prefill) > 1:
+                self._recall(woken, now)
             for node in woken:
                 self._decide(node, now)
             woken.clear()
@@ -111,6 +120,21 @@ class Simulation:
         node = self._prefill[which]
         node.instance.add(request)
         return node
+
+    def _recall(self, woken: dict["_Node", None], now: float) -> None:
+        """Where no prompt waits on an instance, late ones of another may go on there: that adds it
+        to `woken`.
+        """
+        instances = [node.instance for node in self._prefill]
+        for index, node in enumerate(self._prefill):
+            waiting = node.instance.waiting
+            if (node.busy and node not in woken) or (waiting and not waiting.count.all()):
+                continue
+            source, ids = self.recall(instances, index, now)
+            for id in ids:
+                seq = instances[source].give_back(id, f"{node.instance.id} has time for it")
+                node.instance.add(seq.request)
+                woken[node] = None
 
     def _decide(self, node: "_Node", now: float) -> None:
         instance = node.instance

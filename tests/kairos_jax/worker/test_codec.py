@@ -33,6 +33,7 @@ from kairos_jax.worker.messages import (
     Ping,
     Pong,
     Prefetch,
+    Recall,
     Release,
     Returned,
     Stay,
@@ -104,6 +105,7 @@ messages = st.one_of(
     st.builds(Cancel, ids),
     st.builds(Stay, ids, ids),
     st.builds(GoOn, ids, ids),
+    st.builds(Recall, ids, ids),
 )
 
 
@@ -137,7 +139,7 @@ def test_the_outputs_of_a_step_arrive_as_they_were(outputs, now):
 
 def summary(id, skew):
     due = [2.0 + skew, 9.0 + skew]
-    rest = 4.0, math.inf, True, True
+    rest = 4.0, math.inf, True, True, 3
     return Summary(id, Role.BOTH, 8.0 + skew, due, [1.0, 2.5], 1.5, 0.5, 8.0, *rest)
 
 

@@ -27,6 +27,7 @@ from kairos_jax.worker.messages import (
     Outlined,
     Output,
     Prefetch,
+    Recall,
     Release,
     Returned,
     Stepped,
@@ -243,6 +244,19 @@ async def test_what_a_router_leaves_behind_is_cancelled(service, worker, call):
 
 def submit_of(id, got):
     return next(m for m in got if isinstance(m, Submit) and m.request.id == id)
+
+
+@attached()
+async def test_a_router_recalls_only_its_own_requests(service, worker, call):
+    one, two = call("1"), call("2")
+    await one.attach()
+    await two.attach()
+    await one.say(submit("a"))
+    await worker.until(1)
+    await two.say(Recall("a", "not its own"), submit("b"))
+    await worker.until(2)
+    await one.say(Recall("a", "its own"))
+    assert (await worker.until(3))[1:] == [submit_of("b", worker.got), Recall("a", "its own")]
 
 
 @attached(max_behind=20)

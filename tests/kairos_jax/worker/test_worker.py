@@ -17,6 +17,7 @@ from kairos_jax.worker.messages import (
     Moved,
     Offered,
     Prefetch,
+    Recall,
     Returned,
     Stepped,
     Submit,
@@ -251,6 +252,22 @@ def test_what_waits_goes_back_and_what_runs_goes_on(pair):
     assert pair.told(Returned) == [Returned("a")]
     pair.prefill.stop()
     assert pair.transport.num_offers == 0
+    assert pair.prefill.instance.pages.num_free == pair.prefill.instance.limits.num_pages
+
+
+def test_a_recalled_prompt_goes_back_unless_it_has_begun(pair):
+    pair.engines[0].gate.clear()
+    slo = Slo(30.0, 30.0)
+    for id in ("begun", "waits"):
+        pair.prefill.post(Submit(Request(id, 0.0, [1] * 40, 4, slo)))  # two chunks each
+    assert pair.engines[0].begun.acquire(timeout=30)
+    for id in ("begun", "waits", "unknown"):
+        pair.prefill.post(Recall(id, "another has time for it"))
+    pair.engines[0].gate.set()
+    assert pair.told(Returned) == [Returned("waits")]
+    assert pair.next_output("begun").ticket
+    pair.prefill.post(Cancel("begun"))
+    pair.prefill.stop()
     assert pair.prefill.instance.pages.num_free == pair.prefill.instance.limits.num_pages
 
 

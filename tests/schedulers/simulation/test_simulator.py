@@ -226,6 +226,25 @@ def test_flowing_roles_keep_at_least_what_fixed_ones_do(rate):
     assert fluid >= fixed - 0.5
 
 
+def test_late_prompts_go_where_none_waits():
+    """Each takes 4 s, of a TTFT of 2 s, so all go to the first instance: none has time for them."""
+    scenario = Scenario(COST, (SloClass(1.0, Slo(2.0, 1e5)),), num_prefill=2, pack=0)
+    simulation = build(scenario, [Arrival(0.0, 4, 1)] * 6)
+    journal = Journal(lambda: simulation.now)
+    for instance, _ in (*simulation.fleet.prefill, *simulation.fleet.decode):
+        instance.journal = journal.recorder(instance)
+    # They are late at 2 s, but nothing happens until the first step ends.
+    assert sorted(outcome.last_token_at for outcome in simulation.run()) == [4, 8, 8, 12, 12, 16]
+    records = list(from_lines(to_lines(journal.take())))
+    policies = {instance.id: policy for instance, policy in simulation.fleet.prefill}
+    assert check(records, policies) == 6
+    moved = next(record[3] for record in records if record[1] == "give_back")
+    lines = "\n".join(explain(records, policies, moved))
+    assert re.search(
+        r"given back by prefill0: prefill1 has time for it\n.* queued on prefill1", lines
+    )
+
+
 def test_fluid_needs_instances_that_decode():
     with pytest.raises(ValueError, match="fluid does not go with colocated"):
         Scenario(COST, ROOMY, 0, 0, colocated=2, fluid=True)
