@@ -96,7 +96,8 @@ class Worker:
         self.instance, self.policy, self.engine = instance, policy, engine
         self.transport, self.emit, self.outline, self.clock = transport, emit, outline, clock
         self.page_keys, self.ran = page_keys, Steps()
-        self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        # Not a SimpleQueue: with a timeout, one of CPython 3.11 and 3.12 may wait for ever.
+        self._inbox: queue.Queue[_Item] = queue.Queue()
         self._kept: deque[_Item] = deque()  # read during a step, to be handled after it
         self._untold: Callable[[], Stepped] | None = None  # what the last step gave
         self._flights = Flights(f"steps-{instance.id}", self._inbox.put)
