@@ -30,8 +30,9 @@ _HORIZON = 1024
 
 # A late prompt that has waited for so many of its TTFTs is overdue, if a share of the time clears
 # all late prompts of its instance within the second number of TTFTs. In a longer overload it would
-# take that share from prompts that can be in time, and others would wait as long.
-_OVERDUE, _CLEARED, _CLEARING = 20.0, 80.0, 0.1
+# take that share from prompts that can be in time, and others would wait as long. One that takes
+# longer than a part of its TTFT would make several others late.
+_OVERDUE, _CLEARED, _CLEARING, _SHORT = 20.0, 80.0, 0.1, 0.25
 # One that has waited for so many gives way no longer to prompts that would take the pages which it
 # waits for.
 _STARVED = 60.0
@@ -198,8 +199,9 @@ def live(cost: CostModel, instance: Instance, now: float) -> np.ndarray:
 
 
 def overdue(cost: CostModel, instance: Instance, now: float) -> np.ndarray:
-    """Which of all prompts [S], running ones first, have waited for 20 of their TTFTs: none, where
-    a tenth of the time would not clear all late prompts within 80 TTFTs.
+    """Which of all prompts [S], running ones first, have waited for 20 of their TTFTs, and take at
+    most a quarter of one. None, where a tenth of the time would not clear all late prompts within
+    80 TTFTs.
     """
     places = _places(instance)
     if not places:
@@ -210,6 +212,7 @@ def overdue(cost: CostModel, instance: Instance, now: float) -> np.ndarray:
     waited = arrival + _OVERDUE * ttft <= now
     if waited.any():
         predicted = _join([predicted_s(cost, instance, place) for place in places])
+        waited &= predicted <= _SHORT * ttft
         waited &= float(predicted[deadline < now].sum()) <= _CLEARING * _CLEARED * ttft
     return waited
 

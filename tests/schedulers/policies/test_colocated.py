@@ -53,13 +53,14 @@ def test_a_late_prompt_stands_back_while_a_sequence_can_keep_its_tpot():
 
 def test_an_overdue_prompt_stands_back_no_longer():
     """It has waited for 20 of its TTFTs, of 2 s, and late prompts take a tenth of 80 at most."""
-    waited = ("q", 50, 40.0)
-    assert decide(ledger([IN_TIME], [("q", 50, 39.9)])) == {"d": 1}
-    assert decide(ledger([IN_TIME], [waited])) == {"d": 1, "q": 50}
+    waited = ("q", 39, 40.0)
+    assert decide(ledger([IN_TIME], [("q", 39, 39.9)])) == {"d": 1}
+    assert decide(ledger([IN_TIME], [waited])) == {"d": 1, "q": 39}
+    assert decide(ledger([IN_TIME], [("q", 41, 40.0)])) == {"d": 1}, "it takes more than 0.5 s"
     assert decide(ledger([IN_TIME], [waited, LIVE])) == {"d": 1, "p": 50}
     assert decide(ledger([("d", 10, 1.9)], [waited])) == {"d": 1}, "its TPOT is first"
-    more = [(str(i), 50, 9.0) for i in range(25)]  # with it, 26 times 0.6 s
-    assert decide(ledger([IN_TIME], [waited, *more])) == {"d": 1, "q": 50}
+    more = [(str(i), 50, 9.0) for i in range(25)]  # of 0.6 s each
+    assert decide(ledger([IN_TIME], [waited, *more])) == {"d": 1, "q": 39}
     assert decide(ledger([IN_TIME], [waited, *more, ("25", 50, 9.0)])) == {"d": 1}
 
 

@@ -168,15 +168,19 @@ def test_the_hopeless_have_their_share_of_the_clock():
 
 def test_overdue_prompts_come_first_in_a_tenth_of_the_time():
     """That is after 20 TTFTs, if the tenth clears all late prompts within 80: 40 s of them."""
-    prompts = {"late": (0, 5, 9), "live": (99, 50, 9)}
-    policy = prefill.KairosPlus(COST, hopeless_share=0.0, period_s=10.0)
-    assert list(policy(ledger(prompts), 99.5).work) == ["live"]
-    assert list(policy(ledger(prompts), 100.5).work) == ["late"]
-    assert list(policy(ledger(prompts), 101.5).work) == ["live"]
-    prompts["more"] = (90, 5, 31)
-    assert list(policy(ledger(prompts), 100.5).work) == ["late"]
-    prompts["more"] = (90, 5, 32)
-    assert list(policy(ledger(prompts), 100.5).work) == ["live"], "41 s of late prompts"
+    prompts = {"late": (0, 5, 1), "live": (99, 50, 9)}
+    policy = prefill.KairosPlus(COST, pack=0, hopeless_share=0.0, period_s=10.0)
+
+    def first(now, **more):
+        (id,) = policy(ledger(prompts | more), now).work
+        return id
+
+    assert first(99.5) == "live"
+    assert first(100.5) == "late"
+    assert first(101.5) == "live"
+    assert first(100.5, more=(90, 5, 39)) == "late"
+    assert first(100.5, more=(90, 5, 40)) == "live", "41 s of late prompts"
+    assert first(100.5, late=(0, 5, 2)) == "live", "it takes more than a quarter of its TTFT"
     assert prefill.overdue(COST, ledger({}), 100.5).size == 0
 
 
