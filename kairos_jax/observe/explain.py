@@ -135,6 +135,8 @@ class _Timeline:
         elif event.verb in _PLACED and event.id == self.id:
             _, why = event.args
             self._say(event.at, f"{_PLACED[event.verb]} {event.instance.id}: {why}")
+            if event.verb == "give_back":
+                self._where = ""
 
     def finish(self) -> list[str]:
         """The lines; where the journal ends before the request did, the last one says so."""

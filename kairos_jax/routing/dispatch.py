@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import functools
-import heapq
 import itertools
 import logging
 import secrets
@@ -28,6 +27,7 @@ from kairos_jax.worker.messages import (
     Event,
     Failed,
     GoOn,
+    Kept,
     Lost,
     Moved,
     Offered,
@@ -43,6 +43,7 @@ from kairos_jax.worker.messages import (
 )
 from kairos_jax.worker.page_keys import page_keys
 from schedulers.ledger.instance import Role
+from schedulers.policies.routing import Summary, fitting
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Dispatch:
         submit = Submit(request, stream.trace)
         peer = to if to in peers else fleet.choose_prefill(peers, submit)
         stream.peers, stream.unplaced = [peer], True
-        peer.submit(submit)
+        peer.submit(submit, fleet.clock())
 
     def forget(self, stream: Stream) -> bool:
         """The stream is over. False if it was before."""
@@ -183,12 +184,14 @@ class Dispatch:
                 self._fail(stream, RequestFailed(error), cause)
             case Returned(_, ticket):
                 self._on_returned(stream, ticket)
+            case Kept():
+                self._forget_recall(stream)
 
     def _on_peer(self, peer: Peer, event: Event) -> None:
         match event:
             case Outlined(_, summary, num_received):
                 peer.update(summary, num_received)
-                self._recall(peer)
+                self._recall(peer, summary)
             case Draining():
                 self.fleet.drains(peer)
             case Died(stood_still=True):
@@ -277,24 +280,16 @@ class Dispatch:
             stream.peers.insert(0, peer)
             peer.prefetch(Prefetch(ticket, stream.request.prompt), stream.request.slo)
 
-    def _recall(self, told: Peer) -> None:
+    def _recall(self, told: Peer, summary: Summary) -> None:
         """Asks for late prompts back that wait for one worker while another has time for them."""
-        if (found := self.fleet.recall(told)) is None:
+        if (found := self.fleet.recall(told, summary)) is None:
             return
-        source, to, count = found
-        now = self.fleet.clock()
-        late = [
-            stream
-            for stream in self.streams.values()
-            if stream.peers == [source]
-            and stream.first_token_at is None
-            and stream.recalled_to is None
-            and stream.request.deadline < now
-        ]
-        for stream in heapq.nsmallest(count, late, key=lambda stream: stream.request.arrival):
-            stream.recalled_to = to
-            to.expect(stream.request)
-            source.post(Recall(stream.request.id, f"{to.id} has time for it"))
+        source, to, ids = found
+        late = [stream for id in ids if (stream := self.streams.get(id)) and not stream.recalled_to]
+        for request in fitting((stream.request for stream in late), to.summary.spare):
+            self.streams[request.id].recalled_to = to
+            to.expect(request)
+            source.post(Recall(request.id, f"{to.id} has time for it"))
 
     def _on_transfer_failed(self, stream: Stream, error: Exception) -> None:
         """Prefills a request again, elsewhere if it can be, and not at once: what failed may mend
@@ -324,8 +319,9 @@ class Dispatch:
         if to := stream.recalled_to:
             stream.peers.clear()  # the one that had it has forgotten it
             self._begin_again(stream, to)
-            for each in self._observers:
-                each.recalled(stream)
+            if stream.peers == [to]:
+                for each in self._observers:
+                    each.recalled(stream)
             return
         if ticket is None or len(stream.peers) == 1:
             return self._recover(stream, "the instance that had it is draining", "handed_back")

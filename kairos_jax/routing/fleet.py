@@ -11,6 +11,7 @@ from schedulers.ledger.request import Request, Slo
 from schedulers.policies import flowing
 from schedulers.policies.routing import (
     ADMISSION,
+    Summary,
     is_full,
     recall,
     relief_s,
@@ -68,14 +69,14 @@ class Fleet:
         self._failed: dict[tuple[str, str], tuple[float, float]] = {}
         # Ids of peers, as they stood when they last told: without them, each would ask all others.
         self._late: set[str] = set()  # where late prompts wait
-        self._with_time: set[str] = set()  # where none waits, and no sequence needs the time
+        self._with_time: set[str] = set()  # which could begin some
 
     def join(self, peer: Peer) -> None:
         """Takes in a worker. Raises ValueError if its id is in use."""
         if peer.id in self.peers:
             raise ValueError(f"peer id {peer.id!r} is in use")
         self.peers[peer.id] = peer
-        self._note(peer)
+        self._note(peer, peer.summary)
 
     def remove(self, peer: Peer, reason: str) -> None:
         """Does without a worker from now on."""
@@ -88,6 +89,7 @@ class Fleet:
     def drains(self, peer: Peer) -> None:
         """A worker takes no new requests from now on."""
         peer.draining = True
+        self._note(peer, peer.summary)
         self.last_loss = f"{peer.noun} is draining"
 
     def transfer_failed(self, source: Peer, target: Peer) -> None:
@@ -135,14 +137,14 @@ class Fleet:
         placed = flowing.place(length, slo, late, summaries, 0, self.cost, now)
         return peers[placed.index], placed.why
 
-    def recall(self, told: Peer) -> tuple[Peer, Peer, int] | None:
+    def recall(self, told: Peer, summary: Summary) -> tuple[Peer, Peer, Sequence[str]] | None:
         """Where `told` has told how it stands: which worker is to give late prompts back, which is
-        to get them, and how many.
+        to get them, and their ids.
         """
-        self._note(told)
+        self._note(told, summary)
         if not (self._late and self._with_time):
             return None
-        peers = self._taking(prefill=True)
+        peers = self._prefilling(self._taking(prefill=True))
         summaries = [peer.summary for peer in peers]
         for index, peer in enumerate(peers):
             if peer.id in self._with_time and (found := recall(summaries, index)):
@@ -185,16 +187,11 @@ class Fleet:
         """Where a new request is best sent, of at least one worker."""
         if len(peers) == 1:
             return peers[0]
-        now, targets = self.clock(), self._taking(prefill=False)
-        peers = [
-            peer
-            for peer in peers
-            if peer.role is Role.BOTH or any(not self._avoided(peer, each, now) for each in targets)
-        ] or peers
+        peers = self._prefilling(peers)
         summaries = [peer.summary for peer in peers]
         cached = [peer.cached(message.request) for peer in peers]
         route = flowing.route_prompt if flowing.flows(summaries) else route_prefill
-        return peers[route(message.request, summaries, self.cost, now, cached)]
+        return peers[route(message.request, summaries, self.cost, self.clock(), cached)]
 
     def choose_decode(
         self, peers: Sequence[Peer], length: int, slo: Slo, source: Peer | None = None
@@ -210,10 +207,18 @@ class Fleet:
         summaries = [peer.summary for peer in peers]
         return peers[route_decode(length, slo, summaries, self.cost, now)]
 
-    def _note(self, peer: Peer) -> None:
-        summary = peer.summary
-        for ids, applies in ((self._late, summary.num_late), (self._with_time, summary.has_time)):
-            (ids.add if applies else ids.discard)(peer.id)
+    def _note(self, peer: Peer, summary: Summary) -> None:
+        for ids, applies in ((self._late, summary.late), (self._with_time, summary.spare)):
+            (ids.add if applies and not peer.draining else ids.discard)(peer.id)
+
+    def _prefilling(self, peers: Sequence[Peer]) -> Sequence[Peer]:
+        """Of those that prefill, the ones from which KV comes to where it is decoded, if any."""
+        now, targets = self.clock(), self._taking(prefill=False)
+        return [
+            peer
+            for peer in peers
+            if peer.role is Role.BOTH or any(not self._avoided(peer, each, now) for each in targets)
+        ] or peers
 
     def _avoided(self, source: Peer, target: Peer, now: float) -> bool:
         failed = self._failed.get((source.id, target.id))

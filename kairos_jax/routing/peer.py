@@ -54,11 +54,11 @@ class Peer:
         """Takes a new summary, in which the first `num_received` requests sent here count."""
         self._unseen.update(summary, num_received)
 
-    def submit(self, message: Submit) -> None:
+    def submit(self, message: Submit, now: float) -> None:
         """Sends a request to prefill, and perhaps to decode too."""
         request, cached = message.request, self.cached(message.request)
         self.post(message)
-        self._unseen.sent(lambda summary: _with_request(summary, request, self.cost, cached))
+        self._unseen.sent(lambda summary: _with_request(summary, request, self.cost, cached, now))
         for key in reversed(request.page_keys):
             self._pages[key] = None
             self._pages.move_to_end(key)
@@ -82,8 +82,8 @@ class Peer:
         self._unseen.book(id, lambda summary: summary.with_context(length, slo, self.cost))
 
     def expect(self, request: Request) -> None:
-        """Keeps a place for a prompt that another worker is to give back."""
-        self._unseen.book(request.id, lambda summary: _with_request(summary, request, self.cost, 0))
+        """Keeps its time for a prompt that another worker is to give back."""
+        self._unseen.book(request.id, lambda summary: replace(summary, spare=0.0))
 
     def stays(self, length: int, slo: Slo) -> None:
         """A sequence whose prompt it has computed will be decoded here too."""
@@ -115,9 +115,11 @@ class Peer:
         self._unseen.sent(lambda summary: summary.with_context(length, slo, self.cost, late))
 
 
-def _with_request(summary: Summary, request: Request, cost: CostModel, cached: int) -> Summary:
+def _with_request(
+    summary: Summary, request: Request, cost: CostModel, cached: int, now: float
+) -> Summary:
     own_s = prompt_s(request, summary, cost, cached)
-    summary = summary.with_prompt(request.deadline, own_s, request.arrival)
+    summary = replace(summary.with_prompt(request.deadline, own_s, now), spare=0.0)
     if summary.role is Role.BOTH:
         after = summary.with_context(len(request.prompt), request.slo, cost)
         # Where roles flow, a prompt is no load: it may go on elsewhere.

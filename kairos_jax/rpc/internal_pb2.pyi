@@ -47,7 +47,7 @@ class Place(_message.Message):
     def __init__(self, id: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
 
 class FromWorker(_message.Message):
-    __slots__ = ("welcome", "stepped", "moved", "lost", "died", "outlined", "returned", "draining", "pong", "offered", "failed", "parked")
+    __slots__ = ("welcome", "stepped", "moved", "lost", "died", "outlined", "returned", "draining", "pong", "offered", "failed", "parked", "kept")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEPPED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class FromWorker(_message.Message):
     OFFERED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     PARKED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     stepped: Stepped
     moved: Moved
@@ -72,7 +73,8 @@ class FromWorker(_message.Message):
     offered: Offered
     failed: Failed
     parked: Offered
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., lost: _Optional[_Union[Lost, _Mapping]] = ..., died: _Optional[_Union[Died, _Mapping]] = ..., outlined: _Optional[_Union[Outlined, _Mapping]] = ..., returned: _Optional[_Union[Returned, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., parked: _Optional[_Union[Offered, _Mapping]] = ...) -> None: ...
+    kept: str
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., lost: _Optional[_Union[Lost, _Mapping]] = ..., died: _Optional[_Union[Died, _Mapping]] = ..., outlined: _Optional[_Union[Outlined, _Mapping]] = ..., returned: _Optional[_Union[Returned, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., parked: _Optional[_Union[Offered, _Mapping]] = ..., kept: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router", "version", "oldest")
@@ -334,7 +336,7 @@ class Died(_message.Message):
     def __init__(self, error: _Optional[str] = ..., aboard: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Outlined(_message.Message):
-    __slots__ = ("free_s", "due_in_s", "ahead_s", "pace", "load", "room", "num_received", "end_s", "parked_room", "receives", "flows", "num_late")
+    __slots__ = ("free_s", "due_in_s", "ahead_s", "pace", "load", "room", "num_received", "end_s", "parked_room", "receives", "flows", "num_late", "late", "spare")
     FREE_S_FIELD_NUMBER: _ClassVar[int]
     DUE_IN_S_FIELD_NUMBER: _ClassVar[int]
     AHEAD_S_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +349,8 @@ class Outlined(_message.Message):
     RECEIVES_FIELD_NUMBER: _ClassVar[int]
     FLOWS_FIELD_NUMBER: _ClassVar[int]
     NUM_LATE_FIELD_NUMBER: _ClassVar[int]
+    LATE_FIELD_NUMBER: _ClassVar[int]
+    SPARE_FIELD_NUMBER: _ClassVar[int]
     free_s: float
     due_in_s: _containers.RepeatedScalarFieldContainer[float]
     ahead_s: _containers.RepeatedScalarFieldContainer[float]
@@ -359,7 +363,9 @@ class Outlined(_message.Message):
     receives: bool
     flows: bool
     num_late: int
-    def __init__(self, free_s: _Optional[float] = ..., due_in_s: _Optional[_Iterable[float]] = ..., ahead_s: _Optional[_Iterable[float]] = ..., pace: _Optional[float] = ..., load: _Optional[float] = ..., room: _Optional[float] = ..., num_received: _Optional[int] = ..., end_s: _Optional[float] = ..., parked_room: _Optional[float] = ..., receives: _Optional[bool] = ..., flows: _Optional[bool] = ..., num_late: _Optional[int] = ...) -> None: ...
+    late: _containers.RepeatedScalarFieldContainer[str]
+    spare: float
+    def __init__(self, free_s: _Optional[float] = ..., due_in_s: _Optional[_Iterable[float]] = ..., ahead_s: _Optional[_Iterable[float]] = ..., pace: _Optional[float] = ..., load: _Optional[float] = ..., room: _Optional[float] = ..., num_received: _Optional[int] = ..., end_s: _Optional[float] = ..., parked_room: _Optional[float] = ..., receives: _Optional[bool] = ..., flows: _Optional[bool] = ..., num_late: _Optional[int] = ..., late: _Optional[_Iterable[str]] = ..., spare: _Optional[float] = ...) -> None: ...
 
 class Returned(_message.Message):
     __slots__ = ("id", "ticket")

@@ -25,6 +25,7 @@ from kairos_jax.worker.messages import (
     GoOn,
     Handover,
     Hello,
+    Kept,
     Lost,
     Moved,
     Offered,
@@ -242,6 +243,13 @@ FROM_WORKER = (
         ),
     ),
     Entry(
+        Kept,
+        "kept",
+        For.REQUEST,
+        lambda event, now: event.id,
+        lambda said, sender: Kept(said),
+    ),
+    Entry(
         Outlined,
         "outlined",
         For.INSTANCE,
@@ -412,6 +420,8 @@ def _outlined(event: Outlined, now: float) -> pb.Outlined:
         flows=summary.flows,
         receives=summary.receives,
         num_late=summary.num_late,
+        late=summary.late,
+        spare=summary.spare,
     )
 
 
@@ -430,6 +440,8 @@ def _to_outlined(said: pb.Outlined, sender: Sender) -> Outlined:
         said.flows,
         said.receives,
         said.num_late,
+        tuple(said.late),
+        said.spare,
     )
     return Outlined(sender.instance, summary, said.num_received)
 

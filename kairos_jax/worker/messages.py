@@ -77,8 +77,8 @@ class GoOn:
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """This request may begin sooner elsewhere: it is given back, unless it has begun here. why: in
-    words.
+    """This request may begin sooner elsewhere: it is given back, or `Kept` if it has begun here.
+    why: in words.
     """
 
     id: str
@@ -180,6 +180,13 @@ class Returned:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """This request was recalled and has begun here, so that it stays."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Draining:
     """This instance takes no new requests; it gives them back."""
 
@@ -211,7 +218,19 @@ class Outlined:
     num_received: int
 
 
-Event = Stepped | Offered | Parked | Moved | Lost | Failed | Returned | Draining | Died | Outlined
+Event = (
+    Stepped
+    | Offered
+    | Parked
+    | Moved
+    | Lost
+    | Failed
+    | Returned
+    | Kept
+    | Draining
+    | Died
+    | Outlined
+)
 """All that a worker says."""
 
 

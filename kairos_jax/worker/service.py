@@ -360,7 +360,11 @@ class WorkerService(internal_pb2_grpc.WorkerServicer):
             self._outlined = event
             self._receipts.count(event.num_received)
             for router in self._routers:
-                router.tell(replace(event, num_received=self._receipts.of(router)))
+                own = replace(event, num_received=self._receipts.of(router))
+                if late := event.summary.late:
+                    late = tuple(id for id in late if id in router.requests)
+                    own = replace(own, summary=replace(event.summary, late=late))
+                router.tell(own)
             return
         for router in self._routers:
             if isinstance(event, Died):

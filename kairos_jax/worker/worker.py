@@ -32,6 +32,7 @@ from kairos_jax.worker.messages import (
     GoOn,
     HandBack,
     Handover,
+    Kept,
     Lost,
     Message,
     Outlined,
@@ -180,9 +181,7 @@ class Worker:
             case GoOn(id, why):
                 self._leaving[id] = why
             case Recall(id, why):
-                if (seq := self.instance.waiting.get(id)) and seq.unbegun:
-                    self.instance.give_back(id, why)
-                    self.emit(Returned(id))
+                self._give_back(id, why)
             case HandBack(running):
                 self._hand_back(running)
             case Fetched():
@@ -219,6 +218,14 @@ class Worker:
             for id in [*ledger.waiting, *ledger.running, *ledger.ending, *ledger.parked]:
                 self._forget(id)
                 self.emit(Returned(id))
+
+    def _give_back(self, id: str, why: str) -> None:
+        seq = self.instance.waiting.get(id)
+        if seq and seq.unbegun and not seq.num_tokens:
+            self.instance.give_back(id, why)
+            self.emit(Returned(id))
+        else:
+            self.emit(Kept(id))
 
     def _fetched(self, fetched: Fetched) -> None:
         if not self.moves.is_awaited(fetched):
@@ -321,8 +328,9 @@ class Worker:
             except queue.Empty:
                 self._expect()
                 return
-            # A Prefetch too: left for later, it would be overtaken by its Handover.
-            if isinstance(message, Submit | Handover | Prefetch | Ended):
+            # A Prefetch too: left for later, it would be overtaken by its Handover. And a Recall:
+            # another worker waits for it, and what has not begun has no pages.
+            if isinstance(message, Submit | Handover | Prefetch | Recall | Ended):
                 self._receive(message)
             else:
                 self._kept.append(message)

@@ -6,7 +6,7 @@ last summary came, it adds itself (`with_prompt`, `with_context`).
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from schedulers.policies.view import View
 
 # A sequence whose next tokens would have to come faster than this share of its TPOT is lost.
 _KEEPS = 0.9
-# Late prompts that an instance which has none is given at a time.
+# Late prompts that an instance which has time for them is given at a time.
 _RECALLED = 4
 
 
@@ -36,7 +36,9 @@ class Summary:
     first of its sequences has ended. parked_room: tokens of prompts that it should still be sent:
     without a bound, unless it has to wait until parked KV is fetched; then as many wait as may be
     parked. receives: see `Instance`. num_late: prompts that have missed their TTFT and not begun,
-    where such ones stand behind all others.
+    where such ones stand behind all others; late: ids of the oldest of them, a few. spare: tokens
+    of a late prompt that it could begin at once; 0 where a prompt waits, or sequences need its
+    time.
 
     Times are on the clock of the one who reads it: what it says stays true while time passes, so
     that nobody has to copy it to ask again.
@@ -55,11 +57,8 @@ class Summary:
     flows: bool = False
     receives: bool = False
     num_late: int = 0
-
-    @property
-    def has_time(self) -> bool:
-        """Whether no prompt waits, and no sequence needs its time."""
-        return not (self.ahead_s or self.num_late or self.load or self.parked_room < math.inf)
+    late: tuple[str, ...] = ()
+    spare: float = 0.0
 
     def work_s(self, now: float) -> float:
         """Seconds that all its prompts need."""
@@ -136,7 +135,7 @@ def outline(
         due, ahead_s = deadline[order].tolist(), seconds[order].cumsum().tolist()
     load = room = 0.0
     end_s = parked_room = math.inf
-    num_late = len(late_prompts(instance, now)) if demotes else 0
+    num_late, late = _late(instance, now) if demotes else (0, ())
     if instance.role is not Role.DECODE:
         parked_room = _parked_room(instance)
     if instance.role is not Role.PREFILL:
@@ -160,29 +159,34 @@ def outline(
         flows,
         instance.receives,
         num_late,
+        late,
+        0.0 if load else _spare(instance),
     )
 
 
-def late_prompts(instance: Instance, now: float) -> list[str]:
-    """Ids of the prompts that have missed their TTFT and not begun, oldest first."""
-    rows = instance.waiting
-    if not rows or instance.role is Role.DECODE:
-        return []
-    late = (rows.count == 0) & (rows.capacity == 0) & (rows.deadline < now)
-    (which,) = late.nonzero()
-    return rows.ids_at(which[rows.arrival[which].argsort(kind="stable")])
-
-
-def recall(summaries: Sequence[Summary], to: int) -> tuple[int, int] | None:
-    """The instance that is to give late prompts back for one that has time for them, and how many:
+def recall(summaries: Sequence[Summary], to: int) -> tuple[int, tuple[str, ...]] | None:
+    """The instance that is to give late prompts back for one that has time for them, and their ids:
     the one where most wait. None: nobody is to. A few at a time, so that they need not go on again
     when it has no time any more.
     """
-    if not summaries[to].has_time:
+    if not summaries[to].spare:
         return None
-    source = max(range(len(summaries)), key=lambda i: summaries[i].num_late)
-    count = min((summaries[source].num_late + 1) // 2, _RECALLED)
-    return (source, count) if count else None
+    some = [index for index, summary in enumerate(summaries) if summary.late]
+    if not some:
+        return None
+    source = max(some, key=lambda i: summaries[i].num_late)
+    late = summaries[source].late
+    return source, late[: (summaries[source].num_late + 1) // 2]
+
+
+def fitting(requests: Iterable[Request], tokens: float) -> list[Request]:
+    """Those whose prompts have at most so many tokens together; longer ones are passed over."""
+    some = []
+    for request in requests:
+        if len(request.prompt) <= tokens:
+            some.append(request)
+            tokens -= len(request.prompt)
+    return some
 
 
 def route_prefill(
@@ -381,6 +385,36 @@ def _room(instance: Instance) -> float:
         if rows
     )
     return instance.pages.num_free * instance.limits.page_size - needed
+
+
+def _late(instance: Instance, now: float) -> tuple[int, tuple[str, ...]]:
+    """See `Summary`."""
+    rows = instance.waiting
+    if not rows or instance.role is Role.DECODE:
+        return 0, ()
+    late = (rows.count == 0) & (rows.capacity == 0) & (rows.deadline < now)
+    (which,) = late.nonzero()
+    if not which.size:
+        return 0, ()
+    arrival = rows.arrival[which]
+    if which.size > _RECALLED:
+        oldest = np.argpartition(arrival, _RECALLED)[:_RECALLED]
+        oldest = oldest[arrival[oldest].argsort(kind="stable")]
+    else:
+        oldest = arrival.argsort(kind="stable")
+    return int(which.size), tuple(rows.ids_at(which[oldest]))
+
+
+def _spare(instance: Instance) -> float:
+    """See `Summary`; the sequences of the instance do not need its time."""
+    waiting, under_way = instance.waiting, instance.under_way
+    if instance.role is Role.DECODE or (waiting and not waiting.count.all()):
+        return 0.0
+    done = under_way.work if under_way else {}
+    goes_on = any(seq.remaining > done.get(seq.request.id, 0) for seq in instance.unbegun())
+    if goes_on or len(instance.running) >= instance.limits.max_batch:
+        return 0.0
+    return max(min(_room(instance), instance.parked_room), 0.0)
 
 
 def _end_s(instance: Instance, cost: CostModel) -> float:

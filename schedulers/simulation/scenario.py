@@ -155,11 +155,11 @@ def build(scenario: Scenario, arrivals: Sequence[Arrival]) -> Simulation:
         late = now > request.deadline
         return flowing.place(seq.length, request.slo, late, summaries, home, believed, now)
 
-    def recall(instances: Sequence[Instance], to: int, now: float) -> tuple[int, list[str]]:
-        late = [routing.late_prompts(instance, now) for instance in instances]
-        found = routing.recall(outlines(instances, now), to) if any(late) else None
-        source, count = found or (to, 0)
-        return source, late[source][:count]
+    def recall(instances: Sequence[Instance], to: int, now: float) -> tuple[int, Sequence[str]]:
+        summaries = outlines(instances, now)
+        source, ids = routing.recall(summaries, to) or (to, ())
+        late = (instances[source].waiting[id].request for id in ids)
+        return source, [each.id for each in routing.fitting(late, summaries[to].spare)]
 
     return Simulation(
         requests,

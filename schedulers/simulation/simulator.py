@@ -36,9 +36,9 @@ def stays(
     return Placement(home, "")
 
 
-def nothing(instances: Sequence[Instance], to: int, now: float) -> tuple[int, list[str]]:
+def nothing(instances: Sequence[Instance], to: int, now: float) -> tuple[int, Sequence[str]]:
     """What an instance takes over from another, where each prompt is computed where it was sent."""
-    return to, []
+    return to, ()
 
 
 class Simulation:
@@ -48,8 +48,8 @@ class Simulation:
     cost: what steps and transfers really take. route_prefill, route_decode: (request or sequence,
     instances, now) -> index of the instance. place: where roles flow, (sequence with its first
     token, instances, index of its own, now, ids of it and of others there that are still to be
-    placed) -> where it goes on. recall: (instances that prefill, index of one without prompts that
-    wait, now) -> which of the others gives it prompts, and their ids. noise: the logarithm's
+    placed) -> where it goes on. recall: (instances that prefill, index of one where no prompt
+    waits, now) -> which of the others gives it prompts, and their ids. noise: the logarithm's
     standard deviation of each step's time, whose mean stays.
     """
 
@@ -62,7 +62,7 @@ class Simulation:
         route_prefill: Callable[[Request, Sequence[Instance], float], int],
         route_decode: Callable[[Seq, Sequence[Instance], float], int],
         place: Callable[[Seq, Sequence[Instance], int, float, Collection[str]], Placement] = stays,
-        recall: Callable[[Sequence[Instance], int, float], tuple[int, list[str]]] = nothing,
+        recall: Callable[[Sequence[Instance], int, float], tuple[int, Sequence[str]]] = nothing,
         noise: float = 0.0,
         seed: int = 0,
     ):
@@ -122,14 +122,16 @@ class Simulation:
         return node
 
     def _recall(self, woken: dict["_Node", None], now: float) -> None:
-        """Where no prompt waits on an instance, late ones of another may go on there: that adds it
-        to `woken`.
+        """Late prompts of one instance may go on at another that has time for them: that adds it to
+        `woken`.
         """
         instances = [node.instance for node in self._prefill]
         for index, node in enumerate(self._prefill):
             waiting = node.instance.waiting
             if (node.busy and node not in woken) or (waiting and not waiting.count.all()):
                 continue
+            if not any(each.waiting for each in instances):
+                return
             source, ids = self.recall(instances, index, now)
             for id in ids:
                 seq = instances[source].give_back(id, f"{node.instance.id} has time for it")

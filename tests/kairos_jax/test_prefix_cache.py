@@ -106,13 +106,13 @@ def test_a_router_knows_what_a_worker_has_by_what_it_was_sent_last():
 
     first = asked(PREFIX[:25])
     assert peer.cached(first) == 0
-    peer.submit(Submit(first))
+    peer.submit(Submit(first), 0.0)
     assert (peer.cached(first), peer.cached(asked(PREFIX[:24]))) == (24, 16)
     before = peer.summary.work_s(0.0)
-    peer.submit(Submit(first))
+    peer.submit(Submit(first), 0.0)
     again_s = peer.summary.work_s(0.0) - before
     assert again_s == pytest.approx(cost.prefill_s(1, 24))
-    peer.submit(Submit(asked([9] * 16)))
+    peer.submit(Submit(asked([9] * 16)), 0.0)
     assert peer.cached(first) == 16, "of what its pool cannot hold the ends are forgotten first"
 
 

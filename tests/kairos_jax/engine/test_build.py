@@ -68,7 +68,7 @@ def test_a_peer_counts_what_its_summary_does_not_know_yet():
     idle, sent = outline(Instance("p", Role.PREFILL, LIMITS), cost, 0.0), []
     peer, slo = Peer("p", Role.PREFILL, sent.append, cost, idle), Slo(30.0, 30.0)
     for index in range(3):
-        peer.submit(Submit(Request(str(index), 0.0, [1] * 20, 5, slo)))
+        peer.submit(Submit(Request(str(index), 0.0, [1] * 20, 5, slo)), 0.0)
     one_s = cost.prefill_s(20)
     assert peer.summary.work_s(0.0) == pytest.approx(3 * one_s)
     assert len(sent) == 3

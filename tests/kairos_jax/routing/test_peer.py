@@ -62,7 +62,7 @@ def happens(kind, peer, plain, tokens):
     id = str(tokens)
     match kind:
         case "submit":
-            peer.submit(Submit(asked(id, tokens)))
+            peer.submit(Submit(asked(id, tokens)), 0.0)
             plain.sent.append(("prompt", tokens))
         case "book":
             peer.book(id, tokens, SLO)

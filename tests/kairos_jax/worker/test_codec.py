@@ -24,6 +24,7 @@ from kairos_jax.worker.messages import (
     HandBack,
     Handover,
     Hello,
+    Kept,
     Lost,
     Moved,
     Offered,
@@ -139,7 +140,7 @@ def test_the_outputs_of_a_step_arrive_as_they_were(outputs, now):
 
 def summary(id, skew):
     due = [2.0 + skew, 9.0 + skew]
-    rest = 4.0, math.inf, True, True, 3
+    rest = 4.0, math.inf, True, True, 3, ("a", "b"), 64.0
     return Summary(id, Role.BOTH, 8.0 + skew, due, [1.0, 2.5], 1.5, 0.5, 8.0, *rest)
 
 
@@ -149,6 +150,7 @@ EVENTS = [
     (Offered("a", Ticket("a", 3, 9, "h:1")), Offered("a", Ticket("a", 3, 9, "h:1"))),
     (Parked("a", Ticket("a", 3, 9, "h:1")), Parked("a", Ticket("a", 3, 9, "h:1"))),
     (Returned("a"), Returned("a")),
+    (Kept("a"), Kept("a")),
     (Returned("a", Ticket("a", 3, 9, "h:1")), Returned("a", Ticket("a", 3, 9, "h:1"))),
     (Draining("here"), Draining("there")),
     (Outlined("here", summary("here", 0.0), 7), Outlined("there", summary("there", SKEW), 7)),

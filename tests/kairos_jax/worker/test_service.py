@@ -200,6 +200,14 @@ async def test_an_outline_counts_each_routers_own_requests(service, worker, call
             event = await caller.hear()
             assert isinstance(event, Outlined)
             assert event.num_received == expected
+    late = replace(worker.outline(worker.instance, 0.0), num_late=3, late=("c", "a", "x"))
+    service.emit(Outlined("w", late, 4))
+    for caller, expected in ((one, ("a",)), (two, ("c",))):
+        event = await caller.hear()
+        assert isinstance(event, Outlined)
+        assert event.summary.late == expected, "each is told of its own"
+        assert event.summary.num_late == 3
+    service.emit(Outlined("w", summary, 4))
     late = call("3")
     event = await late.attach()
     assert isinstance(event, Outlined)

@@ -14,6 +14,7 @@ from kairos_jax.worker.messages import (
     Draining,
     HandBack,
     Handover,
+    Kept,
     Moved,
     Offered,
     Prefetch,
@@ -263,8 +264,10 @@ def test_a_recalled_prompt_goes_back_unless_it_has_begun(pair):
     assert pair.engines[0].begun.acquire(timeout=30)
     for id in ("begun", "waits", "unknown"):
         pair.prefill.post(Recall(id, "another has time for it"))
+    # At once, while the step goes on.
+    told = pair.told(Returned | Kept, 3)
+    assert told == [Kept("begun"), Returned("waits"), Kept("unknown")]
     pair.engines[0].gate.set()
-    assert pair.told(Returned) == [Returned("waits")]
     assert pair.next_output("begun").ticket
     pair.prefill.post(Cancel("begun"))
     pair.prefill.stop()

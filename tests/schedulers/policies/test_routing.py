@@ -71,6 +71,56 @@ def test_one_that_is_late_everywhere_goes_where_least_is_to_be_done():
     assert route(prompt("new", 40, ttft=10), first, second) == 1
 
 
+def test_the_oldest_late_prompts_that_have_not_begun_are_named():
+    asked = [prompt(str(i), 5, arrival=float(-i), ttft=2.0 + i) for i in range(9)]
+    instance = prefill(*asked)
+    assert routing.outline(instance, COST, 2.0).late == (), "they are due now"
+    summary = routing.outline(instance, COST, 3.0)
+    assert (summary.num_late, summary.late) == (9, ("8", "7", "6", "5"))
+    assert routing.outline(instance, COST, 3.0, demotes=False).num_late == 0
+    instance.begin(Batch({"8": 5}, predicted_s=5.0), 3.0)
+    summary = routing.outline(instance, COST, 3.0)
+    assert (summary.num_late, summary.late) == (8, ("7", "6", "5", "4"))
+
+
+def test_an_instance_has_time_for_what_it_could_begin_at_once():
+    def spare(instance):
+        return routing.outline(instance, COST, 0.0).spare
+
+    assert spare(prefill()) == 200
+    assert spare(decode()) == 0
+    hopeless = prefill(prompt("a", 50, ttft=9))
+    assert spare(hopeless) == 0, "it waits, and is not late yet"
+    hopeless.begin(Batch({"a": 10}, predicted_s=10.0), 0.0)
+    assert spare(hopeless) == 0, "40 tokens are left after this step"
+    short = prefill(prompt("a", 10))
+    short.begin(Batch({"a": 10}, predicted_s=10.0), 0.0)
+    assert spare(short) == 190, "this step ends it"
+    parks = prefill(limits=replace(LIMITS, max_context=30, parked_tokens=30))
+    assert spare(parks) == 30
+    full = prefill(prompt("a", 10), limits=replace(LIMITS, max_batch=1))
+    full.begin(Batch({"a": 10}, predicted_s=10.0), 0.0)
+    assert spare(full) == 0
+
+
+def test_late_prompts_come_from_where_most_wait():
+    idle, some, most = (routing.outline(prefill(), COST, 0.0) for _ in range(3))
+    some = replace(some, spare=0.0, num_late=3, late=("a", "b", "c"))
+    most = replace(most, spare=0.0, num_late=90, late=("d", "e", "f", "g"))
+    assert routing.recall([some, idle, most], 1) == (2, ("d", "e", "f", "g"))
+    assert routing.recall([some, idle], 1) == (0, ("a", "b"))
+    assert routing.recall([some, most], 0) is None
+    assert routing.recall([idle, idle], 0) is None
+    others = replace(most, late=())
+    assert routing.recall([some, idle, others], 1) == (0, ("a", "b")), "those are another router's"
+
+
+def test_of_late_prompts_those_go_that_fit():
+    asked = [prompt("a", 8), prompt("b", 3), prompt("c", 4), prompt("d", 1)]
+    assert [each.id for each in routing.fitting(asked, 7)] == ["b", "c"]
+    assert routing.fitting(asked, 0) == []
+
+
 def test_the_step_under_way_counts_once():
     instance = prefill(prompt("a", 15))
     instance.begin(Batch({"a": 10}, predicted_s=10.0), 0.0)
