@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         model = open_model(config)
         engines = build_engines(config, model, devices, progress)
         measured = profiling.load_or_measure(None, config, model, engines, progress)
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    events: queue.Queue[Event] = queue.Queue()
     cost = CostModel.from_profile(measured)
     (worker,) = build_workers(config, engines, cost, LocalTransport(), events.put)
     worker.start()
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 def _run(
     worker: Worker,
-    events: queue.SimpleQueue[Event],
+    events: queue.Queue[Event],
     ids: itertools.count,
     max_context: int,
     prompts: list[list[int]],
@@ -108,7 +108,7 @@ def _run(
     return {"at": at, "counts": counts, "first": [first[request.id] for request in requests]}
 
 
-def _until_idle(worker: Worker, events: queue.SimpleQueue[Event]) -> None:
+def _until_idle(worker: Worker, events: queue.Queue[Event]) -> None:
     """Returns when no step is under way, and nothing is left of what was cancelled."""
     while worker.instance.running or worker.instance.waiting or worker.num_under_way:
         with contextlib.suppress(queue.Empty):

@@ -280,7 +280,7 @@ def _text(result: dict[str, Any]) -> str:
             cells = [
                 [str(row[size]) for size in sizes]
                 + [short(row[name][key]) for name in peers]
-                + [f"{row['ratio']:.2f}"] * ("ratio" in row)
+                + [f"{row['ratio']:.2f}" for _ in ratio]
                 for row in rows
             ]
             parts.append(f"{part}, {unit}\n" + table([*sizes, *peers, *ratio], cells))

@@ -17,15 +17,21 @@ from models.ops import KERNELS, attention_gpu, native
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Flags of XLA with which it compiles in half of the time: most of the tests' time went into that.
+# The floats of a program may differ in their last bits, as between machines. XLA reads them once:
+# they are for this process, whose engine's programs are compiled as for users all the same (see
+# tests/kairos_jax/engine), and for those of `environment`.
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY_COMPILED}".strip())
+    jax.devices()
+
 # As it is where there is no cuDNN.
 without = functools.partial(attention_gpu.attention, cudnn=False)
 KERNELS["gpu"] = KERNELS["gpu"]._replace(attention=without)
 # Not those that need arrays of their own, or do not run here: see
 # tests/models/ops/test_accelerators.py.
 RUN_HERE = [name for name in KERNELS if name not in ("tpu", "gpu_hopper")]
-
-# Flags of XLA. The floats of a program may differ in their last bits, as between machines.
-QUICKLY_COMPILED = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
 
 
 @pytest.fixture(scope="session", params=RUN_HERE)
@@ -60,8 +66,8 @@ def optimized_environment(tmp_path_factory, worker_id) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def environment(optimized_environment) -> dict[str, str]:
     """The same for processes whose steps need not be fast: compiled in a third of the time."""
-    given = (optimized_environment.get("XLA_FLAGS", ""), *QUICKLY_COMPILED)
-    return optimized_environment | {"XLA_FLAGS": " ".join(given).strip()}
+    given = optimized_environment.get("XLA_FLAGS", "")
+    return optimized_environment | {"XLA_FLAGS": f"{given} {QUICKLY_COMPILED}".strip()}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -64,17 +65,20 @@ struct Vector {
   }
 };
 
-// What a product asks for ahead: `rows` rows from `from` on, laid out like its b.
+// What a product asks memory for ahead: as much from `from` on as `rows` rows of its b. In the order
+// of addresses, which memory gives fastest.
 struct Ahead {
   const float* from = nullptr;
   int64_t rows = 0;
 };
 
-// c[M, N*W] = a[M, depth] @ b[depth, N*W], added to what is there if `add`. All in registers.
-template <int W, int M, int N>
+// c[M, N*W] = a[M, depth] @ b[depth, N*W], added to what is there if `add`. All in registers. Dense:
+// the rows of b follow each other, and ldb need not be known.
+template <int W, int M, int N, bool Dense>
 void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
           int64_t depth, bool add, Ahead ahead) {
   using V = Vector<W>;
+  if constexpr (Dense) ldb = N * W;
   typename V::Type sum[M][N];
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) sum[i][j] = add ? V::load(c + i * ldc + j * W) : V::all(0.0f);
@@ -88,7 +92,7 @@ void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, in
   };
   int64_t t = 0;
   for (; t < ahead.rows; t++) {
-    for (int j = 0; j < N * W; j += 16) __builtin_prefetch(ahead.from + t * ldb + j);
+    for (int j = 0; j < N * W; j += 16) __builtin_prefetch(ahead.from + t * N * W + j);
     step(t);
   }
   for (; t < depth; t++) step(t);
@@ -97,36 +101,40 @@ void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, in
 }
 
 // In tiles of up to 6 rows, as even as can be: one of 1 or 2 takes almost as long as one of 4, since
-// each sum waits for itself. next: what is wanted after this, as large as b and laid out like it, or
+// each sum waits for itself. next: what is wanted after this, dense and as large as b's columns, or
 // null. Each tile asks for its share of it: memory is then busy all the time, and never in the way.
-template <int W, int N>
+template <int W, int N, bool Dense>
 void tile_rows(int64_t m, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                int64_t ldc, int64_t depth, bool add, const float* next = nullptr) {
   int64_t tiles = (m + 5) / 6, share = tiles ? (depth + tiles - 1) / tiles : 0;
   for (int64_t asked = 0; tiles; tiles--) {
     int64_t rows = (m + tiles - 1) / tiles;
     Ahead ahead;
-    if (next) ahead = {next + asked * ldb, std::min(share, depth - asked)};
+    if (next) ahead = {next + asked * N * W, std::min(share, depth - asked)};
     switch (rows) {
-      case 6: tile<W, 6, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
-      case 5: tile<W, 5, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
-      case 4: tile<W, 4, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
-      case 3: tile<W, 3, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
-      case 2: tile<W, 2, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
-      case 1: tile<W, 1, N>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
+      case 6: tile<W, 6, N, Dense>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
+      case 5: tile<W, 5, N, Dense>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
+      case 4: tile<W, 4, N, Dense>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
+      case 3: tile<W, 3, N, Dense>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
+      case 2: tile<W, 2, N, Dense>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
+      case 1: tile<W, 1, N, Dense>(a, lda, b, ldb, c, ldc, depth, add, ahead); break;
     }
     m -= rows, a += rows * lda, c += rows * ldc, asked += ahead.rows;
   }
 }
 
-// c[m, n] = a[m, depth] @ b[depth, n], or added to it. n is a multiple of W.
+// c[m, n] = a[m, depth] @ b[depth, n], or added to it. n is a multiple of W. next: see `tile_rows`.
 template <int W>
 void product(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, const float* b,
-             int64_t ldb, float* c, int64_t ldc, bool add) {
+             int64_t ldb, float* c, int64_t ldc, bool add, const float* next) {
+  auto columns = [&](auto count, int64_t j) {
+    const float* ahead = next ? next + j * depth : nullptr;
+    tile_rows<W, count(), false>(m, a, lda, b + j, ldb, c + j, ldc, depth, add, ahead);
+  };
   int64_t j = 0;
   for (; j + kColumns * W <= n; j += kColumns * W)
-    tile_rows<W, kColumns>(m, a, lda, b + j, ldb, c + j, ldc, depth, add);
-  for (; j < n; j += W) tile_rows<W, 1>(m, a, lda, b + j, ldb, c + j, ldc, depth, add);
+    columns(std::integral_constant<int, kColumns>(), j);
+  for (; j < n; j += W) columns(std::integral_constant<int, 1>(), j);
 }
 
 // Columns of a packed weight that lie together. See `linear`.
@@ -168,7 +176,7 @@ void linear_panels(int64_t m, int64_t n, int64_t inputs, int64_t depth, const fl
       const float* panel = w + j * size + t * kPanel;
       const float* next = panel + size;
       if (j + 1 == panels) next = t + some < inputs ? w + (t + some) * kPanel : w + panels * size;
-      tile_rows<kWidth, kColumns>(m, x + t, inputs, panel, kPanel, y + j * kPanel, n, some, t > 0,
+      tile_rows<kWidth, kColumns, true>(m, x + t, inputs, panel, kPanel, y + j * kPanel, n, some, t > 0,
                                   next);
     }
   }
@@ -269,22 +277,24 @@ void attend(const Shape& s, const Arrays& x, const Block& block, int64_t kv) {
   std::fill_n(total, queries, 0.0f);
 
   int64_t start = block.start, used = (start + block.count + s.page - 1) / s.page;
-  for (int64_t index = 0; index < std::min(used, s.table); index++) {
-    int64_t page = x.table[block.sequence * s.table + index];
-    page = std::clamp<int64_t>(page, 0, s.pages - 1);
-    int64_t base = index * s.page;
+  used = std::min(used, s.table);
+  auto page_at = [&](int64_t index) {
+    int64_t page = x.table[block.sequence * s.table + std::min(index, used - 1)];
+    return (std::clamp<int64_t>(page, 0, s.pages - 1) * s.kv + kv) * s.head * s.page;
+  };
+  for (int64_t index = 0; index < used; index++) {
+    int64_t base = index * s.page, at = page_at(index);
     // The queries before `first` see nothing of this page.
     int64_t first = std::max<int64_t>(0, base - start) * group, some = queries - first;
-    const float* keys = x.keys + (page * s.kv + kv) * s.head * s.page;
-    const float* values = x.values + (page * s.kv + kv) * s.page * s.head;
+    const float *keys = x.keys + at, *values = x.values + at;
     product<W>(some, s.page, s.head, q + first * s.head, s.head, keys, s.page,
-               scores + first * s.page, s.page, false);
+               scores + first * s.page, s.page, false, values);
     for (int64_t i = first; i < queries; i++) {
       int64_t visible = std::min<int64_t>(s.page, start + i / group + 1 - base);
       weigh<W>(s, visible, scores + i * s.page, sum + i * s.head, peak[i], total[i]);
     }
     product<W>(some, s.head, s.page, scores + first * s.page, s.page, values, s.head,
-               sum + first * s.head, s.head, true);
+               sum + first * s.head, s.head, true, x.keys + page_at(index + 1));
   }
   for (int64_t i = 0; i < queries; i++) {
     float* to = out + ((i / group) * s.heads + i % group) * s.head;

@@ -42,6 +42,17 @@ def test_steps_of_our_engine(environment):
     assert all(row["kairos"]["tokens_per_s"]["median"] > 0 for row in result["prefill"])
 
 
+def test_without_vllm_a_person_reads_of_ours_alone(environment):
+    command = [sys.executable, "benchmarks/vs_vllm.py", "--parts=prefill", "--prompts=16", *TINY]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *_, head, row = done.stdout.splitlines()
+    assert head.split() == ["tokens", "kairos"]
+    assert row.startswith("16 ")
+
+
 def test_serving_of_ours(environment):
     load = ("--rates=4", "--duration_s=1", "--max_prompt=40", "--max_output=8", "--ttft=60")
     arguments = ("--parts=serve", "--layouts=colocated", "--tpot=20", *load)

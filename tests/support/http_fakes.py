@@ -149,8 +149,8 @@ def serving_in_thread(
     """A function that runs an async test against a server that lives as long as the block, on a
     thread of its own. At its end nothing may be held.
     """
-    up: queue.SimpleQueue[tuple[Api, asyncio.AbstractEventLoop] | BaseException]
-    up, ending = queue.SimpleQueue(), threading.Event()
+    up: queue.Queue[tuple[Api, asyncio.AbstractEventLoop] | BaseException]
+    up, ending = queue.Queue(), threading.Event()
 
     async def serve() -> None:
         try:
@@ -162,7 +162,7 @@ def serving_in_thread(
             up.put(error)
             raise
 
-    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    ended: queue.Queue[BaseException | None] = queue.Queue()
 
     def run() -> None:
         try:

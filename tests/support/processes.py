@@ -44,7 +44,7 @@ class Process:
         self.binary, self.address = binary, ""
         self._errors: list[tuple[float, str]] = []
         self._error_came = threading.Condition()
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lines: queue.Queue[str | None] = queue.Queue()
         self._popen = subprocess.Popen(
             [
                 *(sys.executable, "-m", f"kairos_jax.{binary}", f"--port={port}"),

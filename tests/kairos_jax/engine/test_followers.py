@@ -268,7 +268,7 @@ class StuckEngine:
 
 
 def test_a_call_that_hangs_is_told_once_and_an_orderly_end_is_not(monkeypatch):
-    lost = queue.SimpleQueue()
+    lost = queue.Queue()
     step = Step(np.zeros(4, np.int32), np.zeros((1, lanes.SAID), np.int32))
     with connection_to(2.0) as (end, theirs):
         leader = followers.Leader(StuckEngine(), [end], lost.put)
@@ -297,7 +297,7 @@ def test_a_call_that_hangs_is_told_once_and_an_orderly_end_is_not(monkeypatch):
 )
 def test_a_follower_whose_call_hangs_does_not_outlast_its_leader(kind, words, monkeypatch):
     """What comes waits for a call that never returns: nobody takes it."""
-    ended, messages = queue.SimpleQueue(), queue.SimpleQueue()
+    ended, messages = queue.Queue(), queue.Queue()
     monkeypatch.setattr(followers, "end_process", ended.put)
     monkeypatch.setattr(followers, "_CLOSE_S", 0.1)
     with connection_to(5.0) as (end, theirs):

@@ -102,7 +102,7 @@ class Alone:
         self.transport = transport or LocalTransport()
         self.journal, self.cost = Journal(time.monotonic), cost
         self.config, self.engine = config, Engine(config.limits(role))
-        self.events = queue.SimpleQueue()
+        self.events = queue.Queue()
         self.tokens, self.ended = {}, {}
         self.at_third = lambda: None  # on the worker's thread, when a request has three tokens
         self.worker = build_worker(

@@ -65,7 +65,7 @@ class Pair:
     def __init__(self):
         self.transport, self.journal = Transport(), Journal(fakes.time.monotonic)
         self.engines = [Engine(fakes.CONFIG.limits(role)) for role in fakes.CONFIG.roles]
-        self.events = queue.SimpleQueue()
+        self.events = queue.Queue()
         emit = self.events.put
         self.workers = build_workers(
             fakes.CONFIG, self.engines, COST, self.transport, emit, self.journal
@@ -298,7 +298,7 @@ def test_kv_that_was_not_asked_for_goes_back_by_its_ticket(pair):
     assert pair.told(Returned, 2) == [Returned("waits", waits), Returned("came ahead")]
     late = pair.hand_over("late", 20)
     assert pair.told(Returned) == [Returned("late", late)]
-    held = queue.SimpleQueue()
+    held = queue.Queue()
     for ticket in (waits, late):
         pair.transport.fetch(ticket, None, held.put)
         assert isinstance(held.get(timeout=30), list), "still on offer"
@@ -308,9 +308,9 @@ def test_kv_that_was_not_asked_for_goes_back_by_its_ticket(pair):
 
 
 def test_a_forgotten_ticket_is_released_whether_or_not_its_fetch_has_begun(pair):
-    released, release = queue.SimpleQueue(), pair.transport.release
+    released, release = queue.Queue(), pair.transport.release
     pair.transport.release = lambda ticket: (released.put(ticket.request_id), release(ticket))
-    fetch, held = pair.transport.fetch, queue.SimpleQueue()
+    fetch, held = pair.transport.fetch, queue.Queue()
     pair.transport.fetch = lambda *args: held.put(args)
     pair.hand_over("gone", 20)
     args = held.get(timeout=30)
