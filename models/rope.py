@@ -6,6 +6,7 @@ Dimension letters: T tokens, N heads, H head dim.
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -71,7 +72,17 @@ def rope_angles(frequencies: np.ndarray, positions: Int[Array, "T"]) -> Rope:
     frequencies: of `rope_frequencies`.
     """
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+
+    def both() -> Rope:
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def apart() -> Rope:
+        none = jnp.zeros_like(angles)
+        return jax.lax.cond(positions[0] >= 0, both, lambda: (none, none))
+
+    # On a CPU, XLA would compute them anew for each head of each layer: a twentieth of a step. It
+    # does not look into a condition.
+    return jax.lax.platform_dependent(cpu=apart, default=both)
 
 
 def rotate(x: Float[Array, "T N H"], rope: Rope) -> Float[Array, "T N H"]:
