@@ -123,6 +123,7 @@ def example(
 ) -> StepInput:
     """A step of so many tokens of each sequence, after those before, and a little padding."""
     parts, holders = [], lanes.Holders(limits)
+    holders.begin()
     for count, start, held in zip(counts, before, pages, strict=True):
         request = Request("", 0.0, [0] * int(start + count), 1, Slo(1.0, 1.0))
         seq = Seq(request, computed=int(start))
