@@ -118,6 +118,9 @@ class _Timeline:
         elif event.verb == "cancel" and event.id == self.id and event.instance.get(self.id):
             self._say(event.at, f"cancelled on {event.instance.id}")
             self._where = ""
+        elif event.verb == "copied" and event.id == self.id in event.instance.evicting:
+            pages = _count(len(event.instance.evicting[self.id].pages), "page")
+            self._say(event.at, f"its KV is copied out; {event.instance.id} takes back {pages}")
 
     def after(self, event: Event, left: list[Seq]) -> None:
         """Looks at what came of it."""
@@ -166,11 +169,10 @@ class _Timeline:
         waits = self.id in instance.waiting
         seq = instance.waiting.get(self.id) or instance.running.get(self.id)
         if seq is None or (seq.pages and not seq.ready) or (seq.ready and instance.under_way):
-            return  # It is not here, its fetch is under way, or a step is: nothing is to decide.
+            return  # It is not here, its KV is under way, or a step is: nothing is to decide.
         why = self._why(instance, seq, now)
         if self.id in batch.evict:
-            pages = _count(len(seq.pages), "page")
-            self._say(now, f"evicted from {instance.id}, which takes back {pages}; {why}")
+            self._say(now, f"evicted from {instance.id}, which copies its KV out; {why}")
         elif self.id in batch.fetch:
             self._fetch_at = now
             self._say(now, f"{instance.id} fetches its KV of {seq.computed} tokens; {why}")

@@ -83,11 +83,6 @@ class Copies:
                     return
                 self._make(id, copy, count)
 
-    def finish(self, id: str) -> None:
-        """Copies all of one at once, which is complete."""
-        copy = self._copies[id]
-        self._make(id, copy, copy.past - copy.next)
-
     def finish_all(self) -> None:
         """Copies all that there is."""
         for id, copy in list(self._copies.items()):

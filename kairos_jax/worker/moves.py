@@ -87,15 +87,14 @@ class Moves:
             self.transport.extend(ticket, self.engine.read_pages(pages), last)
 
         def ended() -> None:
-            if id in self.instance.parked:
+            if id in self.instance.parked or id in self.instance.evicting:
                 self.instance.copied(id)
 
         return self.copies.add(id, Copy(move, ended))
 
     def evict(self, seq: Seq) -> None:
-        """Offers its KV, which is to be fetched again from here. At once, since its pages go."""
+        """Offers its KV, which is to be fetched again from here."""
         self._tickets[seq.request.id] = self.offer(seq)
-        self.copies.finish(seq.request.id)
 
     def drop_offer(self, id: str) -> None:
         """Releases what is on offer of a request, if anything is."""

@@ -300,10 +300,12 @@ class Worker:
         self.moves.copies.make()
 
     def _begin(self, batch: Batch, now: float) -> None:
-        """Copies out what is evicted while it still has its pages; then books the decision."""
-        for id in batch.evict:
-            self.moves.evict(self.instance.running[id])
+        """Books the decision, and begins what it moves."""
         self.instance.begin(batch, now)
+        for id in batch.evict:
+            self.moves.evict(self.instance.evicting[id])
+        if batch.evict:
+            self.moves.copies.make()
         for id in batch.fetch:
             self.moves.fetch(self.instance.waiting[id])
 

@@ -83,9 +83,10 @@ _NO_WORK: Mapping[str, int] = {}
 class Batch(NamedTuple):
     """A decision. work: tokens to compute, by request id (more than one: prefill or a chunk of it).
     fetch: requests to bring the KV of here, into pages that are reserved now. evict: running
-    requests whose KV is copied out, and whose pages are taken back, before anything else; they wait
-    to be fetched again. predicted_s: the cost model's own figure for `work`, before the instance's
-    pace; `Instance.end` holds it against the clock.
+    requests whose KV is to be copied out. They wait, and keep their pages until it is: nothing else
+    of the decision may count on these. Then they wait to be fetched again. predicted_s: the cost
+    model's own figure for `work`, before the instance's pace; `Instance.end` holds it against the
+    clock.
     """
 
     work: Mapping[str, int] = _NO_WORK
@@ -122,7 +123,8 @@ class Instance:
 
     waiting: no step yet, evicted, or (on a decode instance) not yet in a batch. running: begun.
     parked: prefilled, KV held for the decode side. ending: what an expected step ends or parks,
-    until its result is there. Only the verbs below change it. A `journal`, if there is one, is told
+    until its result is there. evicting: waiting ones whose KV is being copied out. Only the verbs
+    below change it. A `journal`, if there is one, is told
     of each verb: `schedulers.ledger.journal` replays them.
 
     A step may begin behind another whose result is still to come: `begin`, `expect`, `begin` of the
@@ -151,6 +153,7 @@ class Instance:
         self.running: Rows[Seq] = Rows()
         self.parked: Rows[Seq] = Rows()
         self.ending: Rows[Seq] = Rows()
+        self.evicting: dict[str, Seq] = {}
         self.parked_tokens = 0
         self.pace = 1.0
         self.outputs = Outputs(learn_outputs)
@@ -199,6 +202,11 @@ class Instance:
         ones count, as if they were taken anew: so that is the most that it can take.
         """
         return self.pool.needed(seq)
+
+    @property
+    def num_leaving(self) -> int:
+        """Pages that will be free once the KV of the evicted ones has been copied out."""
+        return sum(self.pool.table.num_freed_by(seq.pages) for seq in self.evicting.values())
 
     def unbegun(self) -> list[Seq]:
         """The running sequences that have no output token yet."""
@@ -250,7 +258,7 @@ class Instance:
         return seq
 
     def begin(self, batch: Batch, now: float) -> None:
-        """Takes back and reserves the pages that the decision says, and moves its work to running.
+        """Reserves the pages that the decision says, and moves its work to running.
 
         `now` is when the policy was asked. Behind a step that is expected, this one begins with
         that one's end.
@@ -260,8 +268,8 @@ class Instance:
         for id in batch.evict:
             seq = self.running.move(id, self.waiting)
             assert seq.num_tokens, f"request {id!r} was evicted in the midst of its prefill"
-            self.pool.take_back(seq)
             seq.cells[Column.READY] = 0.0
+            self.evicting[id] = seq
         joining: Sequence[str] = ()
         if self.waiting.seqs and batch.work:
             some = self.waiting.ids & batch.work.keys()
@@ -280,7 +288,7 @@ class Instance:
         for id in joining:
             self._admit(id, now)
         if self.role is not Role.PREFILL:
-            self.pool.grow(self.running)
+            self.pool.grow(self.running, batch.work)
         begun_at = max(now, self.busy_until)
         self._steps.append(_Step(batch, begun_at, self.running.num_removed, joined))
         self.busy_until = begun_at + self.pace * batch.predicted_s
@@ -380,10 +388,10 @@ class Instance:
         return seq
 
     def copied(self, id: str) -> None:
-        """The KV of `id`, which is parked, has been copied out of the pool: frees its pages."""
+        """The KV of `id`, parked or evicted, has been copied out of the pool: frees its pages."""
         if self.journal:
             self.journal("copied", id)
-        self.pool.take_back(self.parked[id])
+        self.pool.take_back(self.evicting.pop(id, None) or self.parked[id])
 
     def release(self, id: str) -> None:
         """The decode side has the KV of `id`: forgets it. Unknown ids are passed over, since a
@@ -411,6 +419,9 @@ class Instance:
         for place in self._places:
             place.check()
         assert self.parked_tokens == sum(seq.computed for seq in self.parked.values())
+        for id, seq in self.evicting.items():
+            assert self.waiting.get(id) is seq, f"request {id!r} was evicted, and does not wait"
+            assert not seq.ready, f"request {id!r} was evicted, and is ready"
         booked = self._steps[0] if self._steps and self._steps[0].booked else None
         assert booked or not self.ending, "nothing ends without a step that is expected to end"
         fresh = {seq: booked.batch.work[seq.request.id] for seq in booked.prompts} if booked else {}
@@ -537,6 +548,7 @@ class Instance:
 
     def _drop(self, place: Rows[Seq], id: str) -> None:
         seq = place.remove(id)
+        self.evicting.pop(id, None)
         if place is self.waiting:
             self.pool.unwatch(seq)
         if place is self.parked:
@@ -548,7 +560,7 @@ Policy = Callable[[Instance, float], Batch]
 """(instance, now) -> Batch. Pure: leaves the ledger as it is and answers the same twice.
 
 A ledger that holds work gets a batch, unless it waits for `parked` KV to be released, for a fetch
-under way, or for a running sequence to give back its pages.
+under way, for evicted KV to be copied out, or for a running sequence to give back its pages.
 """
 
 

@@ -43,10 +43,13 @@ class Pool:
             seq.pages += self.table.alloc(count)
             seq.cells[Column.CAPACITY] = len(seq.pages) * self.page_size
 
-    def grow(self, running: Rows[Seq]) -> None:
-        """A page more for each whose next token has no room."""
+    def grow(self, running: Rows[Seq], work: Mapping[str, int]) -> None:
+        """A page more for each of `work` whose next token has no room."""
         capacity = running.capacity
-        if rows := (running.length > capacity).nonzero()[0].tolist():
+        (rows,) = (running.length > capacity).nonzero()
+        if rows.size and len(work) < len(running.seqs):
+            rows = rows[[running.id_at(row) in work for row in rows.tolist()]]
+        if rows := rows.tolist():
             for row, page in zip(rows, self.table.alloc(len(rows)), strict=True):
                 running.seqs[row].pages.append(page)
                 capacity[row] += self.page_size

@@ -2,8 +2,9 @@
 
 A waiting request is in one of three states: its KV is elsewhere (no pages), under way (pages, not
 ready) or here (ready). Only a request that is ready may step. A request gets pages for the tokens
-that it has, and one more page whenever it needs it. If no page is left, a running request is
-evicted: its KV is copied out, and it waits to be fetched again.
+that it has, and one more page whenever it needs it. When too few pages are left, a running request
+is evicted: it waits, its pages are free when its KV has been copied out, and then it is to be
+fetched again. Until then, a request that lacks a page does not step.
 """
 
 import math

@@ -62,13 +62,15 @@ class KairosPlus:
         view = View(self.cost, instance, now, self.least)
         served, passed = view.serve(self.target, newcomers)
         (hopeless,) = (~view.feasible).nonzero()
-        if room.free < 0:
-            room.make(lambda: np.where(view.feasible, 0.0, -1e9)[: len(running)] - running.length)
+        stay = room.make(
+            lambda: np.where(view.feasible, 0.0, -1e9)[: len(running)] - running.length
+        )
         fetch = self._fetch(instance, view, served, hopeless, room) if waiting else NONE
-        if waiting or room.evict:
+        if waiting or stay.size < len(running) or room.evict:
             may = view.cells[Column.READY] > 0
-            if room.evict:
-                may[room.evict] = False
+            may[: len(running)] = False
+            may[stay] = True
+            may[room.evict] = False
             served, passed, hopeless = (
                 rows[may[rows]] if rows.size else rows for rows in (served, passed, hopeless)
             )
@@ -179,7 +181,7 @@ class KairosPlus:
                 rest = far[fetched.size :]
                 late = view.by(Column.ARRIVAL, hopeless[hopeless < num_running])
                 room.evict_for(waiting.length[rest], late)
-                return np.concatenate([fetched, room.fetch(rest)])
+                return fetched
         share = self.hopeless_pages if served.size else 1.0
         held = np.add.reduce(view.cells[Column.CAPACITY][hopeless]) / instance.limits.page_size
         limit = share * instance.limits.num_pages

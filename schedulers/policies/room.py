@@ -14,7 +14,9 @@ class Room:
     """The pages of an instance in the making of one decision.
 
     free: pages left when each running sequence has had one more, which most do not need now: so
-    that they can go on for a while without an eviction. evict: rows of running ones to evict.
+    that they can go on for a while without an eviction. evict: rows of running ones to evict. Their
+    pages are free when their KV has been copied out, so they are evicted a step before the others
+    need these. Earlier still, there would be more evictions: half a page ahead, half as many again.
     """
 
     __slots__ = ("evict", "free", "instance")
@@ -30,39 +32,43 @@ class Room:
         return np.arange(len(self.instance.running))
 
     def make(self, order: Callable[[], np.ndarray]) -> np.ndarray:
-        """Evicts running sequences, least in `order` first, until the others have the pages that
-        they need now. Returns the rows of the others.
+        """Evicts running sequences, least in `order` first, until the others will have the pages
+        that they need for two steps. Returns the rows of the others that may step now: those that
+        lack no page, and of those that lack one the last in `order`, while any is free.
         """
         running = self.instance.running
         if self.free >= 0:
             return self.all
+        num_free = self.instance.pages.num_free
+        soon = running.length + 1 > running.capacity
+        short = int(np.count_nonzero(soon)) - num_free - self.instance.num_leaving
         lacking = running.length > running.capacity
-        short = int(np.count_nonzero(lacking)) - self.instance.pages.num_free
-        if short <= 0:
+        if short <= 0 and np.count_nonzero(lacking) <= num_free:
             return self.all
         rows = order().argsort(kind="stable")
-        freed = (self._freed(rows) + lacking[rows]).cumsum()
-        count = int(np.searchsorted(freed, short)) + 1  # all, where pages are shared among them
-        self.evict += rows[:count].tolist()
-        return np.sort(rows[count:])
+        if short > 0:
+            freed = (self._freed(rows) + soon[rows]).cumsum()
+            count = int(np.searchsorted(freed, short)) + 1  # all, where pages are shared among them
+            self.evict += rows[:count].tolist()
+            rows = rows[count:]
+        lacking = lacking[rows]
+        may = ~lacking | (lacking[::-1].cumsum()[::-1] <= num_free)
+        return np.sort(rows[may])
 
     def evict_for(self, lengths: np.ndarray, rows: np.ndarray) -> None:
-        """Evicts as few of the running `rows` as make room for so many tokens [S], the longest
+        """Evicts as few of the running `rows` as will make room for so many tokens [S], the longest
         first; none if they do not even make room for the first of those.
         """
         size, running = self.instance.limits.page_size, self.instance.running
-        short = int(np.ceil(lengths / size).sum()) - self.free
+        free = self.free + self.instance.num_leaving
+        short = int(np.ceil(lengths / size).sum()) - free
         if short <= 0 or not rows.size:
             return
         rows = rows[~np.isin(rows, self.evict)]
         rows = rows[(-running.capacity[rows]).argsort(kind="stable")]
         freed = self._freed(rows).cumsum()
-        if not rows.size or freed[-1] + self.free < -(-lengths[0] // size):
-            return
-        rows = rows[: int(np.searchsorted(freed, short)) + 1]
-        if rows.size:
-            self.free += int(freed[rows.size - 1])
-            self.evict += rows.tolist()
+        if rows.size and freed[-1] + free >= -(-lengths[0] // size):
+            self.evict += rows[: int(np.searchsorted(freed, short)) + 1].tolist()
 
     def _freed(self, rows: np.ndarray) -> np.ndarray:
         """Pages that each of the running `rows` would free, if it alone gave back its own [S]."""

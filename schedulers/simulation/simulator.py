@@ -157,12 +157,16 @@ class Simulation:
                 left = self.outputs[seq.request.serial] - seq.num_tokens
                 node.sure = min(node.sure, left - 1)
         instance.begin(batch, now)
+        for id in batch.evict:
+            instance.copied(id)
         for id in batch.fetch:
             begun = max(now, node.link_free, self._copied_at.pop(id, now))
             seq = instance.waiting[id]
             node.link_free = begun + self.cost.transfer_s(seq.computed - seq.cached)
             self._push(node.link_free, self._fetched, node, id)
         if not batch.work:
+            if batch.evict:
+                self._decide(node, now)
             return
         node.busy = True
         step_s = self._step_s(instance, batch)

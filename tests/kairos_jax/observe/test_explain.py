@@ -42,6 +42,8 @@ class Run:
 
     def step(self, instance, took=0.5, predicted_s=0.5, fetch=(), evict=(), stopped=(), **work):
         instance.begin(batch := Batch(work, fetch, evict, predicted_s if work else 0.0), self.now)
+        for id in evict:
+            instance.copied(id)
         self.now += took if work else 0
         for seq in instance.end(batch, self.now, stopped) if work else ():
             if not seq.finish_reason:
@@ -110,7 +112,8 @@ def test_a_timeline_by_hand(run):
         "3.2500 s 1 step on d, of a batch of 2: took 0.5000 s, predicted 0.5000 s; "
         "left out of 1 more, for c; "
         "next token overdue by 1.4000 s -> next token overdue by 1.8000 s",
-        "4.7500 s evicted from d, which takes back 8 pages; next token overdue by 2.8000 s",
+        "4.7500 s evicted from d, which copies its KV out; next token overdue by 2.8000 s",
+        "4.7500 s its KV is copied out; d takes back 8 pages",
         "5.2500 s d fetches its KV of 31 tokens; next token overdue by 3.3000 s",
         "5.5000 s its KV is on d: the transfer took 0.2500 s",
         "5.5000 s admitted to a batch of 1 on d, whose step is predicted to take 0.5333 s; "

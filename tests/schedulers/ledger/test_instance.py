@@ -29,6 +29,7 @@ class Known:
     first_at: float | None
     due: float | None
     pages: int = 0
+    evicting: bool = False
     worst_slack: float = math.inf
 
     @property
@@ -121,25 +122,28 @@ class Verbs:
         evict = []
         if self.role is not Role.PREFILL and not self.steps:
             evict = self.few([id for id in running if model[id].count])
-        free += sum(model[id].pages for id in evict)
         stay = [id for id in running if id not in evict]
-        # Also those that do not step grow to the tokens that they have.
-        free -= sum(model[id].lacks for id in stay) if self.role is not Role.PREFILL else 0
+        grow = []
+        if self.role is not Role.PREFILL:
+            for id in stay:
+                if model[id].lacks <= free:
+                    free -= model[id].lacks
+                    grow.append(id)
         fetch, admit = [], []
         for ids, chosen in (
-            (self.those("waiting", ready=False, pages=0), fetch),
+            (self.those("waiting", ready=False, pages=0, evicting=False), fetch),
             (self.those("waiting", ready=True), admit),
         ):
             for id in self.subset(ids):
                 if model[id].lacks <= free:
                     free -= model[id].lacks
                     chosen.append(id)
-        steps = admit + self.subset(stay) if free >= 0 else []
+        steps = admit + self.subset(grow if self.role is not Role.PREFILL else stay)
         work = {id: self.rng.randint(1, model[id].remaining) for id in steps}
         batch = Batch(work, tuple(fetch), tuple(evict), 0.1 if work else 0.0)
         self.instance.begin(batch, self.now)
         for id in evict:
-            model[id].place, model[id].ready, model[id].pages = "waiting", False, 0
+            model[id].place, model[id].ready, model[id].evicting = "waiting", False, True
         for id in fetch + [id for id in admit if id in work]:
             model[id].pages += model[id].lacks
         for id in work:
@@ -147,7 +151,7 @@ class Verbs:
         if work:
             self.num_ahead += bool(self.steps)
             self.steps.append(Begun(batch))
-            for id in self.those("running") if self.role is not Role.PREFILL else ():
+            for id in work if self.role is not Role.PREFILL else ():
                 model[id].pages += model[id].lacks
 
     def expect(self):
@@ -216,15 +220,16 @@ class Verbs:
             known.worst_slack = min(known.worst_slack, known.due - 0.5 - self.now)
 
     def fetched(self):
-        under_way = [id for id in self.those("waiting", ready=False) if self.model[id].pages]
+        far = self.those("waiting", ready=False, evicting=False)
+        under_way = [id for id in far if self.model[id].pages]
         for id in self.subset(under_way):
             self.instance.fetched(id)
             self.model[id].ready = True
 
     def copied(self):
-        for id in self.subset(self.those("parked")):
+        for id in self.subset(self.those("parked") + self.those("waiting", evicting=True)):
             self.instance.copied(id)
-            self.model[id].pages = 0
+            self.model[id].pages, self.model[id].evicting = 0, False
 
     def release(self):
         self.instance.release("nobody")
@@ -251,6 +256,9 @@ class Verbs:
             assert len(seq.pages) == known.pages
         held = sum(known.pages for known in self.model.values())
         assert instance.pages.num_free == LIMITS.num_pages - held
+        leaving = self.those("waiting", evicting=True)
+        assert list(instance.evicting) == [id for id in instance.evicting if id in leaving]
+        assert instance.num_leaving == sum(self.model[id].pages for id in leaving)
         assert instance.parked_tokens == sum(self.model[id].computed for id in self.those("parked"))
 
     def compare(self, seq: Seq, known: Known):

@@ -126,6 +126,8 @@ def test_decisions_ahead_of_a_result_replay_equal(front, back):
             batch = policy(instance, now)
         if batch and not (under_way and batch.evict):
             instance.begin(batch, now)
+            for id in batch.evict:
+                instance.copied(id)
             for id in batch.fetch:
                 instance.fetched(id)
         if batch.work and not (under_way and batch.evict):

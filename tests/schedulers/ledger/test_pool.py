@@ -320,6 +320,12 @@ def test_an_eviction_frees_no_page_that_another_holds(name):
     batch = decode.POLICIES[name](COST)(instance, 1.0)
     assert len(batch.evict) == 2, "the first frees a page, and is one less to need one"
     instance.begin(batch, 1.0)
+    assert not batch.work
+    for id in batch.evict:
+        instance.copied(id)
+    batch = decode.POLICIES[name](COST)(instance, 1.0)
+    assert len(batch.work) == 1
+    instance.begin(batch, 1.0)
     assert sum(len(seq.pages) for seq in instance.running.values()) == 4
 
 
@@ -376,6 +382,8 @@ def test_what_was_evicted_finds_its_beginning_again_while_it_lasts():
     run(instance, {"a": 1})
     for others, expected in ((0, 4), (11, 2), (12, 0)):
         instance.begin(Batch(evict=("a",)), 1.0)
+        assert instance.pages.num_free < 12, "until they are copied"
+        instance.copied("a")
         assert instance.pages.num_free == 12
         instance.pages.free(instance.pages.alloc(others))
         instance.begin(Batch(fetch=("a",)), 1.0)
