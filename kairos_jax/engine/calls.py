@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kairos_jax.engine import lanes
-from kairos_jax.engine.lanes import LAST_SAMPLED, Fill
+from kairos_jax.engine.lanes import LAST_SAMPLED, Fill, Holders
 from models import sampling
 from models.sampling import SamplingParams
 from schedulers.ledger.instance import Limits
@@ -149,6 +149,56 @@ def step(parts: Sequence[Part], num_tokens: int, num_sequences: int, limits: Lim
     return call
 
 
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """A step of a token of each of its sequences, all of which are past their prompts. The next is
+    often one of the same sequences: then few of its numbers are other ones.
+
+    parts: where they are in the first of such steps. ids: of their requests, if none of them asks
+    for more than its tokens.
+    """
+
+    seqs: list[Seq]
+    parts: list[Part]
+    ids: list[str] | None
+    call: Step
+
+    @classmethod
+    def of(cls, parts: list[Part], call: Step) -> "Decode | None":
+        """The step, if it is such a one."""
+        if not parts or any(part.start < len(part.seq.request.prompt) for part in parts):
+            return None
+        seqs = [part.seq for part in parts]
+        plain = all(_is_plain(seq.request) for seq in seqs)
+        return cls(seqs, parts, [seq.request.id for seq in seqs] if plain else None, call)
+
+    def next(self, work: Sequence[tuple[Seq, int]], holders: Holders) -> "Decode | None":
+        """The step after it, if `work` is a further token of each of the same sequences."""
+        seqs, contexts = [seq for seq, _ in work], self.call.sequences[: len(work), lanes.CONTEXT]
+        if seqs != self.seqs or [seq.computed for seq in seqs] != contexts.tolist():
+            return None
+        if not holders.keep(seqs):
+            return None
+        # The device may still read those of the last step.
+        call = Step(np.zeros_like(self.call.tokens), self.call.sequences.copy())
+        call.tokens[: len(seqs)] = LAST_SAMPLED
+        call.sequences[: len(seqs), lanes.CONTEXT] += 1
+        for row in (contexts % holders.page_size == 0).nonzero()[0].tolist():
+            seq = seqs[row]
+            context = seq.computed + 1
+            holders.lane(seq, context)
+            call.sequences[row, lanes.PAGE] = seq.pages[context // holders.page_size]
+        return Decode(seqs, self.parts, self.ids, call)
+
+    def tokens(self, packed: np.ndarray) -> dict[str, Token]:
+        """What was sampled: see the function of this name."""
+        if self.ids is not None:
+            sampled = sampling.unpack(packed).token[: len(self.ids)]
+            if sampled.min() >= 0:
+                return dict(zip(self.ids, map(Token, sampled.tolist()), strict=True))
+        return tokens(self.parts, packed)
+
+
 def targets(parts: Sequence[Part], num_tokens: int) -> np.ndarray:
     """Of a `Score` after a step of these parts."""
     ids, at = np.full(num_tokens, -1, np.int32), 0
@@ -169,14 +219,11 @@ def tokens(parts: Sequence[Part], packed: np.ndarray) -> dict[str, Token]:
     invalid: dict[str, Token] = {}
     for index, (part, id) in enumerate(zip(parts, sampled.token.tolist(), strict=False)):
         request = part.seq.request
-        how: SamplingParams | None = request.sampling
         if id < 0:
             invalid[request.id] = _INVALID
         elif part.samples:
-            if how is None or (how.logprobs is None and how.prompt_logprobs is None):
-                found[request.id] = Token(id)
-            else:
-                found[request.id] = _token(part, id, how, sampled, index)
+            plain = _is_plain(request)
+            found[request.id] = Token(id) if plain else _token(part, id, sampled, index)
     return found | invalid if invalid else found
 
 
@@ -191,11 +238,16 @@ def merged(first: dict[str, Token], *others: Mapping[str, Token]) -> dict[str, T
 _INVALID = Token(sampling.INVALID)
 
 
-def _token(
-    part: Part, id: int, how: SamplingParams, sampled: sampling.Sampled, index: int
-) -> Token:
+def _is_plain(request: Request) -> bool:
+    """Whether it asks for no log-probabilities."""
+    how: SamplingParams | None = request.sampling
+    return how is None or (how.logprobs is None and how.prompt_logprobs is None)
+
+
+def _token(part: Part, id: int, sampled: sampling.Sampled, index: int) -> Token:
     """What part `index` has sampled, with log-probabilities."""
     request, token = part.seq.request, Token(id)
+    how: SamplingParams = request.sampling
     if how.logprobs is not None:
         ids = sampled.top_tokens[index, : how.logprobs].tolist()
         values = sampled.top_logprobs[index, : how.logprobs].tolist()

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from kairos_jax.engine import calls
-from kairos_jax.engine.calls import Call, Part, Read, Score, Step, Token, Write
+from kairos_jax.engine.calls import Call, Decode, Part, Read, Score, Step, Token, Write
 from kairos_jax.engine.functions import BLOCK_PAGES, Functions, Shapes
 from kairos_jax.engine.lanes import Fill, Holders, no_fill
 from kairos_jax.engine.programs import Programs
@@ -35,6 +35,11 @@ KV = Sequence[jax.Array]
 """Pages in wire form: blocks of `BLOCK_PAGES` pages (models.kv_cache.read_pages), the last one
 padded.
 """
+
+
+_Run = tuple[Callable[[np.ndarray], dict[str, Token]], jax.Array]
+"""A compiled step that was dispatched: its packed samples (models.sampling.unpack), still on the
+device, and what reads them."""
 
 
 class Engine(Protocol):
@@ -114,6 +119,7 @@ class JaxEngine:
         (self._lanes,) = kv_cache.allocate((self._functions.lanes,))
         self._holders = Holders(limits)
         self._hidden: jax.Array | None = None  # of the last step, for `Score`
+        self._decode: Decode | None = None  # the last step, if it was one
         self.copy_s = 0.0
         self._programs = programs
         # Compiled programs, by name and shapes: each is for arguments of just one kind.
@@ -173,42 +179,49 @@ class JaxEngine:
 
     def start(self, work: Sequence[tuple[Seq, int]]) -> Callable[[], dict[str, Token]]:
         """See `Engine.start`. What is beyond the largest compiled shape takes further runs."""
+        self._holders.begin()
+        if self._decode and (decode := self._decode.next(work, self._holders)):
+            self._decode = decode
+            runs: list[_Run] = [(decode.tokens, self._dispatch(decode.call))]
+        else:
+            runs = self._anew(work)
+        for _, packed in runs:
+            packed.copy_to_host_async()
+
+        def wait() -> dict[str, Token]:
+            return calls.merged(*(tokens(np.asarray(packed)) for tokens, packed in runs))
+
+        return wait
+
+    def _anew(self, work: Sequence[tuple[Seq, int]]) -> list[_Run]:
+        """Dispatches a step of which nothing is known from the last one."""
         most_tokens, most_sequences = self.shapes.largest
-        runs: list[tuple[list[Part], jax.Array]] = []
+        runs: list[_Run] = []
         parts: list[Part] = []
         room, lane_of = most_tokens, self._holders.lane
-        self._holders.begin()
         for seq, count in work:
             start, length = seq.computed_and_length
             end = start + count
             while start < end:
                 if not room or len(parts) == most_sequences:
-                    runs.append((parts, self.run_parts(parts)))
+                    runs.append(self._run(parts))
                     parts, room = [], most_tokens
                 some = min(end - start, room)
                 now = start + some
                 parts.append(Part(seq, start, some, now == length, lane_of(seq, now)))
                 start, room = now, room - some
-        runs.append((parts, self.run_parts(parts)))
-        for _, packed in runs:
-            packed.copy_to_host_async()
+        runs.append(self._run(parts))
+        if len(runs) > 1:
+            self._decode = None
+        return runs
 
-        def wait() -> dict[str, Token]:
-            return calls.merged(
-                *(calls.tokens(parts, np.asarray(packed)) for parts, packed in runs)
-            )
-
-        return wait
-
-    def run_parts(self, parts: Sequence[Part]) -> jax.Array:
-        """Dispatches one compiled step. Returns the packed samples (see models.sampling.unpack),
-        still on the device. Log-probabilities of prompts are kept with their sequences until their
-        last part.
+    def _run(self, parts: list[Part]) -> _Run:
+        """Dispatches one compiled step. Log-probabilities of prompts are kept with their sequences
+        until their last part.
         """
         size = self.shapes.fitting(sum(part.num_tokens for part in parts), len(parts))
-        for fill in self._holders.fills():
-            self.dispatch(fill)
-        packed = self.dispatch(calls.step(parts, *size, self.limits))
+        call = calls.step(parts, *size, self.limits)
+        packed, self._decode = self._dispatch(call), Decode.of(parts, call)
         prompts = [part for part in parts if part.num_tokens > 1 or not part.samples]
         if any(part.num_scored for part in prompts):
             scored, at = self.dispatch(Score(calls.targets(parts, size[0]))), 0
@@ -216,7 +229,13 @@ class JaxEngine:
                 if part.num_scored:
                     part.seq.scored.append((scored, at, part.num_scored))
                 at += part.num_tokens
-        return packed
+        return functools.partial(calls.tokens, parts), packed
+
+    def _dispatch(self, call: Step) -> jax.Array:
+        """Dispatches a step, behind what its lanes lack. Returns its packed samples."""
+        for fill in self._holders.fills():
+            self.dispatch(fill)
+        return self.dispatch(call)
 
     def run(self, call: Call) -> Any:
         """Dispatches one call, and returns its samples or its blocks, still on the device."""

@@ -7,7 +7,7 @@ pages (`Holders`). The device runs all this in the order of the calls: a lane ma
 sequence while a step that reads it is under way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ _TOKEN, _SEED, _NUMBERS = 0, slice(5, 7), 8
 # What a step says of a sequence: its tokens in this step, its context with them, its lane, whether
 # it samples, and the page of its last token.
 SAID = 5
-LANE, _SAMPLES = 2, 3
+CONTEXT, LANE, _SAMPLES, PAGE = range(1, SAID)
 # Lanes of one `Fill`.
 _FILLED = 8
 
@@ -140,6 +140,7 @@ class Holders:
 
     def __init__(self, limits: Limits):
         self._limits, self._step = limits, 0
+        self.page_size = limits.page_size
         self._lanes = [Lane(number, []) for number in range(past(limits))]
         # Lanes to give away, and the last step of each; the one to go first is the last.
         self._spare: list[tuple[int, int]] = []
@@ -158,13 +159,23 @@ class Holders:
             lane = seq.lane = self._take()
         lane.step = self._step
         # The step itself tells the page of its last token. A list of pages only grows.
-        newest = (context - 1) // self._limits.page_size
+        newest = (context - 1) // self.page_size
         if lane.pages is not seq.pages or lane.known < newest:
             lane.pages, lane.known = seq.pages, len(seq.pages)
             self._stale.append((lane, seq))
         elif lane.known == newest:
             lane.known += 1
         return lane.number
+
+    def keep(self, seqs: Iterable[Seq]) -> bool:
+        """Whether the sequences of this step, all of which the last one had, have their lanes and
+        pages still. Where it tells of a further page of one, `lane` is to be asked too.
+        """
+        if any(seq.lane.pages is not seq.pages for seq in seqs):
+            return False
+        for seq in seqs:
+            seq.lane.step = self._step
+        return True
 
     def fills(self) -> Iterator[Fill]:
         """What the device lacks of the lanes that were asked for; to be run before their step."""

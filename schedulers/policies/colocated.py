@@ -19,6 +19,8 @@ from schedulers.ledger.journal import Record
 from schedulers.ledger.rows import Rows
 from schedulers.policies import decode, prefill
 
+_NONE: Rows = Rows()
+
 
 @dataclass(frozen=True, slots=True)
 class Free:
@@ -181,7 +183,9 @@ def _of(rows: Rows, role: Role) -> Rows:
 
 
 def _where(rows: Rows, which: np.ndarray) -> Rows:
-    return rows if which.all() else rows.select(which.nonzero()[0])
+    if which.all():
+        return rows
+    return rows.select(which.nonzero()[0]) if which.any() else _NONE
 
 
 def policy_for(

@@ -128,11 +128,12 @@ def outline(
     ahead_s: list[float] = []
     if instance.role is not Role.DECODE and (instance.running or instance.waiting):
         deadline, seconds = _prompts(instance, cost)
-        if demotes:
+        if demotes and deadline.size:
             live = now + seconds <= deadline
             seconds, deadline = seconds[live], deadline[live]
-        order = deadline.argsort(kind="stable")
-        due, ahead_s = deadline[order].tolist(), seconds[order].cumsum().tolist()
+        if deadline.size:
+            order = deadline.argsort(kind="stable")
+            due, ahead_s = deadline[order].tolist(), seconds[order].cumsum().tolist()
     load = room = 0.0
     end_s = parked_room = math.inf
     num_late, late = _late(instance, now) if demotes else (0, ())

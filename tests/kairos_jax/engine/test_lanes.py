@@ -55,12 +55,14 @@ def sequence(id, prompt, **sampling):
 
 class Model:
     """A few sequences as a ledger changes them. known: output tokens of each, as the device has
-    sampled them; `Seq.tokens` may lack the last.
+    sampled them; `Seq.tokens` may lack the last. decode: the last step, if it was one; repeated:
+    steps that were made of such a one.
     """
 
     def __init__(self, seed):
         self.rng, self.device, self.holders = random.Random(seed), Device(), lanes.Holders(LIMITS)
         self.seqs, self.known, self.count = [], {}, 0
+        self.some, self.decode, self.repeated = [], None, 0
         self.free = list(range(LIMITS.num_pages))
 
     def join(self):
@@ -109,22 +111,34 @@ class Model:
 
     def step(self):
         """Some sequences, of which some are on no more than their prompts."""
-        some = self.rng.sample(self.seqs, min(self.rng.randint(1, SIZE[1]), len(self.seqs)))
+        stays = self.some and all(seq in self.seqs for seq in self.some)
+        if not stays or self.rng.random() < 0.4:
+            count = min(self.rng.randint(1, SIZE[1]), len(self.seqs))
+            self.some = self.rng.sample(self.seqs, count)
         self.holders.begin()
-        parts, room = [], SIZE[0] - len(some)
-        for seq in some:
+        work, room = [], SIZE[0] - len(self.some)
+        for seq in self.some:
             self.give(seq)
-            most = min(seq.remaining, 1 + room)
-            count = self.rng.randint(1, most)
+            count = self.rng.randint(1, min(seq.remaining, 1 + room))
             room -= count - 1
-            end = seq.computed + count
-            lane = self.holders.lane(seq, end)
-            parts.append(Part(seq, seq.computed, count, end == seq.length, lane))
-        for call in self.holders.fills():
-            self.device.fill(call)
+            work.append((seq, count))
+        parts = [Part(seq, seq.computed, count, count == seq.remaining, 0) for seq, count in work]
+        decode = self.decode and self.decode.next(work, self.holders)
+        if decode:
+            self.repeated += 1
+            call = decode.call
+        else:
+            for part in parts:
+                part.lane = self.holders.lane(part.seq, part.start + part.num_tokens)
+            call = calls.step(parts, *SIZE, LIMITS)
+            decode = calls.Decode.of(parts, call)
+        self.decode = decode
+        for fill in self.holders.fills():
+            self.device.fill(fill)
         sampled = [self.rng.randrange(50) for _ in parts]
-        inputs, how = self.device.step(calls.step(parts, *SIZE, LIMITS), sampled)
+        inputs, how = self.device.step(call, sampled)
         self.check(parts, inputs, how)
+        self.check_tokens(parts, sampled)
         for other in self.seqs:
             self.tell(other)  # the result of the step before is there
         for part, token in zip(parts, sampled, strict=True):
@@ -162,6 +176,15 @@ class Model:
         assert not how.temperature[count:].any()
         assert not how.logprobs[count:].any()
 
+    def check_tokens(self, parts, sampled):
+        """A decode step reads its samples as any other."""
+        if self.decode is None:
+            return
+        packed = np.zeros((SIZE[1], 42), np.int32)
+        for ids in (sampled, [INVALID, *sampled[1:]]):
+            packed[: len(ids), 0] = ids
+            assert self.decode.tokens(packed) == calls.tokens(parts, packed)
+
 
 @pytest.mark.parametrize("seed", range(20))
 def test_lanes_say_what_is_made_anew_of_the_sequences(seed):
@@ -174,6 +197,37 @@ def test_lanes_say_what_is_made_anew_of_the_sequences(seed):
         elif model.seqs:
             seq = model.rng.choice(model.seqs)
             getattr(model, model.rng.choice(["leave", "move", "exchange"]))(seq)
+    assert model.repeated > 2
+
+
+def test_a_decode_step_is_made_of_the_last_one_only_if_that_was_of_the_same_sequences():
+    seqs, holders = [sequence(str(number), [1, 2, 3]) for number in range(3)], lanes.Holders(LIMITS)
+    for number, seq in enumerate(seqs):
+        seq.pages = [number]
+    first, *_ = seqs
+    holders.begin()
+    parts = [Part(seq, 0, 3, True, holders.lane(seq, 3)) for seq in seqs]
+    assert calls.Decode.of(parts, calls.step(parts, *SIZE, LIMITS)) is None, "of prompts"
+    for seq in seqs:
+        seq.cells[Column.COMPUTED] = 3
+        seq.cells[[Column.LENGTH, Column.COUNT]] += 1
+    holders.begin()
+    parts = [Part(seq, 3, 1, True, holders.lane(seq, 4)) for seq in seqs]
+    decode = calls.Decode.of(parts, calls.step(parts, *SIZE, LIMITS))
+    work = [(seq, 1) for seq in seqs]
+    assert decode.next(work, holders) is None, "the ledger has not booked it"
+    for seq in seqs:
+        seq.cells[[Column.COMPUTED, Column.LENGTH, Column.COUNT]] += 1
+        seq.pages.append(seq.pages[0] + 10)
+    holders.begin()
+    assert decode.next(work[1:], holders) is None, "one has left"
+    assert decode.next(work[::-1], holders) is None, "in another order"
+    following = decode.next(work, holders)
+    assert following.call.sequences[:, lanes.CONTEXT].tolist() == [5, 5, 5]
+    assert following.call.sequences[:, lanes.PAGE].tolist() == [10, 11, 12]
+    assert decode.call.sequences[:, lanes.CONTEXT].tolist() == [4, 4, 4], "the device may read it"
+    first.pages = [30, 31]
+    assert decode.next(work, holders) is None, "other pages took the place of its own"
 
 
 def step(holders, device, seqs):
