@@ -132,7 +132,8 @@ class Instance:
     step has done all that it is certain to do.
 
     pace: recent measured / predicted step time, so that a prediction is anchored on what steps
-    cost at present. outputs: how long recently finished outputs were. receives: where roles flow,
+    cost at present. spread: by how much of its predicted time a step was longer or shorter of late,
+    on average. outputs: how long recently finished outputs were. receives: where roles flow,
     whether it begins with decode: others hand their sequences over to it first.
     """
 
@@ -155,7 +156,7 @@ class Instance:
         self.ending: Rows[Seq] = Rows()
         self.evicting: dict[str, Seq] = {}
         self.parked_tokens = 0
-        self.pace = 1.0
+        self.pace, self.spread = 1.0, 0.0
         self.outputs = Outputs(learn_outputs)
         self.busy_until = -math.inf
         self.journal: Callable[..., None] | None = None
@@ -447,7 +448,9 @@ class Instance:
         low, high = _PACE_RANGE
         ratio = min(max(took_s / predicted_s, low), high)
         self._num_paced += 1
-        self.pace += max(_NEWEST, 1 / self._num_paced) * (ratio - self.pace)
+        weight = max(_NEWEST, 1 / self._num_paced)
+        self.spread += weight * (abs(ratio / self.pace - 1) - self.spread)
+        self.pace += weight * (ratio - self.pace)
 
     def _follow(self, now: float) -> None:
         """The step behind the one that ended at `now` has begun at that time."""

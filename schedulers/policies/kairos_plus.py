@@ -19,6 +19,9 @@ _CATCH_UP = 6.0
 # leaves time for the base of shorter steps. Its period spreads this over the tokens that are
 # expected, but of outputs that are expected to be long, some have ten tokens.
 _SOON = 8.0
+# A step beside prompts keeps clear of the pace that a sequence needs by so many times the spread of
+# as many steps as it has tokens left.
+_MARGIN = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +96,22 @@ class KairosPlus:
 
     def limit_s(self, instance: Instance, batch: Batch, now: float) -> float:
         """Seconds that a step which also prefills may take: as long as each feasible one keeps its
-        line by the slack that it has, or at the pace that it needs. That pace relies on the length
-        of the output, as it is expected. On an instance that receives, sequences are behind when
-        they come: there each makes up for that in its first tokens.
+        line by the slack that it has, or at the pace that it needs, even if the step takes longer
+        than predicted by as much as steps do (`Instance.spread`). That pace relies on the length of
+        the output, as it is expected. On an instance that receives, sequences are behind when they
+        come: there each makes up for that in its first tokens.
         """
         view = View(self.cost, instance, now, self.least)
         feasible = view.feasible
         if not feasible.any():
             return math.inf
-        slack, pace = view.slack, view.period
+        # As many steps as there are tokens left spread less than one.
+        margin = 1 + _MARGIN * instance.spread / np.sqrt(np.maximum(view.left, 1.0))
+        slack, pace = view.slack / (1 + instance.spread), view.period / margin
         if instance.receives:
             tpot = view.cells[Column.TPOT]
             tokens = np.maximum(_CATCH_UP - view.cells[Column.COUNT], 1.0)
-            pace = tpot + (slack - tpot) / tokens
+            pace = tpot + (view.slack - tpot) / tokens
         return self.target * float(np.maximum(slack, pace)[feasible].min())
 
     def feasible(self, instance: Instance, now: float) -> np.ndarray:

@@ -324,6 +324,24 @@ def test_pages_are_given_as_a_sequence_grows():
     assert held == [(7, 4), (8, 4), (9, 5), (10, 5), (11, 6), (12, 6)]
 
 
+def test_spread_tells_how_far_steps_are_from_their_predictions():
+    instance = Instance("p", Role.PREFILL, LIMITS)
+    instance.add(request(num_prompt=20))
+    for number in range(400):
+        instance.begin(batch := Batch({"a": 1} if number < 19 else {}, predicted_s=1.0), 0.0)
+        if not batch.work:
+            break
+        instance.end(batch, 2.0 if number % 2 else 1.0)
+    assert 0.1 < instance.spread < 0.4
+    steady = Instance("p", Role.PREFILL, LIMITS)
+    assert steady.spread == 0.0
+    steady.add(request(num_prompt=20))
+    for _ in range(19):
+        steady.begin(batch := Batch({"a": 1}, predicted_s=1.0), 0.0)
+        steady.end(batch, 1.0)
+    assert steady.spread == 0.0
+
+
 def test_pace_follows_the_measured_steps_slowly():
     instance = Instance("p", Role.PREFILL, LIMITS)
     instance.add(request(num_prompt=20))

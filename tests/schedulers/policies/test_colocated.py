@@ -8,6 +8,7 @@ from costs import decodes, prefills
 from schedulers.cost import CostModel, TransferCost
 from schedulers.ledger.instance import Batch, Instance, Limits, Role
 from schedulers.ledger.request import Request, Slo
+from schedulers.policies import decode
 from schedulers.policies.colocated import Colocated
 from schedulers.simulation.scenario import Scenario, simulate
 from schedulers.simulation.workload import SloClass, fit_lengths, rescale, synthetic
@@ -158,3 +159,18 @@ def test_under_overload_more_keep_both_slos_than_by_coming_first():
 
     assert attained() > 65
     assert attained(prefill_policy="fcfs", decode_policy="continuous") < 10
+
+
+def test_a_step_leaves_room_for_as_much_as_steps_of_late_differ_from_their_predictions():
+    """`d` has a slack of 1 s, and needs a token every 0.2 s in the long run."""
+    instance, policy = ledger([IN_TIME]), decode.KairosPlus(COST)
+    limit_s = policy.limit_s(instance, Batch(), NOW)
+    assert limit_s == pytest.approx(0.96)
+    instance.spread = 0.25
+    assert policy.limit_s(instance, Batch(), NOW) == pytest.approx(limit_s / 1.25)
+    behind = ledger([("d", 6, 1.1)])
+    limit_s = policy.limit_s(behind, Batch(), NOW)
+    assert limit_s == pytest.approx(0.96 * 0.2, rel=0.05)
+    behind.spread = 0.25
+    share = policy.limit_s(behind, Batch(), NOW) / limit_s
+    assert 1 / 1.25 < share < 0.99, "over as many steps as it has tokens left, they even out"
