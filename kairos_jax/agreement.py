@@ -7,8 +7,9 @@ Step times are measured first. The knee is the highest rate at which a simulated
 90 % end to end, and the loads are multiples of it. Each is served in real time, open loop, by live
 engines in this process, and every decision is asked for again; then the same arrivals are simulated
 with the same profile, limits and policies. Machines drift, and above the knee attainment is steep
-in the step time: so they are simulated once as the profile has it, and once more with all steps
-longer by what the live ones came to in sum. Nothing else should run on the machine at that time.
+in the step time: so they are simulated once as the profile has it, and ten times with all steps
+longer by what the live ones came to in sum, and as noisy as those. Nothing else should run on the
+machine at that time.
 
 The contexts of the workload must be of different lengths: the form by which the profile says that
 steps read contexts shows only in mixed batches. The table has a ratio for these steps alone.
@@ -63,7 +64,7 @@ from schedulers.simulation.workload import Arrival, rescale, synthetic
 
 # Requests of the workload, at most; and requests with which the knee is found.
 _NUM_REQUESTS, _NUM_KNEE = 5000, 500
-# Simulations that tell how much chance there is in an attainment.
+# Simulations with noise: they tell how much chance there is in an attainment.
 _NUM_CHANCES = 10
 # One request in a hundred must have a context so many times the median.
 _SPREAD = 3.0
@@ -72,8 +73,8 @@ _SPREAD = 3.0
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """What came of one load. live, simulated: attainments, percent, by KINDS. drifted: simulated
-    with steps that take `steps.ratio` times as long, which the policies are not told. chance:
-    standard deviation of simulated attainments, in points, if steps are as noisy as they were.
+    with steps that take `steps.ratio` times as long, which the policies are not told, and are as
+    noisy as they were; means of some such runs. chance: their standard deviation, in points.
     decisions: that were recorded, and came out equal when asked for again.
     """
 
@@ -110,17 +111,15 @@ def compare(
     served = serve(replace(live, prepare=record), arrivals, slos, 0, progress)
     records = list(journal.take())
     steps, scenario = measure_steps(records), scenario_of(live.config, live.cost)
-    noisy = [
-        simulated(replace(scenario, noise=steps.noise, seed=seed), arrivals)
-        for seed in range(_NUM_CHANCES)
-    ]
+    late = replace(drifted_by(scenario, steps.ratio), noise=steps.noise)
+    noisy = [simulated(replace(late, seed=seed), arrivals) for seed in range(_NUM_CHANCES)]
     return Agreement(
         load,
         rate,
         len(arrivals),
         attained(served.outcomes),
         simulated(scenario, arrivals),
-        simulated(drifted_by(scenario, steps.ratio), arrivals),
+        {kind: statistics.mean(each[kind] for each in noisy) for kind in KINDS},
         {kind: statistics.pstdev(each[kind] for each in noisy) for kind in KINDS},
         check(records, policies),
         steps,
@@ -128,8 +127,8 @@ def compare(
 
 
 def print_table(rows: Sequence[Agreement], console: Console) -> None:
-    """A line a load. Attainments are live, simulated, and simulated with the drift of the live
-    steps; ± is the chance in the simulated ones. mixed: the ratio of steps with mixed contexts.
+    """A line a load. Attainments are live, simulated, and simulated with the drift and noise of the
+    live steps; ± is the chance in the latter. mixed: the ratio of steps with mixed contexts.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     attained = [f"{name}\nlive   sim drift" for name in ("TTFT", "TPOT", "end to end")]
@@ -255,7 +254,8 @@ def main(argv: list[str]) -> int:
     plain = max((row.largest(row.simulated) for row in rows), key=abs)
     drifted = max((row.largest(row.drifted) for row in rows), key=abs)
     print(
-        f"largest difference: {plain:+.1f} points; with the drift of the steps: {drifted:+.1f}\n"
+        f"largest difference: {plain:+.1f} points; "
+        f"with drift and noise of the steps: {drifted:+.1f}\n"
         f"Report: {folder / 'agreement.json'}"
     )
     return 0
