@@ -194,6 +194,12 @@ class Instance:
         work = step.batch.work
         return any(self.pool.is_awaited(seq, work[seq.request.id]) for seq in step.prompts)
 
+    def begins_at(self, now: float) -> float:
+        """When a step that is decided at `now` begins: behind one that is expected, when that is
+        predicted to end. Deadlines and slack count from then on.
+        """
+        return now if self.under_way else max(now, self.busy_until)
+
     def get(self, id: str) -> Seq | None:
         here = self.waiting.get(id) or self.running.get(id)
         return here or self.parked.get(id) or self.ending.get(id)

@@ -72,6 +72,7 @@ class Colocated:
         self._demotes = knows and prefill_policy in prefill.DEMOTING
 
     def __call__(self, instance: Instance, now: float) -> Batch:
+        now = instance.begins_at(now)
         decoding, prompts = _half(instance, Role.DECODE), _half(instance, Role.PREFILL)
         places = instance.limits.max_batch - len(instance.running) - len(decoding.waiting)
         if places <= 0:

@@ -56,6 +56,7 @@ class KairosPlus:
         running, waiting = instance.running, instance.waiting
         if not (running.seqs or waiting.seqs):
             return Batch()
+        now = instance.begins_at(now)
         room = Room(instance)
         newcomers = self._newcomers
         if room.free >= 0 and (

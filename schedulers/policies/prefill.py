@@ -81,6 +81,7 @@ class Kairos:
     pack: float = math.inf
 
     def __call__(self, instance: Instance, now: float) -> Batch:
+        now = instance.begins_at(now)
         waiting, begun, rows = instance.waiting, _begun(instance), []
         if waiting and (self.pack or not begun):
             laxity = waiting.deadline - now - predicted_s(self.cost, instance, waiting)
@@ -119,6 +120,7 @@ class KairosPlus:
     period_s: float = 2.0
 
     def __call__(self, instance: Instance, now: float) -> Batch:
+        now = instance.begins_at(now)
         places = _places(instance)
         if sum(len(place.seqs) for place in places) <= 1:
             return _step(self.cost, instance, [place.at(0) for place in places], self.pack, now)

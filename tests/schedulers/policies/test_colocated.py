@@ -161,6 +161,24 @@ def test_under_overload_more_keep_both_slos_than_by_coming_first():
     assert attained(prefill_policy="fcfs", decode_policy="continuous") < 10
 
 
+def test_a_step_that_is_decided_ahead_is_judged_from_when_it_begins():
+    """A prompt of 50 tokens takes 0.6 s, and is due in as much once the step under way is over."""
+    instance = ledger([IN_TIME])
+    policy = Colocated(COST, "kairos_plus", "kairos_plus")
+    batch = policy(instance, NOW)
+    instance.begin(batch, NOW)
+    assert instance.begins_at(NOW) == NOW, "nothing is decided but fetches"
+    instance.expect(NOW)
+    begins = instance.begins_at(NOW)
+    assert begins == instance.busy_until == NOW + batch.predicted_s
+    assert instance.begins_at(begins + 1.0) == begins + 1.0, "the step under way is late"
+    instance.add(Request("p", NOW - 1.35, range(50), 99, SLO))
+    late = dict(policy(instance, NOW).work)
+    assert "p" not in late, "0.65 s are left, and 0.55 s from when it could begin"
+    instance.end(batch, NOW)
+    assert "p" in policy(instance, NOW).work
+
+
 def test_a_step_leaves_room_for_as_much_as_steps_of_late_differ_from_their_predictions():
     """`d` has a slack of 1 s, and needs a token every 0.2 s in the long run."""
     instance, policy = ledger([IN_TIME]), decode.KairosPlus(COST)
