@@ -172,7 +172,9 @@ class Decode:
         plain = all(_is_plain(seq.request) for seq in seqs)
         return cls(seqs, parts, [seq.request.id for seq in seqs] if plain else None, call)
 
-    def next(self, work: Sequence[tuple[Seq, int]], holders: Holders) -> "Decode | None":
+    def next(
+        self, work: Sequence[tuple[Seq, int]], holders: Holders, limits: Limits
+    ) -> "Decode | None":
         """The step after it, if `work` is a further token of each of the same sequences."""
         seqs, contexts = [seq for seq, _ in work], self.call.sequences[: len(work), lanes.CONTEXT]
         if seqs != self.seqs or [seq.computed for seq in seqs] != contexts.tolist():
@@ -183,11 +185,10 @@ class Decode:
         call = Step(np.zeros_like(self.call.tokens), self.call.sequences.copy())
         call.tokens[: len(seqs)] = LAST_SAMPLED
         call.sequences[: len(seqs), lanes.CONTEXT] += 1
-        for row in (contexts % holders.page_size == 0).nonzero()[0].tolist():
+        for row in (contexts % limits.page_size == 0).nonzero()[0].tolist():
             seq = seqs[row]
-            context = seq.computed + 1
-            holders.lane(seq, context)
-            call.sequences[row, lanes.PAGE] = seq.pages[context // holders.page_size]
+            holders.lane(seq, seq.computed + 1)
+            call.sequences[row, lanes.PAGE] = seq.pages[seq.computed // limits.page_size]
         return Decode(seqs, self.parts, self.ids, call)
 
     def tokens(self, packed: np.ndarray) -> dict[str, Token]:

@@ -180,7 +180,8 @@ class JaxEngine:
     def start(self, work: Sequence[tuple[Seq, int]]) -> Callable[[], dict[str, Token]]:
         """See `Engine.start`. What is beyond the largest compiled shape takes further runs."""
         self._holders.begin()
-        if self._decode and (decode := self._decode.next(work, self._holders)):
+        last = self._decode
+        if last and (decode := last.next(work, self._holders, self.limits)):
             self._decode = decode
             runs: list[_Run] = [(decode.tokens, self._dispatch(decode.call))]
         else:

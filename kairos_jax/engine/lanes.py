@@ -140,7 +140,6 @@ class Holders:
 
     def __init__(self, limits: Limits):
         self._limits, self._step = limits, 0
-        self.page_size = limits.page_size
         self._lanes = [Lane(number, []) for number in range(past(limits))]
         # Lanes to give away, and the last step of each; the one to go first is the last.
         self._spare: list[tuple[int, int]] = []
@@ -159,7 +158,7 @@ class Holders:
             lane = seq.lane = self._take()
         lane.step = self._step
         # The step itself tells the page of its last token. A list of pages only grows.
-        newest = (context - 1) // self.page_size
+        newest = (context - 1) // self._limits.page_size
         if lane.pages is not seq.pages or lane.known < newest:
             lane.pages, lane.known = seq.pages, len(seq.pages)
             self._stale.append((lane, seq))

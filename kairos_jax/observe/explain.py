@@ -118,9 +118,8 @@ class _Timeline:
         elif event.verb == "cancel" and event.id == self.id and event.instance.get(self.id):
             self._say(event.at, f"cancelled on {event.instance.id}")
             self._where = ""
-        elif event.verb == "copied" and event.id == self.id in event.instance.evicting:
-            pages = _count(len(event.instance.evicting[self.id].pages), "page")
-            self._say(event.at, f"its KV is copied out; {event.instance.id} takes back {pages}")
+        elif event.verb == "copied" and event.id == self.id:
+            self._copied(event)
 
     def after(self, event: Event, left: list[Seq]) -> None:
         """Looks at what came of it."""
@@ -146,6 +145,12 @@ class _Timeline:
         if self._where:
             self._say(self._last_at, f"the journal ends here, with the request on {self._where}")
         return self.lines
+
+    def _copied(self, event: Event) -> None:
+        """Says so of what was evicted; the KV of a prompt is told of as parked."""
+        if seq := event.instance.evicting.get(self.id):
+            pages = _count(len(seq.pages), "page")
+            self._say(event.at, f"its KV is copied out; {event.instance.id} takes back {pages}")
 
     def _added(self, event: Event) -> None:
         request, num_tokens, _ = event.args

@@ -296,7 +296,7 @@ class Instance:
             self._admit(id, now)
         if self.role is not Role.PREFILL:
             self.pool.grow(self.running, batch.work)
-        begun_at = max(now, self.busy_until)
+        begun_at = self.begins_at(now)
         self._steps.append(_Step(batch, begun_at, self.running.num_removed, joined))
         self.busy_until = begun_at + self.pace * batch.predicted_s
 

@@ -19,6 +19,7 @@ from schedulers.ledger.journal import Record
 from schedulers.ledger.rows import Rows
 from schedulers.policies import decode, prefill
 
+# Of a half that has none, to look at.
 _NONE: Rows = Rows()
 
 
@@ -76,7 +77,7 @@ class Colocated:
         decoding, prompts = _half(instance, Role.DECODE), _half(instance, Role.PREFILL)
         places = instance.limits.max_batch - len(instance.running) - len(decoding.waiting)
         if places <= 0:
-            prompts.waiting = Rows()
+            prompts.waiting = _NONE
         if not (prompts.waiting or prompts.running):
             return self.decode(decoding, now)
         turn = now % self.period_s < self.late_share * self.period_s

@@ -128,10 +128,10 @@ def outline(
     ahead_s: list[float] = []
     if instance.role is not Role.DECODE and (instance.running or instance.waiting):
         deadline, seconds = _prompts(instance, cost)
-        if demotes and deadline.size:
-            live = now + seconds <= deadline
-            seconds, deadline = seconds[live], deadline[live]
         if deadline.size:
+            if demotes:
+                live = now + seconds <= deadline
+                seconds, deadline = seconds[live], deadline[live]
             order = deadline.argsort(kind="stable")
             due, ahead_s = deadline[order].tolist(), seconds[order].cumsum().tolist()
     load = room = 0.0

@@ -123,7 +123,7 @@ class Model:
             room -= count - 1
             work.append((seq, count))
         parts = [Part(seq, seq.computed, count, count == seq.remaining, 0) for seq, count in work]
-        decode = self.decode and self.decode.next(work, self.holders)
+        decode = self.decode and self.decode.next(work, self.holders, LIMITS)
         if decode:
             self.repeated += 1
             call = decode.call
@@ -215,19 +215,41 @@ def test_a_decode_step_is_made_of_the_last_one_only_if_that_was_of_the_same_sequ
     parts = [Part(seq, 3, 1, True, holders.lane(seq, 4)) for seq in seqs]
     decode = calls.Decode.of(parts, calls.step(parts, *SIZE, LIMITS))
     work = [(seq, 1) for seq in seqs]
-    assert decode.next(work, holders) is None, "the ledger has not booked it"
+    assert decode.next(work, holders, LIMITS) is None, "the ledger has not booked it"
     for seq in seqs:
         seq.cells[[Column.COMPUTED, Column.LENGTH, Column.COUNT]] += 1
         seq.pages.append(seq.pages[0] + 10)
     holders.begin()
-    assert decode.next(work[1:], holders) is None, "one has left"
-    assert decode.next(work[::-1], holders) is None, "in another order"
-    following = decode.next(work, holders)
+    assert decode.next(work[1:], holders, LIMITS) is None, "one has left"
+    assert decode.next(work[::-1], holders, LIMITS) is None, "in another order"
+    following = decode.next(work, holders, LIMITS)
     assert following.call.sequences[:, lanes.CONTEXT].tolist() == [5, 5, 5]
     assert following.call.sequences[:, lanes.PAGE].tolist() == [10, 11, 12]
     assert decode.call.sequences[:, lanes.CONTEXT].tolist() == [4, 4, 4], "the device may read it"
     first.pages = [30, 31]
-    assert decode.next(work, holders) is None, "other pages took the place of its own"
+    assert decode.next(work, holders, LIMITS) is None, "other pages took the place of its own"
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+def test_a_decode_step_that_is_made_of_the_last_one_tells_each_new_page(page_size):
+    limits = Limits(max_batch=1, max_chunk=9, max_context=24, page_size=page_size, num_pages=24)
+    seq, holders = sequence("a", [1, 2, 3]), lanes.Holders(limits)
+    seq.cells[Column.COMPUTED] = 3
+    seq.tokens = [7]
+    seq.cells[[Column.LENGTH, Column.COUNT]] += 1
+    decode = None
+    while seq.length <= limits.max_context:
+        while len(seq.pages) * page_size < seq.length:
+            seq.pages.append(23 - len(seq.pages))
+        holders.begin()
+        decode = decode and decode.next([(seq, 1)], holders, limits)
+        part = Part(seq, seq.computed, 1, True, holders.lane(seq, seq.length))
+        anew = calls.step([part], 1, 1, limits)
+        if decode is None:
+            assert seq.length == 4, "only the first is made anew"
+            decode = calls.Decode.of([part], anew)
+        np.testing.assert_array_equal(decode.call.sequences, anew.sequences)
+        seq.cells[[Column.COMPUTED, Column.LENGTH, Column.COUNT]] += 1
 
 
 def step(holders, device, seqs):

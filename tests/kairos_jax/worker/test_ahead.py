@@ -355,8 +355,8 @@ def test_evicted_kv_is_copied_in_parts_beside_the_steps_of_others():
     verbs = [record[1] for record in records]
     evicts = [record[1] == "begin" and bool(record[6]) for record in records]
     first = evicts.index(True)
-    meanwhile = verbs[first + 1 : verbs.index("copied", first)]
-    assert "begin" in meanwhile, "the other one steps between the parts"
+    until_copied = verbs[first + 1 : verbs.index("copied", first)]
+    assert "begin" in until_copied, "the other one steps between the parts"
     assert alone.engine.most_copied == 1
     assert alone.tokens == {id: fakes.expected_tokens(*each) for id, each in requests.items()}
 

@@ -135,7 +135,7 @@ def test_whose_pages_are_taken_when_there_are_too_few(name, victim):
     instance.check()
     assert not instance.waiting[victim].ready
     assert instance.pages.num_free <= 1, "its pages are still to be copied"
-    assert not policy(name)(instance, 1.5).evict, "nor is another evicted meanwhile"
+    assert not policy(name)(instance, 1.5).evict, "until then no other one is evicted"
     if batch.work:
         instance.end(batch, 2.0)
     instance.copied(victim)
